@@ -1,0 +1,138 @@
+"""The command ``ds-optim``. For now: ``ds-optim doctor``, what is installed, what resolves to what, what is refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+_PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers", "accelerate", "wrapt")
+
+
+@app.callback()
+def _commands() -> None:
+    """Sharded optimizers for DeepSpeed ZeRO: tools around them."""
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Option("--deepspeed", exists=True, dir_okay=False, help="A DeepSpeed JSON to judge.")
+    ] = None,
+) -> None:
+    """Print versions, whether the hook is installed, which names resolve to what, and what would be refused and why.
+
+    Exit status 1 if something is wrong with this installation, or with the JSON that was given.
+    """
+    console = Console()
+    console.print(_versions())
+    problems: list[str] = []
+    import ds_optim_autoload
+
+    autoload = os.getenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
+    entry = bool(importlib.metadata.entry_points(group="torch.backends", name="ds_optim"))
+    console.print(f"entry point registered with torch: {_yes(entry)}; torch runs entry points: {_yes(autoload)}")
+    if not (entry and autoload):
+        console.print("  a script must say `import ds_optim` before it uses DeepSpeed")
+    import deepspeed.runtime.engine  # noqa: F401  (this is what the hook waits for)
+
+    hooked = ds_optim_autoload.installed and ds_optim_autoload.failure is None
+    console.print(f"hook on {ds_optim_autoload.ENGINE} installed: {_yes(hooked)}")
+    if not hooked:
+        problems.append(f"registration failed: {ds_optim_autoload.failure}")
+    else:
+        problems += _print_names(console)
+        _print_kernels(console)
+        problems += _print_refusals(console, config)
+    for problem in problems:
+        console.print(f"[bold red]problem:[/] {problem}")
+    raise typer.Exit(1 if problems else 0)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "NO"
+
+
+def _versions() -> Table:
+    table = Table("package", "version", title=f"Python {platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            table.add_row(package, "not installed")
+    return table
+
+
+def _print_names(console: Console) -> list[str]:
+    import torch
+
+    from ds_optim.deepspeed_plugin import names
+
+    table = Table('"type" in the JSON', "resolves to", title="Names")
+    problems = []
+    for name, cls in names().items():
+        found = getattr(torch.optim, name, None)
+        table.add_row(name, f"{cls.__module__}.{cls.__name__}" if found is cls else f"{found} (not ours)")
+        if found is not cls and "." in name:
+            problems.append(f"{name} resolves to {found}")
+    for name in ("Adam", "AdamW", "Lion"):
+        table.add_row(name, "DeepSpeed's own")
+    console.print(table)
+    return problems
+
+
+def _print_kernels(console: Console) -> None:
+    import torch
+
+    from ds_optim import kernels
+    from ds_optim.sharding.zero import KNOWN_VERSIONS
+
+    devices = ["cpu"]
+    if torch.accelerator.is_available():
+        devices.append(str(torch.accelerator.current_accelerator()))
+    for device in devices:
+        console.print(f"kernels on {device}: {kernels.backend_for(torch.device(device))}")
+    console.print(f"DeepSpeed versions known to work: {KNOWN_VERSIONS}")
+
+
+def _print_refusals(console: Console, config: Path | None) -> list[str]:
+    from ds_optim.deepspeed_plugin import REFUSALS, names, refusals
+
+    if config is None:
+        console.print("Refused at start (give a JSON with --deepspeed to judge it):")
+        for refusal in REFUSALS:
+            console.print(f"  - {refusal.reason}", highlight=False)
+        return []
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
+    name = content.get("optimizer", {}).get("type", "")
+    cls = names().get(name)
+    if cls is None:
+        console.print(f'{config}: "type": "{name}" is not one of ours')
+        return []
+    # Batch sizes and "auto" values belong to a run; the rest is what is judged.
+    judged = {key: value for key, value in content.items() if "batch" not in key and key != "gradient_accumulation_steps"}
+    reasons = refusals(DeepSpeedConfig({**_without_auto(judged), "train_micro_batch_size_per_gpu": 1}), cls)
+    console.print(f"{config}: {cls.__name__}, {'refused' if reasons else 'accepted'}")
+    return reasons
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

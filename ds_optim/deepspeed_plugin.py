@@ -1,0 +1,252 @@
+"""A name in a DeepSpeed JSON becomes one of our optimizers, bound to its engine.
+
+The one place where DeepSpeed is touched: names are added to `torch.optim` (where DeepSpeed looks them up), the classes to
+its list of optimizers that ZeRO supports, and `DeepSpeedEngine._configure_optimizer` is wrapped. The wrapper judges the
+configuration before anything is built, splits a flat parameter list into decayed and exempt parameters, and afterwards
+binds the optimizer to the partitions that DeepSpeed made.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from deepspeed.runtime.zero import utils as zero_utils
+from torch import Tensor
+
+from ds_optim.optimizers.adam_mini import AdamMini
+from ds_optim.optimizers.adamw import AdamW
+from ds_optim.optimizers.adan import Adan
+from ds_optim.optimizers.lion import Lion
+from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps
+from ds_optim.role import Role, is_decay_exempt
+from ds_optim.role_overrides import override_roles
+from ds_optim.roles import canonical_name, infer_roles, logical_shape
+from ds_optim.sharding import zero
+
+CLASSES: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini)
+
+# DeepSpeed keeps these for its own optimizers and never looks them up in torch.optim.
+RESERVED = ("AdamW", "Lion")
+
+
+def names() -> dict[str, type[ShardedOptimizer]]:
+    """What may stand in a JSON's ``"type"``, and what it resolves to."""
+    dotted = {f"ds_optim.{cls.__name__}": cls for cls in CLASSES}
+    bare = {cls.__name__: cls for cls in CLASSES if cls.__name__ not in RESERVED}
+    return {**bare, **dotted}
+
+
+def install(engine_module: ModuleType) -> None:
+    """Make the optimizers' names known and wrap the engine's ``_configure_optimizer``. Called once per process.
+
+    A name that `torch.optim` already has for something else is left alone; the dotted name always works.
+    """
+    for name, cls in names().items():
+        if not hasattr(torch.optim, name):
+            setattr(torch.optim, name, cls)
+    for cls in CLASSES:
+        if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
+    wrapt.wrap_function_wrapper(engine_module, "DeepSpeedEngine._configure_optimizer", _configure_optimizer)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The JSON's top-level ``"ds_optim"`` object: what must not meet the Trainer's "auto" matching.
+
+    Attributes:
+        options: options of the optimizer, taking precedence over ``optimizer.params`` (three-element ``betas``, ``roles``).
+        no_decay: name patterns of the parameters that are exempt from weight decay; None: norms and biases, by role.
+    """
+
+    options: dict[str, Any]
+    no_decay: tuple[str, ...] | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Settings:
+        """From a whole DeepSpeed configuration."""
+        given = dict(config.get("ds_optim") or {})
+        no_decay = given.pop("no_decay", None)
+        return cls(given, None if no_decay is None else tuple(no_decay))
+
+
+def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    client, parameters = _arguments(*args, **kwargs)
+    named = names().get(engine.optimizer_name()) if client is None else None
+    foreign = client is not None and isinstance(client, torch.optim.Optimizer) and not isinstance(client, ShardedOptimizer)
+    if foreign or (client is None and named is None):
+        return wrapped(client, parameters)  # DeepSpeed's own optimizer, or somebody else's
+
+    with deferred_steps():
+        if named is not None:
+            parameters = _prepare_from_json(engine, named, parameters)
+        elif isinstance(client, ShardedOptimizer):
+            _raise_all(_engine_problems(engine, type(client), client._roles_given))
+            _allow_cpu_offload(engine)
+        result = wrapped(client, parameters)
+    basic = engine.basic_optimizer
+    if isinstance(basic, ShardedOptimizer):
+        if named is None and not isinstance(client, ShardedOptimizer):  # made by a callable
+            _raise_all(_engine_problems(engine, type(basic), basic._roles_given))
+        basic.bind(zero.read(engine), _roles(engine, basic._roles_given))
+    return result
+
+
+def _arguments(client_optimizer: Any, model_parameters: Any) -> tuple[Any, Any]:
+    return client_optimizer, model_parameters
+
+
+def _prepare_from_json(engine: Any, cls: type[ShardedOptimizer], parameters: list[Any]) -> list[Any]:
+    """Judge the configuration, merge the ``ds_optim`` object into the optimizer's options, make decay groups."""
+    settings = Settings.of(engine._config._param_dict)
+    options = {**(engine.optimizer_params() or {}), **settings.options}
+    accepted = list(inspect.signature(cls).parameters)[1:]
+    problems = [
+        f"{cls.__name__} has no option {key!r}; its options: {', '.join(accepted)}"
+        for key in options
+        if key not in accepted
+    ]
+    auto = [key for key, value in options.items() if value == "auto"]
+    if auto:
+        problems.append(f'"auto" for {", ".join(auto)} is filled in by a Hugging Face Trainer only; give numbers')
+    problems += cls.setting_problems({key: value for key, value in options.items() if value != "auto"})
+    problems += _engine_problems(engine, cls, options.get("roles"))
+    exempt, pattern_problems = _exempt(engine, settings.no_decay)
+    _raise_all([*problems, *pattern_problems])
+    engine._config.optimizer_params = options
+    _allow_cpu_offload(engine)
+    if any(isinstance(entry, dict) for entry in parameters):
+        return parameters  # groups that the user made
+    decay = [parameter for parameter in parameters if parameter not in exempt]
+    free = [parameter for parameter in parameters if parameter in exempt]
+    groups = [{"params": decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if any(p.requires_grad for p in group["params"])]  # type: ignore[attr-defined]
+
+
+def _exempt(engine: Any, no_decay: tuple[str, ...] | None) -> tuple[set[Tensor], list[str]]:
+    """The parameters without weight decay, and patterns that match none."""
+    listed = [(canonical_name(name), parameter) for name, parameter in engine.module.named_parameters()]
+    if no_decay is None:
+        roles = infer_roles(engine.module)
+        return {parameter for name, parameter in listed if is_decay_exempt(roles[name])}, []
+    problems = [
+        f'"no_decay": {pattern!r} matches no parameter'
+        for pattern in no_decay
+        if not any(fnmatchcase(name, pattern) for name, _ in listed)
+    ]
+    return {p for name, p in listed if any(fnmatchcase(name, pattern) for pattern in no_decay)}, problems
+
+
+def _roles(engine: Any, given: Any) -> dict[str, Role]:
+    """The role of every parameter of the engine's module: inferred, then overridden by what the user gave."""
+    inferred = infer_roles(engine.module)
+    if given is None or isinstance(given, torch.nn.Module):
+        return inferred
+    shapes = {canonical_name(name): logical_shape(p) for name, p in engine.module.named_parameters()}
+    return override_roles(inferred, given, shapes)
+
+
+def _allow_cpu_offload(engine: Any) -> None:
+    """DeepSpeed refuses client optimizers under CPU offload unless the user says otherwise: ours run natively there."""
+    engine._config.zero_force_ds_cpu_optimizer = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A DeepSpeed setting under which an optimizer here could not be exact.
+
+    Attributes:
+        applies: judges a `deepspeed.runtime.config.DeepSpeedConfig` and an optimizer class.
+        reason: what is wrong and what to change.
+    """
+
+    applies: Callable[[Any, type[ShardedOptimizer]], bool]
+    reason: str
+
+
+def _offload(config: Any, name: str, default: Any) -> Any:
+    return getattr(config.zero_config.offload_optimizer, name, default)
+
+
+REFUSALS = (
+    Refusal(
+        lambda config, _: getattr(config.zero_config, "zenflow", None) is not None,
+        "zero_optimization.zenflow updates with its own Adam: remove it",
+    ),
+    Refusal(
+        lambda config, _: str(getattr(_offload(config, "device", ""), "value", "")) == "nvme",
+        "zero_optimization.offload_optimizer.device nvme takes all state for flat fp32 tensors of the partition's size: "
+        'use "cpu"',
+    ),
+    Refusal(
+        lambda config, _: bool(_offload(config, "super_offload", False)),
+        "zero_optimization.offload_optimizer.super_offload updates with its own Adam: set it to false",
+    ),
+    Refusal(
+        lambda config, _: _offload(config, "ratio", 1.0) < 1,
+        "zero_optimization.offload_optimizer.ratio below 1 updates the rest with DeepSpeed's Adam: set it to 1",
+    ),
+    Refusal(
+        lambda config, _: config.float16_config.fp16_master_weights_and_grads,
+        "fp16.fp16_master_weights_and_grads drops the fp32 master weights: set it to false",
+    ),
+    Refusal(
+        lambda config, _: config.bfloat16_config.bf16_master_weights_and_grads,
+        "bf16.bf16_master_weights_and_grads drops the fp32 master weights: set it to false",
+    ),
+    Refusal(
+        lambda config, _: config.bfloat16_config.bf16_optimizer_states,
+        'bf16.bf16_optimizer_states belongs to DeepSpeed\'s Adam: set it to false and give the optimizer "state_dtype"',
+    ),
+    Refusal(
+        lambda config, _: config.float16_config.enabled and not config.zero_enabled,
+        "fp16 without ZeRO divides gradients by a loss scale that was never applied (DeepSpeed's "
+        "FP16_UnfusedOptimizer): use ZeRO stage 1, or bf16",
+    ),
+    Refusal(
+        lambda config, _: config.torch_autocast_enabled and config.torch_autocast_dtype == torch.float16,
+        "torch_autocast with float16 puts a gradient scaler around every step(): use bfloat16",
+    ),
+    Refusal(
+        lambda config, _: config.zero_config.elastic_checkpoint,
+        "zero_optimization.elastic_checkpoint slices all state by elements: set it to false",
+    ),
+    Refusal(
+        lambda config, _: config.load_universal_checkpoint,
+        "checkpoint.load_universal knows Adam's state only: set it to false",
+    ),
+    Refusal(
+        lambda config, cls: bool(cls.rule.block_state) and config.tensor_parallel_config.autotp_size > 1,
+        "a blockwise optimizer needs whole heads and rows, tensor parallelism (AutoTP) hands out slices of them: "
+        "use AdamW, Lion or Adan, or set tensor_parallel.autotp_size to 1",
+    ),
+)
+
+
+def refusals(config: Any, cls: type[ShardedOptimizer]) -> list[str]:
+    """Every reason why ``cls`` could not be exact under a `DeepSpeedConfig`, each with its remedy."""
+    return [refusal.reason for refusal in REFUSALS if refusal.applies(config, cls)]
+
+
+def _engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any) -> list[str]:
+    problems = refusals(engine._config, cls)
+    if engine.has_moe_layers:
+        problems.append("DeepSpeed's expert parallelism is not supported: use the model's own (stacked) experts")
+    try:
+        _roles(engine, roles)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _raise_all(problems: list[str]) -> None:
+    """Raises the same error on every rank: everything judged here is the same everywhere."""
+    if problems:
+        raise ValueError("ds_optim cannot run under this configuration, nothing was changed:\n- " + "\n- ".join(problems))

@@ -1,0 +1,165 @@
+"""Fused elementwise and blockwise updates: one call per optimizer step, over a list of local flat tensors.
+
+A *formula* is the arithmetic of one rule, a pure function of fp32 tensors of one shape. Its scalars are keyword
+arguments, Python floats or 0-dim tensors, rounded to fp32 by every backend::
+
+    elementwise   formula(param, grad, *states, **scalars) -> (param, *states)
+    blockwise     formula(param, grad, mean_square, *states, *block_states, **scalars)
+                      -> (param, *states, *block_states)
+
+``mean_square`` is a block's mean of squared gradients, divided by its exact size and rounded to fp32 once; it and the
+block states broadcast against the elements. A formula that does not broadcast or that looks at other elements is wrong.
+
+Three backends run a formula (`backend_for` chooses by device, never by size):
+
+- ``native``: C++ on the CPU, built on first use. It knows the formulas by ``name`` and must agree with them; the
+  ``formula`` argument is then not called. fp32 arithmetic whose result does not depend on how a tensor is cut into
+  spans, nor on the number of threads.
+- ``compiled``: `torch.compile` of the formula, for accelerators.
+- ``eager``: the formula as it is, piece by piece: the oracle, and the fallback.
+
+Parameters, gradients and element states may be fp32, bf16 or fp16, block states are fp32. Only elements that a table
+covers are touched (`ds_optim.kernels.tables` says how tables read). Gradients are never written to. Nothing
+synchronises with an accelerator.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from ds_optim.kernels import eager, native
+from ds_optim.kernels.tables import Formula, Select
+
+__all__ = ["Backend", "Formula", "Select", "backend_for", "blockwise", "elementwise", "partial_sums"]
+
+Backend = Literal["native", "compiled", "eager"]
+
+
+def backend_for(device: torch.device) -> Backend:
+    """The backend for tensors on ``device``: C++ on the CPU, compiled on accelerators, eager without a compiler.
+
+    The environment variable ``DS_OPTIM_KERNELS`` (``native``, ``compiled`` or ``eager``) overrides the choice on
+    devices that the named backend can serve. Ranks that share a shard group should agree on the answer.
+
+    Raises:
+        ValueError: ``DS_OPTIM_KERNELS`` names no backend.
+    """
+    forced = os.environ.get("DS_OPTIM_KERNELS", "")
+    if forced and forced not in get_args(Backend):
+        raise ValueError(f"DS_OPTIM_KERNELS is {forced!r}; it may be one of {', '.join(get_args(Backend))}")
+    if forced and (forced != "native" or device.type == "cpu"):
+        return cast(Backend, forced)
+    return _by_device(device.type)
+
+
+@cache
+def _by_device(device_type: str) -> Backend:
+    """The policy, decided (and warned about) once per process and kind of device."""
+    if device_type == "cpu":
+        try:
+            native.library()
+            return "native"
+        except native.UnavailableError as problem:
+            reason = str(problem)
+    else:
+        reason = "not yet"
+    warnings.warn(
+        f"ds_optim: no fused optimizer kernels for {device_type} tensors, so plain torch operations are used, which "
+        f"compute the same several times slower. Reason: {reason}",
+        stacklevel=3,
+    )
+    return "eager"
+
+
+@torch.no_grad()
+def elementwise(
+    backend: Backend,
+    name: str,
+    formula: Formula,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Sequence[Tensor]],
+    spans: Tensor,
+    scalars: Mapping[str, float | Tensor],
+) -> None:
+    """Update ``params`` and ``states`` in place on the elements that ``spans`` covers.
+
+    Args:
+        backend: what `backend_for` chose.
+        name: the rule: ``adamw``, ``lion`` or ``adan`` (another name runs in eager or compiled form only).
+        formula: the rule's arithmetic.
+        params: local flat tensors, contiguous.
+        grads: their gradients, of the same numel, any of the three dtypes; None counts as zero.
+        states: for every state the list of its tensors, in the order of the formula's arguments.
+        spans: int64 CPU tensor (n, 4), see `ds_optim.kernels.tables`.
+        scalars: the formula's keyword arguments, numbers or 0-dim tensors.
+    """
+    if backend == "native":
+        native.elementwise(name, params, grads, states, spans, scalars)
+    else:
+        eager.elementwise(formula, params, grads, states, spans, scalars)
+
+
+@torch.no_grad()
+def partial_sums(
+    backend: Backend,
+    grads: Sequence[Tensor | None],
+    row_runs: Tensor,
+    column_runs: Tensor,
+    cut_sums: Tensor,
+) -> None:
+    """Add to ``cut_sums`` the sums of squared gradients of the local elements of every cut block.
+
+    Args:
+        backend: what `backend_for` chose.
+        grads: as for `elementwise`.
+        row_runs: int64 CPU tensor (n, 9).
+        column_runs: int64 CPU tensor (n, 12).
+        cut_sums: fp64 (fp32 where the device has no fp64), 1-D, on the gradients' device, zeroed by the caller, who
+            all-reduces it over the shard group afterwards.
+    """
+    if backend == "native":
+        native.partial_sums(grads, row_runs, column_runs, cut_sums)
+    else:
+        eager.partial_sums(grads, row_runs, column_runs, cut_sums, "cut")
+
+
+@torch.no_grad()
+def blockwise(
+    backend: Backend,
+    name: str,
+    formula: Formula,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Sequence[Tensor]],
+    block_states: Sequence[Sequence[Tensor]],
+    row_runs: Tensor,
+    column_runs: Tensor,
+    cut_sums: Tensor,
+    scalars: Mapping[str, float | Tensor],
+    select: Select = "all",
+) -> None:
+    """Update ``params``, ``states`` and ``block_states`` in place, block by block.
+
+    A block's mean square comes from its local elements, or, if a shard boundary cuts it, from ``cut_sums``, which must
+    then hold the sums of the whole group.
+
+    Args:
+        backend: what `backend_for` chose.
+        name: the rule: ``adam_mini`` (another name runs in eager or compiled form only).
+        formula: the rule's arithmetic.
+        params, grads, states: as for `elementwise`.
+        block_states: for every block state the list of its tensors, fp32, one value per local block.
+        row_runs, column_runs, cut_sums: as for `partial_sums`.
+        scalars: the formula's keyword arguments.
+        select: ``all`` blocks, only ``uncut`` ones (while the all-reduce travels) or only ``cut`` ones (afterwards).
+    """
+    if backend == "native":
+        native.blockwise(name, params, grads, states, block_states, row_runs, column_runs, cut_sums, scalars, select)
+    else:
+        eager.blockwise(formula, params, grads, states, block_states, row_runs, column_runs, cut_sums, scalars, select)

@@ -1,0 +1,240 @@
+"""The drivers in plain torch operations: the oracle of the other backends, and the fallback where no compiler is found.
+
+Works on any device. Nothing of the tensor's size is allocated: the formula sees at most `CHUNK` elements at a time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_optim.kernels.tables import (
+    ColumnPiece,
+    ColumnRun,
+    Formula,
+    RowPiece,
+    Select,
+    iterate_column_runs,
+    iterate_row_runs,
+    iterate_spans,
+)
+
+CHUNK = {"cpu": 1 << 15}
+"""Elements per call of a formula: on a CPU its temporaries should stay in the cache, elsewhere launches must be few."""
+DEFAULT_CHUNK = 1 << 20
+
+
+def chunk_of(device: torch.device) -> int:
+    """Elements per call of a formula on ``device``."""
+    return CHUNK.get(device.type, DEFAULT_CHUNK)
+
+
+def elementwise(
+    formula: Formula,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Sequence[Tensor]],
+    spans: Tensor,
+    scalars: Mapping[str, float | Tensor],
+) -> None:
+    """`ds_optim.kernels.elementwise`."""
+    scalars = rounded(scalars)
+    for tensor, start, length, has_grad in iterate_spans(spans):
+        param, grad = params[tensor], grads[tensor] if has_grad else None
+        local = [state[tensor] for state in states]
+        chunk = chunk_of(param.device)
+        for first in range(start, start + length, chunk):
+            here = slice(first, min(first + chunk, start + length))
+            targets = [param[here], *(state[here] for state in local)]
+            apply(formula, targets, gradient(grad, here, targets[0]), [], scalars)
+
+
+def partial_sums(
+    grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor, select: Select
+) -> None:
+    """`ds_optim.kernels.partial_sums`."""
+    for piece in iterate_row_runs(row_runs, select):
+        grad = grads[piece.tensor]
+        if grad is not None and piece.has_grad:
+            cut_sums[piece.cut] += _row_sums(grad, piece, cut_sums.dtype)[0]
+    for run in iterate_column_runs(column_runs, select):
+        grad = grads[run.tensor]
+        if grad is not None and run.has_grad:
+            cut_sums[run.cut : run.cut + run.blocks] += _column_sums(grad, run, cut_sums.dtype)
+
+
+def blockwise(
+    formula: Formula,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Sequence[Tensor]],
+    block_states: Sequence[Sequence[Tensor]],
+    row_runs: Tensor,
+    column_runs: Tensor,
+    cut_sums: Tensor,
+    scalars: Mapping[str, float | Tensor],
+    select: Select,
+) -> None:
+    """`ds_optim.kernels.blockwise`."""
+    scalars = rounded(scalars)
+    for piece in iterate_row_runs(row_runs, select):
+        param, grad = params[piece.tensor], grads[piece.tensor] if piece.has_grad else None
+        local = [state[piece.tensor] for state in states]
+        local_blocks = [state[piece.tensor][piece.slot : piece.slot + piece.blocks] for state in block_states]
+        for part, first, last in _parts(piece, chunk_of(param.device)):
+            sums = _row_sums(grad, part, cut_sums.dtype, like=param) if piece.cut < 0 else cut_sums[piece.cut, None]
+            mean_squares = (sums / piece.numel).float()
+            _update_rows(
+                formula, param, grad, local, [s[first:last] for s in local_blocks], part, mean_squares, scalars
+            )
+    for run in iterate_column_runs(column_runs, select):
+        param, grad = params[run.tensor], grads[run.tensor] if run.has_grad else None
+        local = [state[run.tensor] for state in states]
+        local_blocks = [state[run.tensor][run.slot : run.slot + run.blocks] for state in block_states]
+        if run.cut < 0:
+            sums = _column_sums(grad, run, cut_sums.dtype, like=param)
+        else:
+            sums = cut_sums[run.cut : run.cut + run.blocks]
+        mean_squares = (sums / run.block_numel).float()
+        _update_columns(formula, param, grad, local, local_blocks, run, mean_squares, scalars)
+
+
+def rounded(scalars: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
+    """The scalars as every backend sees them: rounded to fp32 once. Tensors stay where they are: nothing waits."""
+    numbers = {name: value for name, value in scalars.items() if not isinstance(value, Tensor)}
+    values: list[float] = torch.tensor(list(numbers.values()), dtype=torch.float32).tolist()
+    tensors = {name: value.float() for name, value in scalars.items() if isinstance(value, Tensor)}
+    return {**dict(zip(numbers, values, strict=True)), **tensors}
+
+
+def gradient(grad: Tensor | None, here: slice, like: Tensor) -> Tensor:
+    """The gradient's fp32 elements ``here``, zeros if there is none."""
+    return torch.zeros_like(like, dtype=torch.float32) if grad is None else grad[here].float()
+
+
+def apply(
+    formula: Formula,
+    targets: Sequence[Tensor],
+    grad: Tensor,
+    block_values: Sequence[Tensor],
+    scalars: Mapping[str, float | Tensor],
+) -> None:
+    """Evaluate the formula on parameter and element states (``targets``) and store what it returns for them.
+
+    ``block_values``, the mean square and the block states, broadcast against the targets and are only read.
+    """
+    if block_values:
+        mean_square, *block_states = block_values
+        results = formula(
+            targets[0].float(), grad, mean_square, *(t.float() for t in targets[1:]), *block_states, **scalars
+        )
+    else:
+        results = formula(targets[0].float(), grad, *(t.float() for t in targets[1:]), **scalars)
+    for target, result in zip(targets, results, strict=False):
+        target.copy_(result)
+
+
+def advance_blocks(
+    formula: Formula,
+    num_states: int,
+    block_states: Sequence[Tensor],
+    mean_squares: Tensor,
+    scalars: Mapping[str, float | Tensor],
+) -> None:
+    """Store the formula's new block states, given as many mean squares; no block value sees the made-up elements."""
+    nothing = torch.zeros_like(mean_squares)
+    results = formula(nothing, nothing, mean_squares, *([nothing] * num_states), *block_states, **scalars)
+    for state, result in zip(block_states, results[1 + num_states :], strict=True):
+        state.copy_(result)
+
+
+def _parts(piece: RowPiece, chunk: int) -> Iterator[tuple[RowPiece, int, int]]:
+    """The piece in parts of at most ``chunk`` elements (at least one block), each with its range of blocks."""
+    step = max(1, chunk // piece.length)
+    for first in range(0, piece.blocks, step):
+        blocks = min(step, piece.blocks - first)
+        start = piece.start + first * piece.length
+        part = RowPiece(
+            piece.tensor, start, blocks, piece.length, piece.numel, piece.slot + first, piece.cut, piece.has_grad
+        )
+        yield part, first, first + blocks
+
+
+def _row_sums(grad: Tensor | None, piece: RowPiece, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+    """Sums of squares (blocks,) of the piece's blocks."""
+    if grad is None:
+        assert like is not None
+        return torch.zeros(piece.blocks, dtype=dtype, device=like.device)
+    chunk = chunk_of(grad.device)
+    if piece.length > chunk:
+        total = torch.zeros(1, dtype=dtype, device=grad.device)
+        for first in range(piece.start, piece.start + piece.length, chunk):
+            total += grad[first : min(first + chunk, piece.start + piece.length)].float().square_().sum(dtype=dtype)
+        return total
+    block_BL = grad[piece.start : piece.start + piece.blocks * piece.length].view(piece.blocks, piece.length)
+    return block_BL.float().square().sum(1, dtype=dtype)
+
+
+def _update_rows(
+    formula: Formula,
+    param: Tensor,
+    grad: Tensor | None,
+    states: Sequence[Tensor],
+    block_states: Sequence[Tensor],
+    piece: RowPiece,
+    mean_squares: Tensor,
+    scalars: Mapping[str, float | Tensor],
+) -> None:
+    block_values = [mean_squares[:, None], *(state[:, None] for state in block_states)]
+    width = chunk_of(param.device) if piece.blocks == 1 else piece.length
+    stop = piece.start + piece.blocks * piece.length
+    for first in range(piece.start, stop, piece.blocks * width):
+        here = slice(first, min(first + piece.blocks * width, stop))
+        targets = [tensor[here].view(piece.blocks, -1) for tensor in (param, *states)]
+        apply(formula, targets, gradient(grad, here, param[here]).view(piece.blocks, -1), block_values, scalars)
+    advance_blocks(formula, len(states), block_states, mean_squares, scalars)
+
+
+def _column_parts(run: ColumnRun, chunk: int) -> Iterator[ColumnPiece]:
+    """The run's pieces in parts of at most ``chunk`` elements (at least one row)."""
+    for piece in run.pieces():
+        step = max(1, chunk // (piece.last - piece.first))
+        for row in range(0, piece.rows, step):
+            rows = min(step, piece.rows - row)
+            yield ColumnPiece(piece.start + row * run.row_length, rows, piece.first, piece.last)
+
+
+def column_view(tensor: Tensor, run: ColumnRun, piece: ColumnPiece) -> Tensor:
+    """The piece's elements as a (rows, columns) view."""
+    return tensor.as_strided(
+        (piece.rows, piece.last - piece.first), (run.row_length, 1), tensor.storage_offset() + piece.start
+    )
+
+
+def _column_sums(grad: Tensor | None, run: ColumnRun, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+    """Sums of squares (blocks,) of the run's blocks: by column over rows, which lie apart, then over columns."""
+    device = grad.device if grad is not None else like.device if like is not None else None
+    columns = torch.zeros(run.blocks * run.width, dtype=dtype, device=device)
+    if grad is not None:
+        for part in _column_parts(run, chunk_of(grad.device)):
+            columns[part.first : part.last] += column_view(grad, run, part).float().square().sum(0, dtype=dtype)
+    return columns.view(run.blocks, run.width).sum(1)
+
+
+def _update_columns(
+    formula: Formula,
+    param: Tensor,
+    grad: Tensor | None,
+    states: Sequence[Tensor],
+    block_states: Sequence[Tensor],
+    run: ColumnRun,
+    mean_squares: Tensor,
+    scalars: Mapping[str, float | Tensor],
+) -> None:
+    block_values = [value.repeat_interleave(run.width) for value in (mean_squares, *block_states)]
+    for part in _column_parts(run, chunk_of(param.device)):
+        targets = [column_view(tensor, run, part) for tensor in (param, *states)]
+        grad_RC = torch.zeros_like(targets[0], dtype=torch.float32) if grad is None else column_view(grad, run, part)
+        here = slice(part.first, part.last)
+        apply(formula, targets, grad_RC.float(), [value[here] for value in block_values], scalars)
+    advance_blocks(formula, len(states), block_states, mean_squares, scalars)

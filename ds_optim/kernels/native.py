@@ -1,0 +1,354 @@
+"""The C++ kernels on CPU tensors: built on first use, called through their plain C interface.
+
+Not `torch.utils.cpp_extension.load`: the source includes no torch header, so that one call of the compiler builds it in
+a few seconds, without ninja, and a build outlives torch releases; and torch's build lock stays behind for ever when its
+holder is killed. Shared with it: where builds are kept (``TORCH_EXTENSIONS_DIR``) and how the compiler is named
+(``CXX``). The ranks of a host share one build: the first compiles, the others wait.
+
+The work runs on the OpenMP threads of torch itself, `torch.get_num_threads()` of them: a second thread pool would
+compete with the first one's spinning threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from array import array
+from collections.abc import Mapping, Sequence
+from functools import cache
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.kernels.tables import Select
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",  # a fused multiply-add in the vector loop but not in its tail would make slices round apart
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+)
+
+SCALARS = {
+    "adamw": ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "bias2_sqrt", "eps"),
+    "lion": ("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "lr"),
+    "adan": (
+        *("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "beta3", "one_minus_beta3"),
+        *("step_size", "step_size_diff", "bias3_sqrt", "eps", "shrink", "has_previous"),
+    ),
+    "adam_mini": ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "bias2_sqrt", "eps"),
+}
+"""The scalars of every rule, in the order of the fields of the C++ structs."""
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SELECT: dict[Select, int] = {"all": 0, "uncut": 1, "cut": 2}
+
+
+class UnavailableError(RuntimeError):
+    """The kernels cannot be built here; the message says why."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded kernels, built if this is the first use on this machine.
+
+    Raises:
+        UnavailableError: there is no working compiler, or the build cannot be kept.
+    """
+    loaded = ctypes.CDLL(str(_built()))
+    loaded.ds_optim_use_threads.restype = None
+    loaded.ds_optim_use_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    word, pointer = ctypes.c_int64, ctypes.c_void_p
+    for name in ("adamw", "lion", "adan"):
+        function = getattr(loaded, f"ds_optim_{name}")
+        function.restype = word
+        function.argtypes = [word, pointer, pointer, pointer, word, pointer, word]
+    loaded.ds_optim_partial_sums.restype = word
+    loaded.ds_optim_partial_sums.argtypes = [
+        *(word, pointer, pointer, pointer, word, pointer, word, pointer, word, word)
+    ]
+    loaded.ds_optim_adam_mini.restype = word
+    loaded.ds_optim_adam_mini.argtypes = [
+        *(word, pointer, pointer, pointer, pointer, word, pointer, word, pointer, word, word, pointer, word)
+    ]
+    _lend_threads(loaded)
+    return loaded
+
+
+def _lend_threads(loaded: ctypes.CDLL) -> None:
+    """Hand over torch's OpenMP runtime, found among what libtorch_cpu itself is linked with.
+
+    Both GNU's and LLVM's runtime have these symbols. Without them the kernels start threads of their own.
+    """
+    suffix = {"darwin": "dylib"}.get(sys.platform, "so")
+    try:
+        openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
+        region = ctypes.cast(openmp.GOMP_parallel, ctypes.c_void_p)
+        number = ctypes.cast(openmp.omp_get_thread_num, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return
+    loaded.ds_optim_use_threads(region, number)
+
+
+def _built() -> Path:
+    """The shared library for this source, compiler and processor; compiled unless some process did so before."""
+    if os.name != "posix":
+        raise UnavailableError("only Linux and macOS are supported")
+    from torch.utils.cpp_extension import get_default_build_root  # costs an import of setuptools
+
+    identity = [SOURCE.read_text(encoding="utf-8"), *FLAGS, os.environ.get("CXX", ""), _processor()]
+    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    target = Path(get_default_build_root()) / "ds_optim" / f"kernels_{digest}.so"
+    if target.exists():
+        return target
+    from filelock import FileLock
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_suffix(".lock")):  # the system drops the lock of a process that dies
+            if not target.exists():
+                _compile(target)
+    except OSError as problem:
+        raise UnavailableError(f"no place for the build: {problem}; set TORCH_EXTENSIONS_DIR to a folder") from problem
+    return target
+
+
+def _compile(target: Path) -> None:
+    compiler = _compiler()
+    print(f"ds_optim: building CPU kernels, once, about 10 s: {target}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        unfinished = Path(folder) / target.name
+        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(unfinished)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise UnavailableError(f"`{shlex.join(command)}` failed:\n{(done.stdout + done.stderr)[-2000:]}")
+        unfinished.replace(target)  # complete or absent, for whoever looks
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    for candidate in [named] if named else ["c++", "g++", "clang++"]:
+        command = shlex.split(candidate)
+        if command and shutil.which(command[0]):
+            return command
+    raise UnavailableError(
+        f"CXX names {named!r}, which is not on the PATH"
+        if named
+        else "no C++ compiler on the PATH (c++, g++ or clang++; on Debian: apt install g++)"
+    )
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: homes are shared by machines whose processors differ."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as cpuinfo:
+            lines = cpuinfo.read().split("\n\n")[0].splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    telling = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
+    return "\n".join(line for line in lines if line.startswith(telling))
+
+
+def elementwise(
+    name: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Sequence[Tensor]],
+    spans: Tensor,
+    scalars: Mapping[str, float | Tensor],
+) -> None:
+    """`ds_optim.kernels.elementwise`.
+
+    Raises:
+        ValueError: a tensor or a table is not what the kernels can work on.
+    """
+    call = _Streams([("param", params), ("grad", grads), *((f"state {i}", state) for i, state in enumerate(states))])
+    _check_table("spans", spans, 4)
+    constants = _scalars(name, scalars)
+    bad = getattr(library(), f"ds_optim_{name}")(
+        len(params),
+        call.address,
+        call.numels,
+        spans.data_ptr(),
+        len(spans),
+        constants.buffer_info()[0],
+        torch.get_num_threads(),
+    )
+    _raise_if_bad(bad, spans, None)
+    torch.autograd.graph.increment_version(params)
+
+
+def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor) -> None:
+    """`ds_optim.kernels.partial_sums`.
+
+    Raises:
+        ValueError: a tensor or a table is not what the kernels can work on.
+    """
+    call = _Streams([("grad", grads)])
+    _check_table("row_runs", row_runs, 9)
+    _check_table("column_runs", column_runs, 12)
+    _check_sums(cut_sums)
+    bad = library().ds_optim_partial_sums(
+        len(grads),
+        call.address,
+        call.numels,
+        row_runs.data_ptr(),
+        len(row_runs),
+        column_runs.data_ptr(),
+        len(column_runs),
+        cut_sums.data_ptr(),
+        cut_sums.numel(),
+        torch.get_num_threads(),
+    )
+    _raise_if_bad(bad, row_runs, column_runs)
+
+
+def blockwise(
+    name: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Sequence[Tensor]],
+    block_states: Sequence[Sequence[Tensor]],
+    row_runs: Tensor,
+    column_runs: Tensor,
+    cut_sums: Tensor,
+    scalars: Mapping[str, float | Tensor],
+    select: Select,
+) -> None:
+    """`ds_optim.kernels.blockwise`.
+
+    Raises:
+        ValueError: a tensor or a table is not what the kernels can work on.
+    """
+    if len(states) != 1 or len(block_states) != 1:
+        raise ValueError(f"{name} has one element state and one block state, not {len(states)} and {len(block_states)}")
+    call = _Streams([("param", params), ("grad", grads), ("state 0", states[0])], [("block state", block_states[0])])
+    _check_table("row_runs", row_runs, 9)
+    _check_table("column_runs", column_runs, 12)
+    _check_sums(cut_sums)
+    constants = _scalars(name, scalars)
+    bad = getattr(library(), f"ds_optim_{name}")(
+        len(params),
+        call.address,
+        call.numels,
+        call.slots,
+        row_runs.data_ptr(),
+        len(row_runs),
+        column_runs.data_ptr(),
+        len(column_runs),
+        cut_sums.data_ptr(),
+        cut_sums.numel(),
+        _SELECT[select],
+        constants.buffer_info()[0],
+        torch.get_num_threads(),
+    )
+    _raise_if_bad(bad, row_runs, column_runs)
+    torch.autograd.graph.increment_version(params)
+
+
+_ABSENT = 1 << 62
+"""The size of a gradient that is None: any row of a table fits it, and nothing is read."""
+
+_last_checked: dict[str, array[int]] = {}
+
+
+class _Streams:
+    """Addresses, dtypes and sizes of a call's tensors, in the layout that the C++ side reads.
+
+    One table per stream: addresses, dtypes, numels of all its tensors. A table that equals the stream's previous one
+    describes tensors that were checked before, so what cannot have changed is not looked at again.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[tuple[str, Sequence[Tensor | None]]],
+        blocks: Sequence[tuple[str, Sequence[Tensor]]] = (),
+    ) -> None:
+        self._count = len(streams[0][1])
+        tables = [self._table(label, tensors) for label, tensors in streams]
+        sizes = tables[0][2 * self._count :]
+        for (label, _), table in zip(streams, tables, strict=True):
+            numels = table[2 * self._count :]
+            if numels != sizes and any(a != b for a, b in zip(sizes, numels, strict=True) if b != _ABSENT):
+                raise ValueError(f"{label} and {streams[0][0]} differ in size: {list(numels)} and {list(sizes)}")
+        for label, tensors in blocks:
+            tables.append(self._table(label, tensors))
+            if any(tensor.dtype != torch.float32 for tensor in tensors):
+                raise ValueError(f"every {label} must be torch.float32")
+        self._tables = tables  # keeps alive what is pointed to below
+        self._pointers = array("q", [table.buffer_info()[0] for table in tables])
+        self.address = self._pointers.buffer_info()[0]
+        words = array("q").itemsize
+        self.numels = tables[0].buffer_info()[0] + 2 * self._count * words
+        self.slots = tables[-1].buffer_info()[0] + 2 * self._count * words
+
+    def _table(self, label: str, tensors: Sequence[Tensor | None]) -> array[int]:
+        if len(tensors) != self._count:
+            raise ValueError(f"{len(tensors)} tensors as {label}, {self._count} parameters")
+        present = [tensor for tensor in tensors if tensor is not None]
+        try:
+            dtypes = [_DTYPES[dtype] for dtype in map(attrgetter("dtype"), present)]
+        except KeyError as unknown:
+            raise ValueError(f"{label} has dtype {unknown}; the kernels know fp32, bf16 and fp16") from None
+        addresses, numels = list(map(Tensor.data_ptr, present)), list(map(Tensor.numel, present))
+        for index, tensor in enumerate(tensors if len(present) < self._count else ()):
+            if tensor is None:
+                addresses.insert(index, 0)
+                dtypes.insert(index, 0)
+                numels.insert(index, _ABSENT)
+        table = array("q", [*addresses, *dtypes, *numels])
+        if _last_checked.get(label) != table:
+            _check_tensors(label, present)
+            _last_checked[label] = table
+        return table
+
+
+def _check_tensors(label: str, tensors: Sequence[Tensor]) -> None:
+    problems = {
+        f"{label} is on {tensor.device}" if tensor.device.type != "cpu" else f"{label} is not contiguous"
+        for tensor in tensors
+        if tensor.device.type != "cpu" or not tensor.is_contiguous()
+    }
+    if problems:
+        raise ValueError(f"the C++ kernels work on contiguous CPU tensors: {', '.join(sorted(problems))}")
+
+
+def _check_table(label: str, table: Tensor, columns: int) -> None:
+    if table.dtype != torch.int64 or table.dim() != 2 or table.shape[1] != columns or not table.is_contiguous():
+        raise ValueError(
+            f"{label} must be a contiguous int64 tensor of shape (n, {columns}), not {tuple(table.shape)} {table.dtype}"
+        )
+
+
+def _check_sums(cut_sums: Tensor) -> None:
+    if cut_sums.dtype != torch.float64 or not cut_sums.is_contiguous() or cut_sums.device.type != "cpu":
+        raise ValueError(f"cut_sums must be a contiguous torch.float64 CPU tensor, not {cut_sums.dtype}")
+
+
+def _raise_if_bad(code: int, rows: Tensor, columns: Tensor | None) -> None:
+    """Codes count rows of the first table from 1 upwards, of the second from -1 downwards."""
+    if code == 0:
+        return
+    row = rows[code - 1] if code > 0 or columns is None else columns[-code - 1]
+    raise ValueError(f"a row of the table does not fit the tensors or contradicts itself: {row.tolist()}")
+
+
+def _scalars(name: str, scalars: Mapping[str, Any]) -> array[float]:
+    return array("f", [float(scalars[key]) for key in SCALARS[name]])

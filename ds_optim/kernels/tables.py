@@ -1,0 +1,177 @@
+"""The work tables of a kernel call: which elements it may touch, and which of them form a block.
+
+Tables are int64 CPU tensors, so that a C++ kernel reads them as they are and a layout builds them once. A call works on
+a list of local flat tensors (contiguous, seen as 1-D); whatever no row of a table covers is padding: it is never read
+and never written.
+
+``spans`` (n, 4), for elementwise rules::
+
+    tensor  start  length  has_grad
+
+``row_runs`` (n, 9): consecutive blocks of one width that lie one after the other. Block ``k`` of a run is the local
+elements ``[k*width - phase, (k+1)*width - phase)`` clipped to ``[0, length)``, counted from ``start``::
+
+    tensor  start  length  phase  width  slot  cut_first  cut_last  has_grad
+
+``column_runs`` (n, 12): blocks that are groups of columns of a row-major matrix, of which the local elements
+``[start, start + length)`` are the matrix's elements ``[phase, phase + length)``. Block ``k`` of a run is the columns
+``[column_start + k*width, column_start + (k+1)*width)`` and has ``block_numel`` elements in the whole matrix::
+
+    tensor  start  length  phase  row_length  column_start  column_stop  width  slot  cut  block_numel  has_grad
+
+``slot`` is where a run's first block keeps its state in the tensor's block state; the others follow. A block that a
+shard boundary cuts has a place in ``cut_sums`` (``cut_first``, ``cut_last``; ``cut`` and following), all others say -1.
+``has_grad`` 0 means that the gradient counts as zero and is not read.
+
+This file knows how to read tables; what a row should say is the layout's business.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Formula = Callable[..., tuple[Tensor, ...]]
+"""A rule's arithmetic on fp32 tensors: see `ds_optim.kernels`."""
+
+Select = Literal["all", "uncut", "cut"]
+"""Which blocks a blockwise call updates: every block, only whole ones, only those that a shard boundary cuts."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPiece:
+    """``blocks`` neighbouring blocks of which ``length`` elements each are held here, one after the other.
+
+    Attributes:
+        tensor: index of the local tensor.
+        start: first element in that tensor.
+        numel: elements of one block in the whole parameter.
+        slot: place of the first block in the tensor's block state.
+        cut: place of the block in ``cut_sums``, or -1; only single blocks are cut.
+    """
+
+    tensor: int
+    start: int
+    blocks: int
+    length: int
+    numel: int
+    slot: int
+    cut: int
+    has_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnPiece:
+    """``rows`` rows of a matrix fragment, each reduced to the columns ``[first, last)`` of a column run.
+
+    Row ``r`` is the elements ``start + r*row_length + [0, last - first)`` of the local tensor; columns count from the
+    run's ``column_start``.
+    """
+
+    start: int
+    rows: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnRun:
+    """One row of ``column_runs`` by name."""
+
+    tensor: int
+    start: int
+    length: int
+    phase: int
+    row_length: int
+    column_start: int
+    column_stop: int
+    width: int
+    slot: int
+    cut: int
+    block_numel: int
+    has_grad: int
+
+    @property
+    def blocks(self) -> int:
+        return (self.column_stop - self.column_start) // self.width
+
+    def pieces(self) -> Iterator[ColumnPiece]:
+        """At most three: the end of a row begun elsewhere, whole rows, the beginning of a row that ends elsewhere."""
+        position, stop = self.phase, self.phase + self.length
+        while position < stop:
+            row_start = position - position % self.row_length
+            if position == row_start and stop - position >= self.row_length:
+                rows = (stop - position) // self.row_length
+                row_stop = position + rows * self.row_length
+                left, right = 0, self.row_length
+            else:
+                rows, row_stop = 1, min(row_start + self.row_length, stop)
+                left, right = position - row_start, row_stop - row_start
+            first, last = max(left, self.column_start), min(right, self.column_stop)
+            if first < last:
+                start = self.start + (row_start + first - self.phase)
+                yield ColumnPiece(start, rows, first - self.column_start, last - self.column_start)
+            position = row_stop
+
+
+def iterate_spans(spans: Tensor) -> Iterator[tuple[int, int, int, bool]]:
+    """The rows of ``spans``, neighbours joined, as ``(tensor, start, length, has_grad)``; empty ones are left out.
+
+    Joining matters where every span costs a kernel launch: a partition of hundreds of parameters is one span.
+    """
+    joined: tuple[int, int, int, bool] | None = None
+    for tensor, start, length, has_grad in spans.tolist():
+        if length == 0:
+            continue
+        if joined is not None and (joined[0], joined[1] + joined[2], joined[3]) == (tensor, start, bool(has_grad)):
+            joined = (tensor, joined[1], joined[2] + length, joined[3])
+            continue
+        if joined is not None:
+            yield joined
+        joined = (tensor, start, length, bool(has_grad))
+    if joined is not None:
+        yield joined
+
+
+def iterate_row_runs(row_runs: Tensor, select: Select) -> Iterator[RowPiece]:
+    """The blocks of ``row_runs`` that ``select`` asks for: a cut block alone, neighbouring whole blocks together.
+
+    Raises:
+        ValueError: a run holds part of a block but names no place for it in ``cut_sums``.
+    """
+    for tensor, start, length, phase, width, slot, cut_first, cut_last, has_grad in row_runs.tolist():
+        if length == 0:
+            continue
+        blocks = -(-(phase + length) // width)
+        first_is_part = phase > 0 or length < width
+        last_is_part = (phase + length) % width > 0
+        if blocks == 1:
+            cut_first = cut_last = max(cut_first, cut_last)
+        if (first_is_part and cut_first < 0) or (last_is_part and cut_last < 0):
+            raise ValueError(
+                f"a run of blocks of {width} elements ends inside a block that is not marked as cut: "
+                f"{tensor=} {start=} {length=} {phase=}"
+            )
+        first = 1 if cut_first >= 0 else 0
+        last = 1 if cut_last >= 0 and blocks > 1 else 0
+        whole = blocks - first - last
+        first_length = min(width - phase, length)
+        whole_start = start + (first_length if first else 0)
+        if first and select != "uncut":
+            yield RowPiece(tensor, start, 1, first_length, width, slot, cut_first, bool(has_grad))
+        if whole and select != "cut":
+            yield RowPiece(tensor, whole_start, whole, width, width, slot + first, -1, bool(has_grad))
+        if last and select != "uncut":
+            last_start = whole_start + whole * width
+            last_length = start + length - last_start
+            yield RowPiece(tensor, last_start, 1, last_length, width, slot + blocks - 1, cut_last, bool(has_grad))
+
+
+def iterate_column_runs(column_runs: Tensor, select: Select) -> Iterator[ColumnRun]:
+    """The rows of ``column_runs`` that ``select`` asks for; a run's blocks are all cut or all whole."""
+    for row in column_runs.tolist():
+        run = ColumnRun(*row)
+        if run.length == 0 or (select == "uncut" and run.cut >= 0) or (select == "cut" and run.cut < 0):
+            continue
+        yield run

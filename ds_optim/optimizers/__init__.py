@@ -1,0 +1,1 @@
+"""One file per algorithm; `sharded` joins a rule with a layout."""

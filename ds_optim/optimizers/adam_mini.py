@@ -1,0 +1,150 @@
+r"""Adam-mini: Adam with one second moment per block instead of one per element.
+
+Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", https://arxiv.org/abs/2406.16793 (algorithms 1 and 3),
+as the official code v1.1.1 computes it. A block :math:`b` is what the Hessian of a transformer makes one: a head of a
+query or key, an output neuron of any other matrix, a token of an embedding, a whole norm.
+
+.. math::
+    \theta &\leftarrow (1 - \eta\lambda)\,\theta \qquad m \leftarrow \beta_1 m + (1-\beta_1)\, g \\
+    v_b &\leftarrow \beta_2 v_b + (1-\beta_2)\, \operatorname{mean}(g_b^2) \\
+    \theta_b &\leftarrow \theta_b - \frac{\eta}{1-\beta_1^t}\, \frac{m_b}{\sqrt{v_b}\,/\sqrt{1-\beta_2^t} + \epsilon}
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.optimizers.sharded import Rule, Scalars, ShardedOptimizer
+from ds_optim.role import PER_HEAD, Role, is_vector, matrix_view
+from ds_optim.sharding.blocks import BlockGrid
+
+
+def adam_mini_update(
+    param: Tensor,
+    grad: Tensor,
+    mean_square: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    decay: Any,
+    beta1: Any,
+    one_minus_beta1: Any,
+    beta2: Any,
+    one_minus_beta2: Any,
+    step_size: Any,
+    bias2_sqrt: Any,
+    eps: Any,
+) -> tuple[Tensor, ...]:
+    """One Adam-mini update, fp32: returns the new ``(param, exp_avg, exp_avg_sq)``.
+
+    ``mean_square`` and ``exp_avg_sq`` hold one value per block and broadcast against the elements.
+    """
+    exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * mean_square
+    exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
+    block_step = step_size / (exp_avg_sq.sqrt() / bias2_sqrt + eps)
+    return param * decay - exp_avg * block_step, exp_avg, exp_avg_sq
+
+
+class AdamMini(ShardedOptimizer):
+    """Adam-mini: AdamW with one second moment per block of parameters instead of one per element.
+
+    State: ``exp_avg`` (fp32 per element) and ``exp_avg_sq`` (fp32 per block), 4 bytes per parameter and 4 per block:
+    half of AdamW's. Use AdamW's learning rate, betas and weight decay.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups of either.
+        lr: learning rate, or a tensor that holds it; AdamW's value.
+        betas: decay of the first and second moment; AdamW's values. The official language-model runs: (0.9, 0.95).
+        eps: added to the root of the bias-corrected second moment.
+        weight_decay: decoupled, multiplied by the learning rate.
+        roles: what each parameter is, and so which blocks it has: the model itself, the result of `infer_roles`, or
+            ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Outside,
+            without roles, names decide what they can and every other parameter has one block per output row.
+        state_dtype: dtype of ``exp_avg``.
+
+    Raises:
+        ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
+    """
+
+    rule = Rule("adam_mini", adam_mini_update, element_state=("exp_avg",), block_state=("exp_avg_sq",))
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        roles: Any = None,
+        state_dtype: torch.dtype | str = torch.float32,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, roles=roles, state_dtype=state_dtype)
+
+    def blocks(self, role: Role, shape: tuple[int, ...]) -> BlockGrid:
+        return adam_mini_blocks(role, shape)
+
+    def scalars(self, group: dict[str, Any], step: int) -> Scalars:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        return {
+            "decay": 1 - lr * group["weight_decay"],
+            "beta1": beta1,
+            "one_minus_beta1": 1 - beta1,
+            "beta2": beta2,
+            "one_minus_beta2": 1 - beta2,
+            "step_size": lr / (1 - beta1**step),
+            "bias2_sqrt": math.sqrt(1 - beta2**step),
+            "eps": group["eps"],
+        }
+
+
+def adam_mini_blocks(role: Role, shape: tuple[int, ...]) -> BlockGrid:
+    """The blocks of one parameter (paper, Algorithm 3; the table of the official v1.1.1, without its name collisions).
+
+    =====================================================  ========================================================
+    role                                                   block
+    =====================================================  ========================================================
+    bias                                                   one element (plain AdamW)
+    query, key                                             one head: ``head_dim`` output rows (one row if unknown)
+    embedding, head, value, attention_output, mlp,
+    router, linear, conv, other                            one output row (token, neuron, channel) of each expert
+    fused                                                  part by part, by the same rules
+    norm, any 1-D tensor, and a vector that is "other"     the whole tensor
+    =====================================================  ========================================================
+
+    Args:
+        role: of the parameter.
+        shape: logical shape of the whole parameter, never of a shard.
+    """
+    if role.kind == "bias":
+        return BlockGrid(1, 1, math.prod(shape), 1, ((math.prod(shape), 1),))
+    if role.kind == "norm" or len(shape) < 2 or (role.kind == "other" and is_vector(shape)):
+        return BlockGrid(1, 1, 1, math.prod(shape), ((1, 1),))
+    batch, reduce, axis, inner = matrix_view(role, shape)
+    if role.kind == "fused" and role.parts:
+        runs = tuple(_segments(part.kind, part.size, role.head_dim) for part in role.parts)
+    else:
+        runs = (_segments(role.kind, axis, role.head_dim),)
+    return BlockGrid(batch, reduce, axis, inner, _merged(runs))
+
+
+def _segments(kind: str, size: int, head_dim: int | None) -> tuple[int, int]:
+    """``(count, width)`` of the blocks of ``size`` output positions of one kind."""
+    if kind in PER_HEAD and head_dim is not None:
+        return size // head_dim, head_dim
+    return size, 1
+
+
+def _merged(runs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """The same segments with neighbouring runs of equal width joined (a query's heads and the key's behind them)."""
+    joined: list[tuple[int, int]] = []
+    for count, width in runs:
+        if joined and joined[-1][1] == width:
+            count += joined.pop()[0]
+        joined.append((count, width))
+    return tuple(joined)

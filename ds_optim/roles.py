@@ -1,0 +1,178 @@
+"""Roles: what each parameter of a model is, by module types and the model's own config, by name only as a last resort.
+
+The public functions. They need shapes only, so they work on the meta device and under ``deepspeed.zero.Init``, whose
+parameters are empty until they are gathered.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_optim.role import Kind, Part, Role, contradictions, is_decay_exempt, is_vector
+from ds_optim.role_evidence import claim, place_of, wrappers_of
+from ds_optim.role_overrides import override_roles, roles_from_names
+
+__all__ = [
+    "Kind",
+    "Part",
+    "Role",
+    "canonical_name",
+    "infer_roles",
+    "is_decay_exempt",
+    "logical_shape",
+    "override_roles",
+    "param_groups",
+    "resolve_roles",
+    "warn_unclaimed",
+]
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without wrapper prefixes: what it is called in the model that the user wrote.
+
+    Stripped are ``module.`` (DDP, DeepSpeed) and ``base_model.model.`` (PEFT) at the start, and anywhere ``_orig_mod``
+    (`torch.compile`), ``_fsdp_wrapped_module``, ``_checkpoint_wrapped_module`` and ``base_layer`` (PEFT).
+    """
+    *path, leaf = name.split(".")
+    kept = [attribute for attribute, is_wrapper in zip(path, wrappers_of(path), strict=True) if not is_wrapper]
+    return ".".join([*kept, leaf])
+
+
+def logical_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter, also where ZeRO-3 left an empty tensor in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def infer_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of every parameter of a model.
+
+    Args:
+        model: any module, wrapped or not; roles of transformers models are exact, others go by the same evidence.
+
+    Returns:
+        ``{name: role}``, names as ``canonical_name`` gives them; tied weights once, under their first name.
+    """
+    return _named(model, _roles_by_parameter(model))
+
+
+def _named(model: nn.Module, by_parameter: Mapping[int, Role]) -> dict[str, Role]:
+    return {canonical_name(name): by_parameter[id(parameter)] for name, parameter in model.named_parameters()}
+
+
+def _roles_by_parameter(model: nn.Module) -> dict[int, Role]:
+    """Roles by identity of the parameter. A weight that embeds anywhere is an embedding, whatever it is tied to."""
+    uses = list(model.named_parameters(remove_duplicate=False))
+    shapes = {id(parameter): logical_shape(parameter) for _, parameter in uses}
+    heads = {id(weight) for weight in _output_embeddings(model)}
+    roles: dict[int, Role] = {}
+    for name, parameter in uses:
+        key = id(parameter)
+        role = claim(place_of(model, name, shapes), shapes[key])
+        if key in heads and role.kind in ("head", "linear"):
+            role = replace(role, kind="head", source="module")
+        if key not in roles or (role.kind == "embedding" and roles[key].kind != "embedding"):
+            roles[key] = role
+    return roles
+
+
+def _output_embeddings(model: nn.Module) -> Iterator[Tensor]:
+    """The weights that transformers models, also inside wrappers, call their output embeddings."""
+    for module in model.modules():
+        method = getattr(module, "get_output_embeddings", None)
+        if not callable(method):
+            continue
+        try:
+            layer = method()
+        except (AttributeError, NotImplementedError, TypeError):
+            continue  # a model that has none may say so by any of these
+        weight = getattr(layer, "weight", None)
+        if isinstance(layer, nn.Module) and isinstance(weight, Tensor):
+            yield weight
+
+
+def resolve_roles(
+    roles: Any, shapes: Mapping[str, tuple[int, ...]], names: Mapping[Tensor, str] | None = None
+) -> dict[str, Role]:
+    """One role for every name, from whatever an optimizer was given.
+
+    Args:
+        roles: a model; the result of `infer_roles`; ``{pattern: role}`` as in `override_roles`, upon roles by name; or
+            None, for roles by name alone.
+        shapes: logical shape of every parameter that needs a role.
+        names: the name in ``shapes`` of each parameter. With a model, parameters are then found by identity, whatever
+            they are called.
+
+    Raises:
+        ValueError: every reason why these roles cannot be those of these parameters, in one message.
+    """
+    if isinstance(roles, nn.Module):
+        by_parameter = _roles_by_parameter(roles)
+        found = _named(roles, by_parameter)
+        found.update({name: by_parameter[id(p)] for p, name in (names or {}).items() if id(p) in by_parameter})
+        return _by_name(found, shapes, "the model given as `roles` has no such parameter")
+    if roles is None:
+        return roles_from_names(shapes)
+    if not isinstance(roles, Mapping):
+        raise ValueError(f"roles must be a model, the result of infer_roles(model) or {{pattern: role}}, not {roles!r}")
+    is_named = all(isinstance(role, Role) for role in roles.values()) and not any(
+        set(key) & set("*?[") for key in roles
+    )
+    if is_named and roles:
+        return _by_name(roles, shapes, "no role is given for it")
+    return override_roles(roles_from_names(shapes), roles, shapes)
+
+
+def _by_name(roles: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], reason: str) -> dict[str, Role]:
+    problems, found = [], {}
+    for name, shape in shapes.items():
+        role = roles.get(name) or roles.get(canonical_name(name))
+        if role is None:
+            problems.append(f"{name}: {reason}")
+            continue
+        found[name] = role
+        problems += [f"{name}: {contradiction}" for contradiction in contradictions(role, shape)]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(
+            f"the roles do not fit the parameters:\n{listed}\n"
+            "Give the optimizer the model that its parameters come from: params=model.named_parameters(), roles=model."
+        )
+    return found
+
+
+def warn_unclaimed(roles: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One warning that names every matrix whose blocks are only a fallback, one per output row; returns the names.
+
+    For blockwise optimizers to call once per model. Vectors are not a matter of rows.
+    """
+    unclaimed = [name for name, role in roles.items() if not role.is_understood and not is_vector(shapes[name])]
+    if unclaimed:
+        listed = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))} ({roles[name].kind})" for name in unclaimed)
+        warnings.warn(
+            f"ds_optim does not know how to split {len(unclaimed)} parameter(s) into blocks and uses one block per "
+            f"output row: {listed}. Pass roles=model (or infer_roles(model)) if you have not, or say what they are: "
+            'roles={"*.q_proj.weight": {"kind": "query", "head_dim": 64}, "*.my_matrix": "linear"}.',
+            stacklevel=3,
+        )
+    return unclaimed
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups that spare norms and biases from weight decay, for any optimizer of torch's interface.
+
+    Args:
+        model: frozen parameters are left out, tied ones come once.
+        weight_decay: of the first group; the second has 0.
+
+    Returns:
+        ``[decayed, exempt]`` as ``{"params": [...], "weight_decay": ...}``; a group without parameters is left out.
+    """
+    by_parameter = _roles_by_parameter(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    exempt = [parameter for parameter in trained if is_decay_exempt(by_parameter[id(parameter)])]
+    decayed = [parameter for parameter in trained if not is_decay_exempt(by_parameter[id(parameter)])]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

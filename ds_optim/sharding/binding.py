@@ -1,0 +1,114 @@
+"""What a strategy hands to an optimizer: for each local tensor that it will step, where its elements come from.
+
+A reader of a strategy (`zero`) makes `Binding`s; an optimizer consumes them and knows nothing else about sharding.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated, check, digest
+
+
+@dataclass(frozen=True, slots=True)
+class BoundTensor:
+    """One local tensor of a strategy.
+
+    Attributes:
+        layout: what the tensor holds, on every rank of its shard group.
+        rank: this process's rank in the group.
+        group: the shard group; None for a tensor that this process holds whole.
+        used: tells whether a parameter (by name) received a gradient for this step, where the strategy would hand
+            over a stale one otherwise; None where gradients can be trusted.
+    """
+
+    layout: Layout
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    used: Callable[[str], bool] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """All local tensors of one engine, in the order in which every rank steps them.
+
+    Attributes:
+        tensors: the local tensors, by identity.
+        missing_is_zero: a gradient of None counts as zero (inside an engine) instead of skipping the tensor.
+    """
+
+    tensors: Mapping[Tensor, BoundTensor]
+    missing_is_zero: bool = False
+    problems: tuple[str, ...] = field(default=())
+
+
+def whole(name: str, parameter: Tensor) -> BoundTensor:
+    """The binding of a parameter that this process holds whole."""
+    return BoundTensor(Replicated(ParameterSpec(name, tuple(parameter.shape))))
+
+
+def verify(binding: Binding, backend: str) -> None:
+    """Raise on every rank, before any weight changes, unless all ranks can step this binding exactly.
+
+    Checks on this rank what the reader of the strategy found, every layout's own sums and the tensors' sizes, then
+    compares layout hashes and kernels over all ranks in one collective, so that no rank goes on while another raises.
+
+    Raises:
+        RuntimeError: lists every problem of every rank.
+    """
+    problems = list(binding.problems)
+    for tensor, bound in binding.tensors.items():
+        problems += check(bound.layout)
+        expected = bound.layout.local_numel(bound.rank)
+        if tensor.numel() != expected:
+            names = ", ".join(spec.name for spec in bound.layout.parameters[:3])
+            problems.append(f"local tensor of {names} ... has {tensor.numel()} elements, its layout says {expected}")
+    grouped: dict[tuple[int, ...], list[Layout]] = {}
+    for bound in binding.tensors.values():
+        grouped.setdefault(_members(bound.group), []).append(bound.layout)
+    mine = (problems, {members: digest(layouts) for members, layouts in grouped.items()}, backend)
+
+    ranks = [mine]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        ranks = [mine] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+    reasons = [f"rank {rank}: {problem}" for rank, (found, _, _) in enumerate(ranks) for problem in found]
+    for members, hashed in mine[1].items():
+        differing = [rank for rank in members if ranks[rank][1].get(members) != hashed]
+        if differing:
+            reasons.append(f"ranks {differing} lay out the shard group {list(members)} differently from this rank")
+    kernels = {used for _, _, used in ranks}
+    if len(kernels) > 1:
+        listed = {used: [rank for rank, entry in enumerate(ranks) if entry[2] == used] for used in sorted(kernels)}
+        reasons.append(
+            f"ranks would use different kernels, which round differently: {listed}; install a C++ compiler on every "
+            "host or set DS_OPTIM_KERNELS to the same value everywhere"
+        )
+    if reasons:
+        raise RuntimeError(
+            "ds_optim cannot match the optimizer's tensors with the model's parameters, nothing was changed:\n- "
+            + "\n- ".join(reasons)
+        )
+
+
+def _members(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    """The global ranks of a group; a tensor without one is this process's own business."""
+    if group is not None:
+        return tuple(dist.get_process_group_ranks(group))
+    return (dist.get_rank() if dist.is_available() and dist.is_initialized() else 0,)
+
+
+def dtype_of(value: torch.dtype | str) -> torch.dtype:
+    """A dtype, also from its name in a JSON file (``"fp32"``, ``"bf16"``, ``"bfloat16"``, ``"torch.float32"``).
+
+    Raises:
+        ValueError: not a floating-point dtype that state can be kept in (fp32 or bf16).
+    """
+    short = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = value if isinstance(value, torch.dtype) else short.get(value, getattr(torch, value.split(".")[-1], None))
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"state_dtype must be fp32 or bf16, not {value!r}")
+    return dtype

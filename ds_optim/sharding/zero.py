@@ -1,0 +1,273 @@
+"""Reads the layout out of a DeepSpeed engine: ZeRO 0, 1, 2, 3 and BF16_Optimizer.
+
+Reads, never writes. Every private attribute is named in `_ATTRIBUTES` and guarded by one check. What DeepSpeed states is
+checked against two independent witnesses: where the model's weights really lie, and that the fp32 master holds the
+same values there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from ds_optim.roles import canonical_name, logical_shape
+from ds_optim.sharding.binding import Binding, BoundTensor
+from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
+
+KNOWN_VERSIONS = "0.19.8 and later patches of 0.19"
+
+# What is read of each ZeRO wrapper, by class.
+_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    DeepSpeedZeroOptimizer: (
+        "round_robin_bit16_groups",
+        "round_robin_bit16_offsets",
+        "bit16_groups_flat",
+        "partition_size",
+        "real_dp_process_group",
+        "single_partition_of_fp32_groups",
+        "cpu_offload",
+        "micro_step_id",
+    ),
+    DeepSpeedZeroOptimizer_Stage3: (
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "grad_position",
+        "_get_sub_group_process_group",
+        "micro_step_id",
+    ),
+    BF16_Optimizer: ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition", "real_dp_process_group"),
+    FP16_UnfusedOptimizer: ("fp16_groups", "fp32_groups"),
+}
+
+_COMPARE_ELEMENTS = 1 << 24  # values compared at a time: bounds the check's memory
+
+
+def read(engine: Any) -> Binding:
+    """The binding of a DeepSpeed engine's basic optimizer. What does not fit is listed in the binding's ``problems``.
+
+    Args:
+        engine: a `deepspeed.DeepSpeedEngine` whose optimizer has just been configured.
+    """
+    wrapper = engine.optimizer
+    names = {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
+    missing = [name for name in _ATTRIBUTES.get(type(wrapper), ()) if not hasattr(wrapper, name)]
+    if missing:
+        return _refused(
+            f"deepspeed {deepspeed.__version__}: {type(wrapper).__name__} has no {', '.join(missing)}; "
+            f"deepspeed versions known to work: {KNOWN_VERSIONS}"
+        )
+    reader = _Reader(engine, names)
+    if wrapper is engine.basic_optimizer:
+        reader.replicated([group["params"] for group in wrapper.param_groups], None)
+    elif isinstance(wrapper, FP16_UnfusedOptimizer):
+        reader.replicated(wrapper.fp16_groups, wrapper.fp32_groups)
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer):
+        reader.zero_1_and_2(wrapper)
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        reader.zero_3(wrapper)
+    elif isinstance(wrapper, BF16_Optimizer):
+        reader.bf16_optimizer(wrapper)
+    else:
+        return _refused(
+            f"{type(wrapper).__name__} is a DeepSpeed optimizer wrapper that is not known here; use ZeRO stage 0, 1, 2 "
+            f"or 3; deepspeed versions known to work: {KNOWN_VERSIONS}"
+        )
+    return Binding(reader.tensors, missing_is_zero=True, problems=tuple(reader.problems))
+
+
+def _refused(problem: str) -> Binding:
+    return Binding({}, missing_is_zero=True, problems=(problem,))
+
+
+class _Reader:
+    """Collects bound tensors and problems, one method per kind of wrapper."""
+
+    def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
+        self.engine = engine
+        self.names = names
+        self.tensors: dict[Tensor, BoundTensor] = {}
+        self.problems: list[str] = []
+
+    def replicated(self, model_groups: list[list[Tensor]], stepped_groups: list[list[Tensor]] | None) -> None:
+        """ZeRO-0: whole parameters, or whole fp32 clones of them, the same on every data-parallel rank."""
+        group = self.engine.data_parallel_group if hasattr(self.engine, "data_parallel_group") else None
+        world = dist.get_world_size(group)
+        for model, stepped in zip(model_groups, stepped_groups or model_groups, strict=True):
+            for parameter, tensor in zip(model, stepped, strict=True):
+                if parameter.requires_grad:
+                    layout = Replicated(self._spec(parameter), world)
+                    self._add(tensor, layout, 0, group, {0: parameter.data.reshape(-1)})
+
+    def zero_1_and_2(self, wrapper: Any) -> None:
+        """One flat partition per parameter group, round-robin order and alignment padding included."""
+        watch = GradientWatch(self.engine, self.names) if wrapper.cpu_offload else None
+        for index, parameters in enumerate(wrapper.round_robin_bit16_groups):
+            self._flat(
+                parameters,
+                [int(offset) for offset in wrapper.round_robin_bit16_offsets[index]],
+                wrapper.bit16_groups_flat[index],
+                int(wrapper.partition_size[index]),
+                wrapper.single_partition_of_fp32_groups[index],
+                wrapper.real_dp_process_group[index],
+                watch,
+            )
+
+    def bf16_optimizer(self, wrapper: Any) -> None:
+        """ZeRO-1 in bf16 with fp32 gradient accumulation: a flat partition per group, in the group's own order."""
+        for index, parameters in enumerate(wrapper.bf16_groups):
+            offsets, total = [], 0
+            for parameter in parameters:
+                offsets.append(total)
+                total += parameter.numel()
+            group = wrapper.real_dp_process_group[index]
+            flat = wrapper.bf16_groups_flat[index]
+            size = flat.numel() // dist.get_world_size(group)
+            self._flat(parameters, offsets, flat, size, wrapper.fp32_groups_flat_partition[index], group, None)
+
+    def zero_3(self, wrapper: Any) -> None:
+        """One flat tensor per sub-group: this rank's slice of each of its parameters, one behind the other."""
+        watch = GradientWatch(self.engine, self.names)
+        for index, parameters in enumerate(wrapper.fp16_groups):
+            group = wrapper._get_sub_group_process_group(index)
+            rank = dist.get_rank(group)
+            layout = SlicedParameters(tuple(map(self._spec, parameters)), dist.get_world_size(group))
+            offset = 0
+            for position, parameter in enumerate(parameters):
+                width = layout.slice_numel(position)
+                stated = [int(value) for value in wrapper.grad_position[parameter.ds_id]]
+                if stated != [index, offset, width]:
+                    self.problems.append(
+                        f"{layout.parameters[position].name}: DeepSpeed puts its slice at (sub-group, offset, elements) "
+                        f"{stated}, its shape says {[index, offset, width]}"
+                    )
+                offset += width
+            # A parameter offloaded to NVMe has no local slice to compare with.
+            slices = {
+                position: parameter.ds_tensor.data.reshape(-1)
+                for position, parameter in enumerate(parameters)
+                if parameter.ds_tensor.numel() == layout.slice_numel(position)
+            }
+            self._add(wrapper.fp32_partitioned_groups_flat[index], layout, rank, group, slices, watch, local=True)
+
+    def _flat(
+        self,
+        parameters: list[Tensor],
+        offsets: list[int],
+        flat: Tensor,
+        size: int,
+        master: Tensor,
+        group: dist.ProcessGroup,
+        watch: GradientWatch | None,
+    ) -> None:
+        specs = tuple(map(self._spec, parameters))
+        for spec, parameter, offset in zip(specs, parameters, offsets, strict=True):
+            lies_at = parameter.data.storage_offset() - flat.storage_offset()
+            same_storage = parameter.data.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+            if not same_storage or lies_at != offset:
+                self.problems.append(
+                    f"{spec.name}: its weight lies at element {lies_at} of its group's flat tensor, "
+                    f"DeepSpeed's offsets say {offset}"
+                )
+        layout = FlatPartition(specs, tuple(offsets), size, dist.get_world_size(group))
+        whole = {index: parameter.data.reshape(-1) for index, parameter in enumerate(parameters)}
+        self._add(master, layout, dist.get_rank(group), group, whole, watch)
+
+    def _add(
+        self,
+        tensor: Tensor,
+        layout: Layout,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        weights: Mapping[int, Tensor],
+        watch: GradientWatch | None = None,
+        *,
+        local: bool = False,
+    ) -> None:
+        """Bind one tensor, after comparing it with the model's weights (whole, or with ``local`` this rank's slices)."""
+        self.tensors[tensor] = BoundTensor(layout, rank, group, watch.used if watch else None)
+        master = tensor.detach().reshape(-1)
+        for fragment in layout.fragments(rank):
+            weight = weights.get(fragment.parameter)
+            if weight is None or fragment.offset + fragment.numel > master.numel():
+                continue  # sizes are judged elsewhere
+            begin = 0 if local else fragment.start
+            mine = master.narrow(0, fragment.offset, fragment.numel)
+            if not _same_values(mine, weight.narrow(0, begin, fragment.numel)):
+                self.problems.append(
+                    f"{layout.parameters[fragment.parameter].name}: the fp32 master at {fragment.offset} does not hold "
+                    f"the weight's elements [{fragment.start}, {fragment.stop})"
+                )
+
+    def _spec(self, parameter: Tensor) -> ParameterSpec:
+        if parameter not in self.names:
+            self.problems.append(
+                f"a parameter of shape {logical_shape(parameter)} in the optimizer is not a parameter of the model"
+            )
+        return ParameterSpec(self.names.get(parameter, "unknown"), logical_shape(parameter))
+
+
+def _same_values(master: Tensor, weight: Tensor) -> bool:
+    pieces: Iterator[tuple[Tensor, Tensor]] = zip(
+        master.split(_COMPARE_ELEMENTS), weight.split(_COMPARE_ELEMENTS), strict=True
+    )
+    return all(
+        torch.allclose(one.to(two.dtype), two.to(one.device), rtol=0, atol=0, equal_nan=True) for one, two in pieces
+    )
+
+
+class GradientWatch:
+    """Knows which parameters received a gradient in the current step.
+
+    ZeRO-3, and ZeRO-1/2 with CPU offload, keep gradients in buffers that outlive the step: a parameter that the model
+    did not use is handed over with the *previous* step's gradient (stage3.py `partition_grads` copies only what arrives).
+    Such a parameter counts as having zero gradient. Hooks on the parameters see what really arrived; under these
+    strategies all ranks use the same parameters, since their reductions would not match otherwise.
+    """
+
+    def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
+        self._engine = engine
+        self._seen: dict[str, int] = {}
+        self._late: dict[str, int] = {}
+        for parameter, name in names.items():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._note(name))
+        # A ZeRO-3 "leaf module" hands zeros to its own idle parameters, and other ranks may have used them.
+        leaves: dict[torch.nn.Module, list[str]] = {}
+        for parameter, name in names.items():
+            if hasattr(parameter, "ds_z3_leaf_module"):
+                leaves.setdefault(parameter.ds_z3_leaf_module, []).append(name)
+        for module, inside in leaves.items():
+            module.register_full_backward_hook(lambda *_, inside=inside: [self._note(name) for name in inside] and None)
+
+    def _note(self, name: str) -> None:
+        window = self._engine.global_steps
+        seen = self._seen.get(name)
+        if seen is not None and seen != window and self._engine.optimizer.micro_step_id > 0:
+            self._late[name] = window
+        self._seen[name] = window
+
+    def used(self, name: str) -> bool:
+        """Whether the parameter received a gradient in this step.
+
+        Raises:
+            RuntimeError: a parameter joined in the middle of a gradient accumulation window. DeepSpeed adds its
+                gradient to what was left of an earlier step, which cannot be undone here.
+        """
+        window = self._engine.global_steps
+        late = sorted(name for name, when in self._late.items() if when == window)
+        if late:
+            raise RuntimeError(
+                f"{', '.join(late)}: used for the first time in the middle of a gradient accumulation window; DeepSpeed "
+                "then adds the new gradient to a previous step's. Use every parameter in the first micro-batch, "
+                "set gradient_accumulation_steps to 1, or use ZeRO stage 1 or 2 without offload"
+            )
+        return self._seen.get(name) == window

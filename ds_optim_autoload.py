@@ -1,0 +1,45 @@
+"""The entry point that `import torch` runs (group ``torch.backends``): makes ds_optim's names known to DeepSpeed.
+
+Costs nothing until DeepSpeed's engine is imported, and cannot raise: an error here would break `import torch` for
+every program on the machine. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns it off; `import ds_optim` then does the same.
+"""
+
+import sys
+from types import ModuleType
+
+ENGINE = "deepspeed.runtime.engine"
+
+installed = False
+"""Whether the hook on `ENGINE` is in place; `ds-optim doctor` prints it."""
+
+failure: str | None = None
+"""Why registration failed, if it did."""
+
+
+def autoload() -> None:
+    """Have `ds_optim.deepspeed_plugin.install` called when (or at once if) DeepSpeed's engine is imported."""
+    global installed, failure
+    if installed:
+        return
+    try:
+        import wrapt
+
+        installed = True
+        wrapt.register_post_import_hook(_register, ENGINE)
+    except Exception as error:  # whatever is wrong with this installation must not break torch
+        installed, failure = False, f"{type(error).__name__}: {error}"
+
+
+def _register(engine: ModuleType) -> None:
+    global failure
+    try:
+        from ds_optim.deepspeed_plugin import install
+
+        install(engine)
+    except Exception as error:  # nor break DeepSpeed
+        failure = f"{type(error).__name__}: {error}"
+        print(
+            f"ds_optim could not register its optimizers with DeepSpeed and stays out of the way ({failure}); "
+            "`ds-optim doctor` says more",
+            file=sys.stderr,
+        )

@@ -1,0 +1,303 @@
+"""Train a causal language model from scratch under DeepSpeed: the main job.
+
+    deepspeed --num_gpus 2 launcher/train.py --optimizer adam_mini
+
+Which optimizer runs is said by the DeepSpeed JSON alone. This file is an ordinary DeepSpeed script: it builds a model,
+calls ``deepspeed.initialize`` with a config, and goes forward, backward, step. At the end it says how the held-out loss
+moved, what share of the step the optimizer took, and how many bytes of optimizer state each rank holds.
+
+`settings` reads the command line, `corpus` the text, `progress` shows what happens, `state_table` counts the bytes.
+"""
+
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# DeepSpeed builds a small extension at the first start and looks for `ninja` on the PATH; it lies beside the
+# interpreter, which is not on the PATH where the environment was not activated.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+import corpus
+import deepspeed
+import settings
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+from progress import OptimizerClock, Progress
+from state_table import ModelStates, StateMeter, figures, table
+
+
+def main() -> int:
+    try:
+        run(settings.read(world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    except (settings.SettingsError, corpus.TextError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"train.py cannot start:\n{error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def run(chosen: settings.Settings) -> None:
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    get_accelerator().set_device(local_rank)
+    deepspeed.init_distributed()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    _check_optimizer_is_known(chosen)
+    text = _text(chosen, local_rank)
+
+    torch.manual_seed(chosen.seed)
+    engine, model = _engine(chosen)
+    optimizer = engine.basic_optimizer
+    first = _resume(engine, chosen) if chosen.resume else 0
+    clock = OptimizerClock(optimizer, get_accelerator().synchronize)
+    meter = StateMeter(model, optimizer)
+    batches = Batches(corpus.Windows(text.train, chosen.seq_length, chosen.seed), chosen, rank, ranks, engine.device)
+    evaluation = HeldOut(corpus.Windows(text.held_out, chosen.seq_length, 0), chosen, rank, ranks, engine.device)
+
+    with Progress(rank == 0, first, chosen.steps, chosen.log_every, chosen.output) as progress:
+        progress.say(_opening(chosen, model, text, ranks, engine))
+        before = evaluation.loss(engine)
+        progress.held_out(first, before)
+        shares: list[float] = []
+        for step in range(first, chosen.steps):
+            started = time.perf_counter()
+            losses = []
+            for ids in batches.of_step(step):
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.detach().float())
+            mean = _mean_over_ranks(torch.stack(losses).mean())
+            seconds, in_optimizer = time.perf_counter() - started, clock.take()
+            norm = engine.get_global_grad_norm()
+            if step == first:
+                meter.step_done()
+            else:
+                shares.append(in_optimizer / seconds)  # the first step also builds kernels
+            progress.step(
+                step + 1,
+                mean,
+                engine.get_lr()[0],
+                math.nan if norm is None else float(norm),
+                batches.tokens_per_step,
+                seconds,
+                in_optimizer,
+            )
+            done = step + 1
+            if chosen.eval_every and done % chosen.eval_every == 0 and done < chosen.steps:
+                progress.held_out(done, evaluation.loss(engine))
+            if chosen.save_every and done % chosen.save_every == 0 and done < chosen.steps:
+                _save(engine, chosen, done)
+        after = evaluation.loss(engine)
+        progress.held_out(chosen.steps, after)
+        if chosen.save:
+            _save(engine, chosen, chosen.steps)
+        _close(progress, chosen, meter, before, after, shares)
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+
+def _engine(chosen: settings.Settings) -> tuple[Any, torch.nn.Module]:
+    """The DeepSpeed engine, and the model inside it."""
+    config = transformers.AutoConfig.for_model(**chosen.model)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.config.use_cache = False
+    scheduler = None
+    if "scheduler" not in chosen.deepspeed:
+        shape = functools.partial(learning_rate_share, steps=chosen.steps, warmup=round(chosen.warmup * chosen.steps))
+        scheduler = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=shape)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=chosen.deepspeed, lr_scheduler=scheduler
+    )
+    return engine, model
+
+
+def learning_rate_share(step: int, steps: int, warmup: int, end: float = 0.1) -> float:
+    """Share of the peak learning rate at ``step`` (from 0): linear warm-up, then a cosine down to ``end``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _check_optimizer_is_known(chosen: settings.Settings) -> None:
+    """A clear error instead of an AttributeError inside DeepSpeed. Lower-case names are DeepSpeed's own."""
+    name = chosen.optimizer_name
+    if name.lower() not in deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
+        raise settings.SettingsError(
+            [
+                f"the optimizer {name!r} is known neither to DeepSpeed nor to torch.optim. Is the package that provides "
+                f"it installed for {sys.executable}? (bash launcher/quickstart.sh installs this repository; "
+                "TORCH_DEVICE_BACKEND_AUTOLOAD=0 in the environment keeps it from registering)"
+            ]
+        )
+
+
+def _text(chosen: settings.Settings, local_rank: int) -> corpus.Corpus:
+    """The encoded text. One rank per machine makes it; the others wait, and learn if that failed.
+
+    Raises:
+        TextError: on every rank alike.
+    """
+    made: dict[str, str] = {}
+    if local_rank == 0:
+        try:
+            say = functools.partial(print, flush=True) if dist.get_rank() == 0 else lambda _: None
+            directory = corpus.prepare(chosen.text, int(chosen.model["vocab_size"]), chosen.cache, say)
+            made = {"directory": str(directory), "fingerprint": corpus.fingerprint(directory)}
+        except Exception as error:  # whatever it was: the other ranks are waiting and must hear of it
+            made = {"error": f"  - {type(error).__name__}: {error}"}
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, made)
+    errors = [other["error"] for other in everyone if "error" in other]
+    if errors:
+        raise corpus.TextError("\n".join(errors))
+    if len({other["fingerprint"] for other in everyone if other}) > 1:
+        raise corpus.TextError(
+            "  - the machines of this job hold different text (different Python versions, perhaps): "
+            "give the same files to all of them with --text"
+        )
+    text = corpus.load(Path(everyone[dist.get_rank() - local_rank]["directory"]))
+    for tokens, part in ((text.train, "the text"), (text.held_out, "the held-out part of the text")):
+        needed = chosen.seq_length * dist.get_world_size()
+        if len(tokens) < needed:
+            raise corpus.TextError(f"  - {part} has {len(tokens)} tokens; {needed} are needed: give more --text")
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """This rank's share of every global batch."""
+
+    windows: corpus.Windows
+    chosen: settings.Settings
+    rank: int
+    ranks: int
+    device: torch.device | str
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.chosen.micro_batch * self.chosen.accumulation * self.ranks
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.sequences_per_step * self.chosen.seq_length
+
+    def of_step(self, step: int) -> Iterator[torch.Tensor]:
+        """Token ids (micro_batch, seq_length), int64, one per accumulation step; ranks never share a sequence."""
+        ids = torch.from_numpy(self.windows.global_batch(step, self.sequences_per_step))
+        own = ids.view(self.chosen.accumulation, self.ranks, self.chosen.micro_batch, -1)[:, self.rank]
+        return (micro.to(self.device) for micro in own)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Mean loss per sequence over a fixed set of held-out sequences, shared out over the ranks."""
+
+    windows: corpus.Windows
+    chosen: settings.Settings
+    rank: int
+    ranks: int
+    device: torch.device | str
+
+    @torch.no_grad()
+    def loss(self, engine: Any) -> float:
+        # The same number on every rank: under ZeRO-3 each forward pass is a collective call.
+        each = max(1, min(self.chosen.eval_sequences, len(self.windows)) // self.ranks)
+        own = torch.from_numpy(self.windows.global_batch(0, each * self.ranks))[self.rank :: self.ranks]
+        engine.eval()
+        total = torch.zeros((), device=self.device)
+        for ids in own.to(self.device).split(self.chosen.micro_batch):
+            total += engine(input_ids=ids, labels=ids).loss.float() * len(ids)
+        engine.train()
+        return _mean_over_ranks(total / each)
+
+
+def _mean_over_ranks(value: torch.Tensor) -> float:
+    value = value.clone()
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
+# --------------------------------------------------------------------------------------------------- saving and ending
+
+
+def _save(engine: Any, chosen: settings.Settings, step: int) -> None:
+    engine.save_checkpoint(str(chosen.save), tag=f"global_step{step}", client_state={"steps": chosen.steps})
+
+
+def _resume(engine: Any, chosen: settings.Settings) -> int:
+    """The number of steps that were done. ``--resume`` names a checkpoint directory, or one tag inside it."""
+    assert chosen.resume is not None
+    path = chosen.resume
+    tagged = not (path / "latest").exists()
+    loaded, state = engine.load_checkpoint(str(path.parent if tagged else path), tag=path.name if tagged else None)
+    if loaded is None:
+        raise settings.SettingsError([f"--resume {path}: there is no DeepSpeed checkpoint"])
+    if state["steps"] != chosen.steps:
+        raise settings.SettingsError(
+            [
+                f"--resume {path}: that run was planned for {state['steps']} steps and this one for {chosen.steps}; "
+                f"the learning rate follows the plan, so give --steps {state['steps']}"
+            ]
+        )
+    return int(engine.global_steps)
+
+
+def _opening(chosen: settings.Settings, model: torch.nn.Module, text: corpus.Corpus, ranks: int, engine: Any) -> str:
+    # Under ZeRO-3 the parameters are empty by now; DeepSpeed keeps their sizes beside them.
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+    tokens = Batches(corpus.Windows(text.train, chosen.seq_length, 0), chosen, 0, ranks, "cpu").tokens_per_step
+    return (
+        f"model      {chosen.model_path.name}: {parameters:,} parameters\n"
+        f"optimizer  {chosen.optimizer_name} ({type(engine.basic_optimizer).__module__}), "
+        f"ZeRO-{chosen.zero_stage}, {ranks} ranks, {engine.device}\n"
+        f"text       {text.about}\n"
+        f"run        {chosen.steps} steps of {tokens:,} tokens"
+    )
+
+
+def _close(
+    progress: Progress,
+    chosen: settings.Settings,
+    meter: StateMeter,
+    before: float,
+    after: float,
+    shares: list[float],
+) -> None:
+    """The last lines: loss, the optimizer's share, and the table."""
+    everyone: list[ModelStates | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, meter.read())
+    states = [each for each in everyone if each is not None]
+    share = statistics.median(shares) if shares else math.nan
+    progress.say(
+        f"\nheld-out loss {before:.4f} -> {after:.4f} (perplexity {math.exp(before):,.0f} -> {math.exp(after):,.1f})"
+    )
+    progress.say(f"optimizer step: {100 * share:.2f} % of the training step (median, without the first step)\n")
+    progress.console.print(table(chosen.optimizer_name, states))
+    progress.summary(
+        {
+            "optimizer": chosen.deepspeed["optimizer"],
+            "held_out_loss_before": before,
+            "held_out_loss_after": after,
+            "optimizer_share": share,
+            "bytes_per_rank": figures(states),
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

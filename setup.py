@@ -1,0 +1,77 @@
+"""Packaging of ds-optim: what it needs, at which versions, and the two entry points that make it work unnamed.
+
+Tool settings (ruff, mypy, pytest) live in pyproject.toml; the exact versions that continuous integration runs live in
+constraints.txt. `launcher/install.sh` reads the requirements below without installing anything, hence the guard below.
+"""
+
+# DeepSpeed's internals are read by ds_optim.sharding.zero and move with every minor release; torch is held to the
+# release that the suite runs on for the same reason. The other lower bounds are the interfaces that we use.
+REQUIREMENTS = [
+    "torch>=2.13,<2.14",
+    "deepspeed>=0.19.8,<0.20",
+    "transformers>=5.23,<6",
+    "tokenizers>=0.22,<0.24",
+    "safetensors>=0.5",
+    "numpy>=1.26",
+    "psutil>=5.9",
+    "wrapt>=1.16",
+    "pydantic>=2.9,<3",
+    "typer>=0.15",
+    "rich>=13.9",
+    "filelock>=3.16",
+    "ninja>=1.11",
+]
+
+# transformers' Trainer drives DeepSpeed through accelerate.
+TRAINER = ["accelerate>=1.15,<2"]
+
+# Drawing and rendering of the memory report.
+REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
+
+EXTRAS = {
+    "trainer": TRAINER,
+    "report": REPORT,
+    "test": [
+        *TRAINER,
+        *REPORT,
+        "pytest>=8.3",
+        "hypothesis>=6.115",
+        "peft>=0.21",
+        "ruff>=0.17,<0.18",
+        "mypy>=2.4,<2.5",
+    ],
+}
+
+if __name__ == "__main__":
+    import re
+    from pathlib import Path
+
+    from setuptools import find_packages, setup
+
+    here = Path(__file__).parent
+    readme = here / "README.md"
+    # The version is written once, in the package, which cannot be imported before its requirements are there.
+    version = re.search(
+        r'^__version__ = "(.+)"$', (here / "ds_optim" / "__init__.py").read_text(encoding="utf-8"), re.M
+    )
+    assert version, "ds_optim/__init__.py states no __version__"
+    setup(
+        name="ds-optim",
+        version=version[1],
+        description="Adam-mini, Adan, Lion and AdamW under DeepSpeed ZeRO: state sharded, result independent of ranks",
+        long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+        long_description_content_type="text/markdown",
+        license="Apache-2.0",
+        license_files=["LICENSE"],
+        python_requires=">=3.10",
+        packages=find_packages(include=["ds_optim", "ds_optim.*"]),
+        py_modules=["ds_optim_autoload"],
+        package_data={"ds_optim": ["py.typed", "kernels/*.cpp"]},
+        install_requires=REQUIREMENTS,
+        extras_require=EXTRAS,
+        entry_points={
+            "console_scripts": ["ds-optim = ds_optim.cli:main"],
+            # Called at the end of `import torch`, so that a script needs no import of ds_optim.
+            "torch.backends": ["ds_optim = ds_optim_autoload:autoload"],
+        },
+    )

@@ -1,0 +1,90 @@
+"""What every test shares: the pool of ranks, the seed of the random data, and a CI that tolerates no skipped test."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from collections.abc import Generator, Iterator
+
+import pytest
+
+# Before anything imports torch or deepspeed: the suite runs on CPU, offline, and one thread per process is what makes
+# sums reproducible.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import HealthCheck, settings
+
+from pool import Pools
+
+# Examples that start engines are slow by nature; how long one takes says nothing about its correctness.
+settings.register_profile(
+    "ds_optim", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("ds_optim")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed",
+        default=os.environ.get("DS_OPTIM_TEST_SEED", "0"),
+        help="seed of all random data, hypothesis included: a number or 'random' (environment: DS_OPTIM_TEST_SEED)",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads its own option
+def pytest_configure(config: pytest.Config) -> None:
+    text = config.getoption("--seed")
+    if text == "random":
+        text = str(secrets.randbelow(2**31))
+    if not text.isdecimal():
+        raise pytest.UsageError(f"--seed takes a non-negative number or 'random', got {text!r}")
+    config.option.seed = int(text)
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = text
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"data seed: {config.getoption('--seed')} (repeat with --seed {config.getoption('--seed')})"
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pools]:
+    """`pool(world_size).run(function, *args, timeout=...)` gives one result per rank; see tests/pool.py."""
+    with Pools() as pools:
+        yield pools
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of this test's own, which depends on --seed and the test's name but not on which other tests run."""
+    return zlib.crc32(f"{request.config.getoption('--seed')} {request.node.nodeid}".encode())
+
+
+def _in_ci() -> bool:
+    return os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if _in_ci() and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid} was skipped or failed as expected, which CI does not accept: {report.longrepr}"
+        )
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if _in_ci() and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} was skipped as a whole, which CI does not accept: {report.longrepr}"
+    return report
