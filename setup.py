@@ -9,7 +9,7 @@ constraints.txt. `launcher/install.sh` reads the requirements below without inst
 REQUIREMENTS = [
     "torch>=2.13,<2.14",
     "deepspeed>=0.19.8,<0.20",
-    "transformers>=5.23,<6",
+    "transformers>=5.20,<6",
     "tokenizers>=0.22,<0.24",
     "safetensors>=0.5",
     "numpy>=1.26",
@@ -36,6 +36,7 @@ EXTRAS = {
         *REPORT,
         "pytest>=8.3",
         "hypothesis>=6.115",
+        "allpairspy>=2.5",
         "peft>=0.21",
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<2.5",

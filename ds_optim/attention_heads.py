@@ -91,7 +91,7 @@ def fused_parts(ancestors: Sequence[nn.Module], name: str, rows: int) -> tuple[t
     if name == LATENT_KEY_VALUE:
         return _latent_parts(attention, rows)
     found = head_dim_of(ancestors, rows, None)
-    if found is None:
+    if found is None or name in KEY_VALUE - FUSED:
         return None
     dim, source = found
     config = _config(ancestors)

@@ -16,7 +16,7 @@ from ds_optim.role_names import (
     GAINS,
     HEAD,
     KEY,
-    LATENT_KEY_VALUE,
+    KEY_VALUE,
     MLP,
     OUTPUT,
     QUERY,
@@ -180,7 +180,7 @@ def _projection(
 
 def _attention(place: Place, name: str, shape: Shape, linear: Role, ancestors: Sequence[nn.Module]) -> Iterator[Role]:
     rows = shape[linear.output_dim]
-    if name in FUSED or name == LATENT_KEY_VALUE:
+    if name in FUSED | KEY_VALUE:
         found = fused_parts(ancestors, name, rows)
         if found is None:
             yield replace(linear, kind="fused", source="fallback")

@@ -76,7 +76,6 @@ def _by_device(device_type: str) -> Backend:
     return "eager"
 
 
-@torch.no_grad()
 def elementwise(
     backend: Backend,
     name: str,
@@ -105,7 +104,6 @@ def elementwise(
         eager.elementwise(formula, params, grads, states, spans, scalars)
 
 
-@torch.no_grad()
 def partial_sums(
     backend: Backend,
     grads: Sequence[Tensor | None],
@@ -129,7 +127,6 @@ def partial_sums(
         eager.partial_sums(grads, row_runs, column_runs, cut_sums, "cut")
 
 
-@torch.no_grad()
 def blockwise(
     backend: Backend,
     name: str,

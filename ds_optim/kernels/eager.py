@@ -29,6 +29,7 @@ def chunk_of(device: torch.device) -> int:
     return CHUNK.get(device.type, DEFAULT_CHUNK)
 
 
+@torch.no_grad()
 def elementwise(
     formula: Formula,
     params: Sequence[Tensor],
@@ -49,6 +50,7 @@ def elementwise(
             apply(formula, targets, gradient(grad, here, targets[0]), [], scalars)
 
 
+@torch.no_grad()
 def partial_sums(
     grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor, select: Select
 ) -> None:
@@ -63,6 +65,7 @@ def partial_sums(
             cut_sums[run.cut : run.cut + run.blocks] += _column_sums(grad, run, cut_sums.dtype)
 
 
+@torch.no_grad()
 def blockwise(
     formula: Formula,
     params: Sequence[Tensor],

@@ -171,16 +171,17 @@ void run_tasks(int64_t tasks, int64_t threads, const Work& work) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Elementwise rules. Scalars come in the order of the structs' fields.
+// Elementwise rules. Scalars come in the order of the structs' fields. Streams are parameters of a function because
+// compilers take `restrict` at its word only there; without it the loop of Adan stays scalar.
 
 struct AdamW {
   static constexpr int kStreams = 4;
   float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps;
 
-  __attribute__((noinline)) void operator()(float* const* x, int64_t n) const {
-    const AdamW s = *this;
-    float *__restrict p = x[0], *__restrict m = x[2], *__restrict v = x[3];
-    const float* __restrict g = x[1];
+  void operator()(float* const* x, int64_t n) const { update(*this, x[0], x[1], x[2], x[3], n); }
+
+  __attribute__((noinline)) static void update(AdamW s, float* __restrict p, const float* __restrict g,
+                                               float* __restrict m, float* __restrict v, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const float gradient = g[i];
       const float average = m[i] + (gradient - m[i]) * s.one_minus_beta1;
@@ -197,10 +198,10 @@ struct Lion {
   static constexpr int kStreams = 3;
   float decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr;
 
-  __attribute__((noinline)) void operator()(float* const* x, int64_t n) const {
-    const Lion s = *this;
-    float *__restrict p = x[0], *__restrict m = x[2];
-    const float* __restrict g = x[1];
+  void operator()(float* const* x, int64_t n) const { update(*this, x[0], x[1], x[2], n); }
+
+  __attribute__((noinline)) static void update(Lion s, float* __restrict p, const float* __restrict g,
+                                               float* __restrict m, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const float gradient = g[i];
       const float mixed = m[i] * s.beta1 + gradient * s.one_minus_beta1;
@@ -216,10 +217,11 @@ struct Adan {
   float decay, beta1, one_minus_beta1, beta2, one_minus_beta2, beta3, one_minus_beta3;
   float step_size, step_size_diff, bias3_sqrt, eps, shrink, has_previous;
 
-  __attribute__((noinline)) void operator()(float* const* x, int64_t n) const {
-    const Adan s = *this;
-    float *__restrict p = x[0], *__restrict m = x[2], *__restrict v = x[3], *__restrict q = x[4], *__restrict old = x[5];
-    const float* __restrict g = x[1];
+  void operator()(float* const* x, int64_t n) const { update(*this, x[0], x[1], x[2], x[3], x[4], x[5], n); }
+
+  __attribute__((noinline)) static void update(Adan s, float* __restrict p, const float* __restrict g,
+                                               float* __restrict m, float* __restrict v, float* __restrict q,
+                                               float* __restrict old, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const float gradient = g[i];
       const float difference = (gradient - old[i]) * s.has_previous;

@@ -22,10 +22,11 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +58,7 @@ SCALARS = {
 }
 """The scalars of every rule, in the order of the fields of the C++ structs."""
 
+_dtype_of = attrgetter("dtype")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SELECT: dict[Select, int] = {"all": 0, "uncut": 1, "cut": 2}
 
@@ -266,14 +268,51 @@ def blockwise(
 _ABSENT = 1 << 62
 """The size of a gradient that is None: any row of a table fits it, and nothing is read."""
 
-_last_checked: dict[str, array[int]] = {}
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """One stream: addresses, dtypes and sizes of all its tensors, also in the layout that the C++ side reads."""
+
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+    numels: list[int]
+    words: array[int]
+
+
+_recent: dict[tuple[str, int, int], _Table] = {}
+"""Streams of recent calls: hundreds of parameters keep their memory from step to step."""
+_RECENT_LIMIT = 256
+
+
+def _table(label: str, tensors: Sequence[Tensor | None]) -> _Table:
+    """The stream's table, checked unless it equals a recent one."""
+    try:
+        addresses = list(map(Tensor.data_ptr, cast("Sequence[Tensor]", tensors)))
+        dtypes = list(map(_dtype_of, tensors))
+        numels = list(map(Tensor.numel, cast("Sequence[Tensor]", tensors)))
+    except TypeError:  # some gradient is None
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        dtypes = [torch.float32 if tensor is None else tensor.dtype for tensor in tensors]
+        numels = [_ABSENT if tensor is None else tensor.numel() for tensor in tensors]
+    key = (label, len(addresses), addresses[0] if addresses else 0)
+    known = _recent.get(key)
+    if known is not None and known.addresses == addresses and known.dtypes == dtypes and known.numels == numels:
+        return known
+    _check_tensors(label, tensors)
+    codes = [_DTYPES[dtype] for dtype in dtypes]
+    if len(_recent) >= _RECENT_LIMIT:
+        _recent.clear()
+    table = _recent[key] = _Table(addresses, dtypes, numels, array("q", [*addresses, *codes, *numels]))
+    return table
 
 
 class _Streams:
-    """Addresses, dtypes and sizes of a call's tensors, in the layout that the C++ side reads.
+    """A call's tensors: the first streams have one value per element, those in ``blocks`` one per block.
 
-    One table per stream: addresses, dtypes, numels of all its tensors. A table that equals the stream's previous one
-    describes tensors that were checked before, so what cannot have changed is not looked at again.
+    Attributes:
+        address: of the array of the streams' tables.
+        numels: address of the sizes of the first stream's tensors.
+        slots: address of the sizes of the last stream's tensors.
     """
 
     def __init__(
@@ -281,53 +320,42 @@ class _Streams:
         streams: Sequence[tuple[str, Sequence[Tensor | None]]],
         blocks: Sequence[tuple[str, Sequence[Tensor]]] = (),
     ) -> None:
-        self._count = len(streams[0][1])
-        tables = [self._table(label, tensors) for label, tensors in streams]
-        sizes = tables[0][2 * self._count :]
-        for (label, _), table in zip(streams, tables, strict=True):
-            numels = table[2 * self._count :]
-            if numels != sizes and any(a != b for a, b in zip(sizes, numels, strict=True) if b != _ABSENT):
-                raise ValueError(f"{label} and {streams[0][0]} differ in size: {list(numels)} and {list(sizes)}")
+        tables = [_table(label, tensors) for label, tensors in (*streams, *blocks)]
+        first = tables[0]
+        for (label, _), table in zip((*streams, *blocks), tables, strict=True):
+            if len(table.numels) != len(first.numels):
+                raise ValueError(f"{len(table.numels)} tensors as {label}, {len(first.numels)} as {streams[0][0]}")
+        for (label, _), table in zip(streams, tables, strict=False):
+            if table.numels != first.numels and any(
+                a != b for a, b in zip(first.numels, table.numels, strict=True) if b != _ABSENT
+            ):
+                raise ValueError(f"{label} and {streams[0][0]} differ in size: {table.numels} and {first.numels}")
         for label, tensors in blocks:
-            tables.append(self._table(label, tensors))
             if any(tensor.dtype != torch.float32 for tensor in tensors):
                 raise ValueError(f"every {label} must be torch.float32")
-        self._tables = tables  # keeps alive what is pointed to below
-        self._pointers = array("q", [table.buffer_info()[0] for table in tables])
+        self._tables = tables  # kept alive: the C++ side points into them
+        self._pointers = array("q", [table.words.buffer_info()[0] for table in tables])
         self.address = self._pointers.buffer_info()[0]
-        words = array("q").itemsize
-        self.numels = tables[0].buffer_info()[0] + 2 * self._count * words
-        self.slots = tables[-1].buffer_info()[0] + 2 * self._count * words
-
-    def _table(self, label: str, tensors: Sequence[Tensor | None]) -> array[int]:
-        if len(tensors) != self._count:
-            raise ValueError(f"{len(tensors)} tensors as {label}, {self._count} parameters")
-        present = [tensor for tensor in tensors if tensor is not None]
-        try:
-            dtypes = [_DTYPES[dtype] for dtype in map(attrgetter("dtype"), present)]
-        except KeyError as unknown:
-            raise ValueError(f"{label} has dtype {unknown}; the kernels know fp32, bf16 and fp16") from None
-        addresses, numels = list(map(Tensor.data_ptr, present)), list(map(Tensor.numel, present))
-        for index, tensor in enumerate(tensors if len(present) < self._count else ()):
-            if tensor is None:
-                addresses.insert(index, 0)
-                dtypes.insert(index, 0)
-                numels.insert(index, _ABSENT)
-        table = array("q", [*addresses, *dtypes, *numels])
-        if _last_checked.get(label) != table:
-            _check_tensors(label, present)
-            _last_checked[label] = table
-        return table
+        sizes_at = 2 * len(first.numels) * first.words.itemsize
+        self.numels = tables[0].words.buffer_info()[0] + sizes_at
+        self.slots = tables[-1].words.buffer_info()[0] + sizes_at
 
 
-def _check_tensors(label: str, tensors: Sequence[Tensor]) -> None:
-    problems = {
-        f"{label} is on {tensor.device}" if tensor.device.type != "cpu" else f"{label} is not contiguous"
-        for tensor in tensors
-        if tensor.device.type != "cpu" or not tensor.is_contiguous()
-    }
+def _check_tensors(label: str, tensors: Sequence[Tensor | None]) -> None:
+    problems = set()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            problems.add(f"{label} is on {tensor.device}")
+        if not tensor.is_contiguous():
+            problems.add(f"{label} is not contiguous")
+        if tensor.dtype not in _DTYPES:
+            problems.add(f"{label} is {tensor.dtype}")
     if problems:
-        raise ValueError(f"the C++ kernels work on contiguous CPU tensors: {', '.join(sorted(problems))}")
+        raise ValueError(
+            f"the C++ kernels work on contiguous fp32, bf16 or fp16 CPU tensors: {', '.join(sorted(problems))}"
+        )
 
 
 def _check_table(label: str, table: Tensor, columns: int) -> None:

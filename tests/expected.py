@@ -1,0 +1,97 @@
+"""What a case of `engines` must end with: by the textbook oracle in fp64, and by our own optimizer on whole parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ds_optim
+from engines import Case, build_model, constant_gradient, learning_rate
+from reference.adam_mini import adam_mini
+from reference.adamw import adamw
+from reference.adan import adan
+from reference.lion import lion
+
+HEAD_DIM = 6  # of OddLlama
+
+
+def block_labels(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Adam-mini's blocks of OddLlama's parameters, element by element, by the paper's table and the names alone."""
+    elements = torch.arange(int(torch.tensor(shape).prod())).reshape(shape)
+    if name.endswith("bias"):
+        return elements
+    if "norm" in name or len(shape) == 1:
+        return torch.zeros_like(elements)
+    rows = elements // shape[1]
+    return rows // HEAD_DIM if ("q_proj" in name or "k_proj" in name) else rows
+
+
+def weight_decays(model: nn.Module, case: Case) -> dict[str, float]:
+    """The weight decay of every trained parameter."""
+    decay = case.options.get("weight_decay", 0.0)
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if case.user_groups:
+            found[name] = 0.0 if "mlp" in name else 0.05 if "norm" in name else decay
+        else:
+            exempt = ("norm" in name or name.endswith("bias")) and not case.client
+            found[name] = 0.0 if exempt else decay
+    return found
+
+
+def gradient(case: Case, name: str, shape: tuple[int, ...], step: int) -> Tensor:
+    """What the optimizer sees: micro-batches add up, unused parameters count as zero."""
+    if case.unused_from is not None and step >= case.unused_from and "sometimes" in name:
+        return torch.zeros(shape)
+    return case.accumulation * constant_gradient(name, shape, step, case.seed)
+
+
+def by_oracle(case: Case) -> dict[str, Tensor]:
+    """Flat fp64 parameters after the case's steps, by the textbook."""
+    model = build_model(case)
+    params = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(p.shape) for name, p in params.items()}
+    options: dict[str, Any] = {**case.options, "weight_decay": weight_decays(model, case)}
+    options.pop("state_dtype", None)
+    oracle: Any = {"AdamW": adamw, "Lion": lion, "Adan": adan, "AdamMini": adam_mini}[case.optimizer.split(".")[-1]]
+    if oracle is adam_mini:
+        options["labels"] = {name: block_labels(name, shape) for name, shape in shapes.items()}
+    state: dict[str, dict[str, Tensor]] = {}
+    for step in range(1, case.steps + 1):
+        grads = {name: gradient(case, name, shape, step).double() for name, shape in shapes.items()}
+        oracle(params, grads, state, step, lr=learning_rate(step), **options)
+    return {name: p.reshape(-1) for name, p in params.items()}
+
+
+def by_one_process(case: Case) -> dict[str, Tensor]:
+    """Flat fp32 parameters after the case's steps, by our optimizer on whole parameters, without any engine."""
+    model = build_model(case).float()
+    decays = weight_decays(model, case)
+    groups: dict[float, list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if name in decays:
+            groups.setdefault(decays[name], []).append((name, parameter))
+    cls = getattr(ds_optim, case.optimizer.split(".")[-1])
+    listed = [{"params": pairs, "weight_decay": decay} for decay, pairs in groups.items()]
+    optimizer = cls(listed, roles=model, **{k: v for k, v in case.options.items() if k != "weight_decay"})
+    for step in range(1, case.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        for name, parameter in model.named_parameters():
+            if name in decays:
+                parameter.grad = gradient(case, name, tuple(parameter.shape), step)
+        optimizer.step()
+    return {n: p.detach().reshape(-1) for n, p in model.named_parameters() if n in decays}
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest difference, in units of 1 + |wanted|."""
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    gaps = []
+    for name, values in wanted.items():
+        gaps.append(((found[name].double() - values.double()).abs() / (1 + values.double().abs())).max().item())
+    return max(gaps)

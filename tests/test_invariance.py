@@ -1,0 +1,113 @@
+"""The same gradients give the same parameters, whatever the number of ranks, the ZeRO stage and the way it is set up.
+
+A covering array of the factors: every pair of values that can occur together occurs in at least one case. The full
+matrix is `benchmarks/full_matrix.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from allpairspy import AllPairs
+
+from engines import Case, assembled, run
+from expected import by_one_process, by_oracle, distance
+from pool import Pools
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ds_optim.AdamW": {"betas": [0.9, 0.95], "weight_decay": 0.1},
+    "ds_optim.Lion": {"betas": [0.95, 0.98], "weight_decay": 0.1},
+    "Adan": {"weight_decay": 0.02},
+    "AdamMini": {"betas": [0.9, 0.95], "weight_decay": 0.1},
+}
+STRATEGIES = ["0 fp32", "0 bf16", "1 fp32", "1 bf16", "1 bf16_optimizer", "2 fp32", "2 bf16", "3 fp32", "3 bf16"]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "round robin": {"zero": {"round_robin_gradients": True}},
+    "aligned": {"zero": {"round_robin_gradients": True, "parameter_alignment": True}},
+    "offload": {"zero": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}},
+    "sub-groups": {"zero": {"sub_group_size": 300}},
+    "zero.Init": {"zero_init": True},
+    "small buckets": {"zero": {"reduce_bucket_size": 100, "allgather_bucket_size": 100}},
+}
+STAGES = {
+    "plain": "0123",
+    "round robin": "12",
+    "aligned": "12",
+    "offload": "123",
+    "sub-groups": "3",
+    "zero.Init": "3",
+    "small buckets": "12",
+}
+FACTORS: dict[str, list[Any]] = {
+    "optimizer": list(OPTIONS),
+    "strategy": STRATEGIES,
+    "ranks": [1, 2, 3, 4],
+    "variant": list(VARIANTS),
+    "route": ["json", "client"],
+    "groups": ["flat", "user's"],
+    "tied": [False, True],
+    "frozen": [(), ("embed_tokens", "k_proj")],
+    "accumulation": [1, 2],
+}
+
+
+def possible(row: list[Any]) -> bool:
+    """Whether DeepSpeed has this combination at all."""
+    values = dict(zip(FACTORS, row, strict=False))
+    strategy, variant = values.get("strategy"), values.get("variant")
+    if strategy is None or variant is None:
+        return True
+    if strategy[0] not in STAGES[variant]:
+        return False
+    return not ("bf16_optimizer" in strategy and variant != "plain")
+
+
+def case_of(row: list[Any], seed: int = 0) -> tuple[Case, int]:
+    """The case of one row of the array, and its number of ranks."""
+    values = dict(zip(FACTORS, row, strict=True))
+    stage, precision = values["strategy"].split()
+    variant = VARIANTS[values["variant"]]
+    case = Case(
+        values["optimizer"],
+        OPTIONS[values["optimizer"]],
+        stage=int(stage),
+        precision=precision,
+        zero=variant.get("zero", {}),
+        zero_init=variant.get("zero_init", False),
+        client=values["route"] == "client",
+        user_groups=values["groups"] != "flat",
+        tied=values["tied"],
+        frozen=values["frozen"],
+        accumulation=values["accumulation"],
+        seed=seed,
+    )
+    return case, values["ranks"]
+
+
+ROWS = [list(row) for row in AllPairs(list(FACTORS.values()), filter_func=possible)]
+
+
+def check(pool: Pools, case: Case, ranks: int) -> None:
+    """The case on real ranks: against the oracle, against one process, and the model's weights against the masters."""
+    reports = pool(ranks).run(run, case)
+    found = assembled(reports)
+    assert distance(found, by_oracle(case)) <= 1e-6
+    twin = by_one_process(case)
+    if case.optimizer == "AdamMini":
+        assert distance(found, twin) <= 1e-6
+    else:
+        differing = [name for name, values in twin.items() if not torch.equal(values, found[name])]
+        assert not differing, f"not bitwise the same as one process: {differing}"
+    for report in reports:
+        for name, weight in report["weights"].items():
+            if name in found:
+                assert torch.equal(weight.reshape(-1), found[name].to(weight.dtype)), name
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
+def test_every_strategy_ends_where_the_textbook_does(pool: Pools, row: list[Any], request: pytest.FixtureRequest) -> None:
+    case, ranks = case_of(row, int(request.config.getoption("--seed")))
+    check(pool, case, ranks)
