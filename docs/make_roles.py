@@ -242,7 +242,8 @@ def rows_of(model: nn.Module) -> Iterator[tuple[str, str, str, str, str]]:
         blocks = adam_mini_blocks(role, shapes[name]).num_blocks
         size = " x ".join(map(str, shapes[name]))
         row = (size, role.kind + parts, block_text(role, shapes[name]), f"{blocks:,}")
-        rows.setdefault(row, []).append(f"`{re.sub(r'(layers?|h|block)[.]0[.]', r'\1.*.', name, count=1)}`")
+        any_layer = re.sub(r"(layers?|h|block)[.]0[.]", r"\1.*.", name, count=1)
+        rows.setdefault(row, []).append(f"`{any_layer}`")
     for row, names in rows.items():
         yield (", ".join(dict.fromkeys(names)), *row)
 

@@ -126,7 +126,7 @@ def _claims(place: Place, shape: Shape) -> Iterator[Role]:
         yield Role("embedding", max(0, len(shape) - 2), max(0, len(shape) - 2), source="name")
     elif leaf in GAINS and is_vector(shape):
         yield Role("norm", source="name")
-    elif isinstance(holder, nn.RNNBase | nn.RNNCellBase | nn.Bilinear) or leaf.startswith("lora_"):
+    elif isinstance(holder, nn.RNNBase | nn.RNNCellBase | nn.Bilinear) or place.holder_name.startswith("lora_"):
         yield Role("linear")
 
 

@@ -60,9 +60,8 @@ _ds_optim_install() {  # runs in the repository root; sets _ds_optim_venv
             } || { echo "ds-optim: $python can make no virtual environment (Debian: apt-get install python3-venv)" >&2; return 1; }
         fi
         echo "ds-optim: installing the requirements into .venv (once; a few minutes)"
-        # torch first: DeepSpeed comes as a source distribution and looks at torch while it is built.
-        "$in_venv" -m pip install --quiet -c constraints.txt torch || return 1
-        "$in_venv" -m pip install --quiet -c constraints.txt -e ".${extras:+[$extras]}" || return 1
+        # DeepSpeed is a source distribution; old pips would run its setup.py inside .venv instead of building a wheel.
+        "$in_venv" -m pip install --quiet --use-pep517 -c constraints.txt -e ".${extras:+[$extras]}" || return 1
     fi
     _ds_optim_stamp "$in_venv" "$extras" > "$stamp_file"
 }

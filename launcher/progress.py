@@ -69,7 +69,9 @@ class Progress:
         self._window: list[dict[str, float]] = []
         self._file: TextIO | None = None
         self._output = output if shown else None
-        self.console = Console(highlight=False, quiet=not shown, soft_wrap=True)
+        self.console = Console(highlight=False, quiet=not shown)
+        if not self.console.is_terminal:
+            self.console = Console(highlight=False, quiet=not shown, width=120)  # a file or a pipe has no width
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -97,7 +99,7 @@ class Progress:
             self._file.close()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
@@ -134,7 +136,7 @@ class Progress:
             (self._output / "summary.json").write_text(json.dumps(content, indent=2) + "\n")
 
     def _line(self) -> None:
-        """Loss, speed and the optimizer's share are those of all steps since the last line; the rest is the last step's."""
+        """Loss, speed and the optimizer's share are over all steps since the last line; the rest is the last step's."""
         window, self._window = self._window, []
         last = window[-1]
         seconds = sum(r["seconds"] for r in window)

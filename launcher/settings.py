@@ -96,7 +96,8 @@ def read(arguments: Sequence[str] | None = None, world_size: int = 1) -> Setting
     steps = _steps(given, deepspeed, world_size, problems)
     if problems:
         raise SettingsError(problems)
-    assert deepspeed is not None and model is not None
+    assert deepspeed is not None
+    assert model is not None
     return Settings(
         deepspeed=deepspeed,
         deepspeed_path=deepspeed_path,
@@ -152,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     length = what.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=240, metavar="N", help="optimizer steps (240)")
     length.add_argument("--tokens", type=float, metavar="N", help="stop after that many tokens instead, e.g. 2e6")
-    what.add_argument("--warmup", type=float, default=0.1, metavar="SHARE", help="warm-up, as a share of the steps (0.1)")
+    what.add_argument(
+        "--warmup", type=float, default=0.1, metavar="SHARE", help="warm-up, as a share of the steps (0.1)"
+    )
     what.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of the text (0)")
 
     text = parser.add_argument_group("text")

@@ -86,25 +86,23 @@ class StateMeter:
 
 def table(optimizer: str, ranks: list[ModelStates]) -> Table:
     """The table for people; `figures` has the same for programs."""
-    adamw = "AdamW (computed)"
     shown = Table(
-        title="Bytes per rank: optimizer states, and all model states",
-        caption="Measured: the storages of the tensors in optimizer.state, after the last step. "
-        "Computed: two fp32 values for every element that this rank updates. "
-        "All model states: weights + fp32 master + gradients (as handed to the optimizer's step) + optimizer states; "
-        "activations and communication buffers are not counted. 1 MB is 1,000,000 bytes, 1 MiB 1,048,576.",
+        title="Memory per rank, with both denominators",
+        caption="Measured: the storages of the tensors in optimizer.state after the last step. Computed for the same "
+        "partition: two fp32 values per element. All model states: weights, fp32 master, gradients (as the optimizer's "
+        "step gets them) and optimizer states; activations and communication buffers are not counted. "
+        "B is bytes, 1 MB = 1,000,000 B, 1 MiB = 1,048,576 B.",
         caption_justify="left",
     )
-    shown.add_column("rank")
-    shown.add_column("counted")
-    for title in (f"{optimizer} (measured)", adamw, "of AdamW's"):
-        shown.add_column(title, justify="right")
+    shown.add_column("")
+    for title in (f"{optimizer}, measured", "AdamW, computed", "ratio"):
+        shown.add_column(title, justify="right", no_wrap=True)
     # A long list of ranks says nothing that the fullest of them does not.
-    chosen = dict(enumerate(ranks)) if len(ranks) <= 4 else {_fullest(ranks): ranks[_fullest(ranks)]}
-    for rank, states in chosen.items():
-        label = str(rank) if len(ranks) <= 4 else f"{rank} (the fullest of {len(ranks)})"
-        _row(shown, label, "optimizer states", states.state, states.adamw_state)
-        _row(shown, "", "all model states", states.shared + states.state, states.shared + states.adamw_state)
+    fullest = max(range(len(ranks)), key=lambda rank: ranks[rank].state)
+    for rank in range(len(ranks)) if len(ranks) <= 4 else [fullest]:
+        states = ranks[rank]
+        _row(shown, f"rank {rank}: optimizer states", states.state, states.adamw_state)
+        _row(shown, "all model states", states.shared + states.state, states.shared + states.adamw_state)
         shown.add_section()
     return shown
 
@@ -114,17 +112,14 @@ def figures(ranks: list[ModelStates]) -> list[dict[str, int]]:
     return [asdict(states) | {"adamw_state": states.adamw_state} for states in ranks]
 
 
-def _fullest(ranks: list[ModelStates]) -> int:
-    return max(range(len(ranks)), key=lambda rank: ranks[rank].state)
-
-
-def _row(shown: Table, rank: str, counted: str, measured: int, adamw: int) -> None:
-    shown.add_row(rank, counted, _bytes(measured), _bytes(adamw), f"{100 * measured / adamw:.1f} %" if adamw else "-")
+def _row(shown: Table, counted: str, measured: int, adamw: int) -> None:
+    ratio = f"{100 * measured / adamw:.2f} %" if adamw else "-"
+    shown.add_row(counted.rjust(len("rank 0: optimizer states")), _bytes(measured), _bytes(adamw), ratio)
 
 
 def _bytes(count: int) -> str:
     unit, size, binary = ("GB", 1e9, 2**30) if count >= 1e9 else ("MB", 1e6, 2**20)
-    return f"{count:,} B = {count / size:.2f} {unit} ({count / binary:.2f} {unit[0]}iB)"
+    return f"{count:,} B\n{count / size:.2f} {unit} ({count / binary:.2f} {unit[0]}iB)"
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

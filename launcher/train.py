@@ -10,13 +10,13 @@ moved, what share of the step the optimizer took, and how many bytes of optimize
 """
 
 import functools
-import json
 import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,25 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfigError
 from progress import OptimizerClock, Progress
 from state_table import ModelStates, StateMeter, figures, table
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    # DeepSpeed 0.19 calls a collective by the name that torch 2.13 has just deprecated; it warns on every rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    status = 0
     try:
-        run(settings.read(world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+        run(settings.read(arguments, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
     except (settings.SettingsError, corpus.TextError) as error:
+        # The same on every rank; one of them says it.
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"train.py cannot start:\n{error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        status = 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 
 def run(chosen: settings.Settings) -> None:
@@ -55,7 +59,7 @@ def run(chosen: settings.Settings) -> None:
     deepspeed.init_distributed()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     _check_optimizer_is_known(chosen)
-    text = _text(chosen, local_rank)
+    text = shared_text(chosen, local_rank)
 
     torch.manual_seed(chosen.seed)
     engine, model = _engine(chosen)
@@ -73,6 +77,7 @@ def run(chosen: settings.Settings) -> None:
         shares: list[float] = []
         for step in range(first, chosen.steps):
             started = time.perf_counter()
+            lr = engine.get_lr()[0]
             losses = []
             for ids in batches.of_step(step):
                 loss = engine(input_ids=ids, labels=ids).loss
@@ -89,7 +94,7 @@ def run(chosen: settings.Settings) -> None:
             progress.step(
                 step + 1,
                 mean,
-                engine.get_lr()[0],
+                lr,
                 math.nan if norm is None else float(norm),
                 batches.tokens_per_step,
                 seconds,
@@ -111,17 +116,25 @@ def run(chosen: settings.Settings) -> None:
 
 
 def _engine(chosen: settings.Settings) -> tuple[Any, torch.nn.Module]:
-    """The DeepSpeed engine, and the model inside it."""
-    config = transformers.AutoConfig.for_model(**chosen.model)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.config.use_cache = False
+    """The DeepSpeed engine, and the model inside it.
+
+    Raises:
+        SettingsError: transformers cannot read the model config, or the optimizer or DeepSpeed refuses its own.
+    """
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**chosen.model))
+    except (ValueError, TypeError, KeyError) as error:
+        raise settings.SettingsError([f"model config {chosen.model_path}: {error}"]) from error
     scheduler = None
     if "scheduler" not in chosen.deepspeed:
         shape = functools.partial(learning_rate_share, steps=chosen.steps, warmup=round(chosen.warmup * chosen.steps))
         scheduler = functools.partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=shape)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=chosen.deepspeed, lr_scheduler=scheduler
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), config=chosen.deepspeed, lr_scheduler=scheduler
+        )
+    except (ValueError, TypeError, DeepSpeedConfigError) as error:
+        raise settings.SettingsError([f"DeepSpeed config {chosen.deepspeed_path}: {error}"]) from error
     return engine, model
 
 
@@ -136,17 +149,17 @@ def learning_rate_share(step: int, steps: int, warmup: int, end: float = 0.1) ->
 def _check_optimizer_is_known(chosen: settings.Settings) -> None:
     """A clear error instead of an AttributeError inside DeepSpeed. Lower-case names are DeepSpeed's own."""
     name = chosen.optimizer_name
-    if name.lower() not in deepspeed.runtime.config.DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
+    if name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
         raise settings.SettingsError(
             [
-                f"the optimizer {name!r} is known neither to DeepSpeed nor to torch.optim. Is the package that provides "
-                f"it installed for {sys.executable}? (bash launcher/quickstart.sh installs this repository; "
+                f"the optimizer {name!r} is known neither to DeepSpeed nor to torch.optim. Is its package installed "
+                f"for {sys.executable}? (bash launcher/quickstart.sh installs this repository; "
                 "TORCH_DEVICE_BACKEND_AUTOLOAD=0 in the environment keeps it from registering)"
             ]
         )
 
 
-def _text(chosen: settings.Settings, local_rank: int) -> corpus.Corpus:
+def shared_text(chosen: settings.Settings, local_rank: int) -> corpus.Corpus:
     """The encoded text. One rank per machine makes it; the others wait, and learn if that failed.
 
     Raises:

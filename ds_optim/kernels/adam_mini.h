@@ -1,0 +1,239 @@
+// Adam-mini: one second moment per block.
+//
+// Where the gradient of a block fits a core's cache it is fetched from memory once: summed, then used for the update.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "blocks.h"
+#include "storage.h"
+#include "threads.h"
+
+namespace ds_optim {
+
+constexpr int64_t kHugeBlock = 1 << 20;  // a block larger than this is summed by several threads
+constexpr int64_t kNarrowBlock = 64;     // a block smaller than this is updated together with its neighbours
+
+struct AdamMini {
+  float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps;
+
+  // Advances a block's state and returns what the block's momentum is multiplied by.
+  float advance(float* square, float mean_square) const {
+    *square = *square * beta2 + one_minus_beta2 * mean_square;
+    return step_size / (std::sqrt(*square) / bias2_sqrt + eps);
+  }
+
+  // factor[i] for element i; or the same for all.
+  __attribute__((noinline)) void update(float* __restrict p, const float* __restrict g, float* __restrict m,
+                                        const float* __restrict factor, int64_t n) const {
+    const AdamMini s = *this;
+    for (int64_t i = 0; i < n; ++i) {
+      const float average = m[i] + (g[i] - m[i]) * s.one_minus_beta1;
+      p[i] = p[i] * s.decay - average * factor[i];
+      m[i] = average;
+    }
+  }
+  __attribute__((noinline)) void update(float* __restrict p, const float* __restrict g, float* __restrict m,
+                                        float factor, int64_t n) const {
+    const AdamMini s = *this;
+    for (int64_t i = 0; i < n; ++i) {
+      const float average = m[i] + (g[i] - m[i]) * s.one_minus_beta1;
+      p[i] = p[i] * s.decay - average * factor;
+      m[i] = average;
+    }
+  }
+};
+
+class AdamMiniStep {
+ public:
+  AdamMiniStep(const AdamMini& rule, const Streams& streams, const Blocks& blocks, const double* cut_sums,
+               int64_t threads)
+      : rule_(rule), streams_(streams), blocks_(blocks), cut_sums_(cut_sums), threads_(threads) {}
+
+  void run() {
+    plan();
+    run_tasks(int64_t(parts_.size()), threads_, [&](int64_t task) {
+      Part& part = parts_[size_t(task)];
+      part.sum = sum_part(grad(*part.piece), part.start, part.length);
+    });
+    finish_known();
+    run_tasks(int64_t(tasks_.size()), threads_, [&](int64_t task) { run_task(tasks_[size_t(task)]); });
+    run_columns();
+  }
+
+ private:
+  // A part of a huge block, summed ahead of the updates so that all threads share the work.
+  struct Part {
+    const Piece* piece;
+    int64_t start, length;
+    double sum;
+  };
+  // A block whose sum of squares is known before the updates begin: cut, or huge.
+  struct Known {
+    const Piece* piece;
+    int64_t slot, first_part, last_part;
+    float factor;
+  };
+  // Whole blocks [first, last) of a piece; or elements [first, last) of its tensor, in a known block.
+  struct Task {
+    const Piece* piece;
+    int64_t known, first, last;
+  };
+
+  View grad(const Piece& piece) const { return View(streams_, kGrad, piece.tensor, piece.has_grad); }
+  float* squares(int64_t tensor, int64_t slot) const {
+    return static_cast<float*>(streams_.address(kBlockState, tensor)) + slot;
+  }
+
+  void plan() {
+    for (const Piece& piece : blocks_.pieces) {
+      if (piece.cut < 0 && piece.length <= kHugeBlock) {
+        const int64_t step = std::max(int64_t(1), kTask / piece.length);
+        for (int64_t block = 0; block < piece.blocks; block += step) {
+          tasks_.push_back({&piece, -1, block, std::min(block + step, piece.blocks)});
+        }
+        continue;
+      }
+      for (int64_t block = 0; block < piece.blocks; ++block) {
+        const int64_t start = piece.start + block * piece.length, stop = start + piece.length;
+        const int64_t first_part = int64_t(parts_.size());
+        if (piece.cut < 0 && grad(piece).base != nullptr) {
+          for (int64_t i = start; i < stop; i += kSumPart) {
+            parts_.push_back({&piece, i, std::min(kSumPart, stop - i), 0.0});
+          }
+        }
+        known_.push_back({&piece, piece.slot + block, first_part, int64_t(parts_.size()), 0.0f});
+        for (int64_t i = start; i < stop; i += kTask) {
+          tasks_.push_back({&piece, int64_t(known_.size()) - 1, i, std::min(i + kTask, stop)});
+        }
+      }
+    }
+  }
+
+  void finish_known() {
+    for (Known& known : known_) {
+      double sum = 0.0;
+      if (known.piece->cut >= 0) {
+        sum = cut_sums_[known.piece->cut];
+      } else {
+        for (int64_t part = known.first_part; part < known.last_part; ++part) sum += parts_[size_t(part)].sum;
+      }
+      known.factor = rule_.advance(squares(known.piece->tensor, known.slot), float(sum / double(known.piece->numel)));
+    }
+  }
+
+  void run_task(const Task& task) const {
+    if (task.known >= 0) {
+      Element element(streams_, task.piece->tensor, task.piece->has_grad);
+      update_same(element, task.first, task.last, known_[size_t(task.known)].factor);
+    } else if (task.piece->length < kNarrowBlock) {
+      update_narrow(*task.piece, task.first, task.last);
+    } else {
+      const Piece& piece = *task.piece;
+      Element element(streams_, piece.tensor, piece.has_grad);
+      for (int64_t block = task.first; block < task.last; ++block) {
+        const int64_t start = piece.start + block * piece.length;
+        const float mean_square = float(sum_squares(element.grad, start, piece.length) / double(piece.numel));
+        const float factor = rule_.advance(squares(piece.tensor, piece.slot + block), mean_square);
+        update_same(element, start, start + piece.length, factor);
+      }
+    }
+  }
+
+  // The streams of one value per element.
+  struct Element {
+    View param, grad, average;
+    bool direct;
+
+    Element(const Streams& streams, int64_t tensor, bool has_grad)
+        : param(streams, kParam, tensor), grad(streams, kGrad, tensor, has_grad), average(streams, kFirstState, tensor),
+          direct(param.direct() && grad.direct() && average.direct()) {}
+  };
+
+  // Elements [start, stop) with one factor, or one for each.
+  template <class Factor>
+  void update(const Element& element, int64_t start, int64_t n, Factor factor) const {
+    alignas(64) float buffers[3][kBuffer];
+    float* p = element.param.at(start, n, buffers[0]);
+    const float* g = element.grad.at(start, n, buffers[1]);
+    float* m = element.average.at(start, n, buffers[2]);
+    rule_.update(p, g, m, factor, n);
+    element.param.put(start, n, p);
+    element.average.put(start, n, m);
+  }
+
+  void update_same(const Element& element, int64_t start, int64_t stop, float factor) const {
+    const int64_t step = element.direct ? stop - start : kBuffer;
+    for (; start < stop; start += step) update(element, start, std::min(step, stop - start), factor);
+  }
+
+  // Blocks too short for a loop of their own: their factors are spread over the elements.
+  void update_narrow(const Piece& piece, int64_t first, int64_t last) const {
+    const Element element(streams_, piece.tensor, piece.has_grad);
+    const int64_t width = piece.length, step = kBuffer / width;
+    for (int64_t block = first; block < last; block += step) {
+      alignas(64) float buffer[kBuffer], factors[kBuffer], means[kBuffer];
+      const int64_t count = std::min(step, last - block), start = piece.start + block * width;
+      const float* g = element.grad.at(start, count * width, buffer);
+      float* square = squares(piece.tensor, piece.slot + block);
+      if (width == 1) {
+        for (int64_t b = 0; b < count; ++b) factors[b] = rule_.advance(square + b, g[b] * g[b]);
+      } else {
+        for (int64_t b = 0; b < count; ++b) {
+          double sum = 0.0;
+          for (int64_t i = 0; i < width; ++i) sum += double(g[b * width + i] * g[b * width + i]);
+          means[b] = float(sum / double(piece.numel));
+        }
+        for (int64_t b = 0; b < count; ++b) means[b] = rule_.advance(square + b, means[b]);
+        for (int64_t b = 0; b < count; ++b) std::fill(factors + b * width, factors + (b + 1) * width, means[b]);
+      }
+      update(element, start, count * width, static_cast<const float*>(factors));
+    }
+  }
+
+  // Column runs, batch by batch: sums, block states, elements.
+  void run_columns() {
+    ColumnBatch batch(streams_, kGrad, blocks_.columns, false, threads_);
+    std::vector<float> factors;  // of every column of a batch
+    while (batch.next()) {
+      factors.resize(size_t(batch.columns));
+      run_tasks(int64_t(batch.stripes.size()), threads_, [&](int64_t task) {
+        const ColumnBatch::Stripe& stripe = batch.stripes[size_t(task)];
+        const ColumnRun& run = *stripe.run;
+        const std::vector<double> sums = run.cut < 0 ? batch.block_sums(stripe) : std::vector<double>();
+        for (int64_t block = stripe.first; block < stripe.last; ++block) {
+          const double sum = run.cut < 0 ? sums[size_t(block - stripe.first)] : cut_sums_[run.cut + block];
+          const float mean_square = float(sum / double(run.block_numel));
+          const auto spread = factors.begin() + stripe.column + (block - stripe.first) * run.width;
+          std::fill(spread, spread + run.width, rule_.advance(squares(run.tensor, run.slot + block), mean_square));
+        }
+      });
+      run_tasks(int64_t(batch.parts.size()), threads_, [&](int64_t task) {
+        const ColumnBatch::Part& part = batch.parts[size_t(task)];
+        const ColumnBatch::Stripe& stripe = batch.stripes[size_t(part.stripe)];
+        const Element element(streams_, stripe.run->tensor, stripe.run->has_grad != 0);
+        const float* spread = factors.data() + stripe.column + part.first - stripe.begin();
+        const int64_t n = part.last - part.first, step = element.direct ? n : kBuffer;
+        for (int64_t row = 0; row < part.rows; ++row) {
+          const int64_t start = part.start + row * stripe.run->row_length;
+          for (int64_t c = 0; c < n; c += step) update(element, start + c, std::min(step, n - c), spread + c);
+        }
+      });
+    }
+  }
+
+  const AdamMini rule_;
+  const Streams streams_;
+  const Blocks& blocks_;
+  const double* const cut_sums_;
+  const int64_t threads_;
+  std::vector<Part> parts_;
+  std::vector<Known> known_;
+  std::vector<Task> tasks_;
+};
+
+}  // namespace ds_optim

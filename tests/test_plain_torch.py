@@ -1,0 +1,278 @@
+"""Without any engine: the six methods, hooks and habits of `torch.optim.Optimizer` that users and schedulers rely on."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ds_optim
+
+CLASSES = [ds_optim.AdamW, ds_optim.Lion, ds_optim.Adan, ds_optim.AdamMini]
+
+
+def small_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+
+
+def fill_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    for number in numbers:
+        fill_gradients(model, number)
+        optimizer.step()
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(one: list[Tensor], two: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_run_resumed_from_its_state_dict_is_bitwise_the_same(cls: Any, seed: int) -> None:
+    whole = small_model(seed)
+    optimizer = cls(whole.named_parameters(), roles=whole)
+    steps(whole, optimizer, range(3))
+    half, saved = copy.deepcopy(whole), io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    steps(whole, optimizer, range(3, 6))
+
+    saved.seek(0)
+    resumed = cls(half.named_parameters(), roles=half)
+    resumed.load_state_dict(torch.load(saved, weights_only=True))
+    steps(half, resumed, range(3, 6))
+    assert same(values(whole), values(half))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_load_changes_no_dtype_and_shares_no_memory(cls: Any, seed: int) -> None:
+    model = small_model(seed).bfloat16()
+    optimizer = cls(model.named_parameters(), roles=model, state_dtype="fp32")
+    steps(model, optimizer, range(2))
+    twin = cls(model.named_parameters(), roles=model)
+    twin.load_state_dict(optimizer.state_dict())
+    for parameter in model.parameters():
+        for key, value in optimizer.state[parameter].items():
+            loaded = twin.state[parameter][key]
+            assert loaded.dtype == value.dtype == torch.float32
+            assert torch.equal(loaded, value)
+            assert loaded.data_ptr() != value.data_ptr()
+
+
+def test_half_precision_state_keeps_its_dtype_through_a_load(seed: int) -> None:
+    model = small_model(seed)
+    optimizer = ds_optim.Lion(model.parameters(), state_dtype=torch.bfloat16)
+    steps(model, optimizer, range(2))
+    twin = ds_optim.Lion(model.parameters(), state_dtype=torch.bfloat16)
+    twin.load_state_dict(optimizer.state_dict())
+    assert {state["exp_avg"].dtype for state in twin.state.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_state_dict_taken_before_any_step_loads(cls: Any, seed: int) -> None:
+    model = small_model(seed)
+    optimizer = cls(model.parameters(), lr=0.25)
+    fresh = cls(model.parameters())
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.param_groups[0]["lr"] == 0.25 and not fresh.state
+
+
+def test_another_optimizers_state_is_refused(seed: int) -> None:
+    model = small_model(seed)
+    lion = ds_optim.Lion(model.parameters())
+    steps(model, lion, range(1))
+    with pytest.raises(ValueError, match="AdamW keeps"):
+        ds_optim.AdamW(model.parameters()).load_state_dict(lion.state_dict())
+
+
+def test_users_state_dict_hooks_see_plain_tensors(seed: int) -> None:
+    model = small_model(seed)
+    optimizer = ds_optim.AdamMini(model.named_parameters(), roles=model)
+    steps(model, optimizer, range(1))
+    seen: list[Any] = []
+
+    def before(_: Any, state_dict: dict[str, Any]) -> None:
+        seen.extend(type(v) for state in state_dict["state"].values() for v in state.values())
+
+    def after(loaded: torch.optim.Optimizer) -> None:
+        seen.extend(type(v) for state in loaded.state.values() for v in state.values())
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(after)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert len(seen) == 2 * 3 * len(list(model.parameters())) and set(seen) == {Tensor}
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_gradients_are_never_written_to(cls: Any, seed: int) -> None:
+    model = small_model(seed)
+    optimizer = cls(model.named_parameters(), roles=model, weight_decay=0.1)
+    fill_gradients(model, seed)
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    optimizer.step()
+    assert same(before, [parameter.grad for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_tensor_learning_rate_and_a_scheduler_mean_what_floats_mean(cls: Any, seed: int) -> None:
+    one, two = small_model(seed), small_model(seed)
+    with_float = cls(one.named_parameters(), lr=0.125, roles=one)
+    with_tensor = cls(two.named_parameters(), lr=torch.tensor(0.125), roles=two)
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step) for optimizer in (with_float, with_tensor)
+    ]
+    for number in range(3):
+        steps(one, with_float, range(number, number + 1))
+        steps(two, with_tensor, range(number, number + 1))
+        for scheduler in schedulers:
+            scheduler.step()
+    for a, b in zip(values(one), values(two), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_closure_is_evaluated_with_gradients(seed: int) -> None:
+    model = small_model(seed)
+    optimizer = ds_optim.AdamW(model.parameters())
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 5)).square().mean()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > optimizer.step(closure)
+
+
+def test_a_group_added_later_starts_its_own_step_count(seed: int) -> None:
+    model = small_model(seed)
+    first, late = list(model[0].parameters()), list(model[2].parameters())
+    optimizer = ds_optim.Adan(first)
+    steps(model, optimizer, range(3))
+    optimizer.add_param_group({"params": late, "lr": 0.5})
+    steps(model, optimizer, range(3, 4))
+    assert [int(optimizer.state[p]["step"]) for p in (*first, *late)] == [4, 4, 1, 1]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_parameter_without_gradient_is_left_alone(cls: Any, seed: int) -> None:
+    model = small_model(seed)
+    optimizer = cls(model.named_parameters(), roles=model, weight_decay=0.5)
+    fill_gradients(model, seed)
+    model[0].weight.grad = None
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(model[0].weight, before) and model[0].weight not in optimizer.state
+
+
+def test_torchs_state_initialization_leaves_no_trace(seed: int) -> None:
+    """`set_optimizer_state_dict` takes a step with learning rate 0 on zero gradients before it loads."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = small_model(seed)
+    optimizer = ds_optim.AdamW(model.parameters(), lr=0.5)
+    before = values(model)
+    get_optimizer_state_dict(model, optimizer)
+    assert same(before, values(model))
+    assert {int(state["step"]) for state in optimizer.state.values()} == {0}
+
+
+def test_a_warm_up_from_zero_still_counts(seed: int) -> None:
+    model = small_model(seed)
+    optimizer = ds_optim.AdamW(model.parameters(), lr=0.0)
+    steps(model, optimizer, range(1))
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+def test_zero_gradients_do_not_move_lion() -> None:
+    parameter = nn.Parameter(torch.randn(64))
+    optimizer = ds_optim.Lion([parameter], lr=0.5)
+    before = parameter.detach().clone()
+    for _ in range(5):
+        parameter.grad = torch.zeros(64)
+        parameter.grad[:32] = 1.0
+        optimizer.step()
+    assert torch.equal(parameter[32:], before[32:]) and not torch.equal(parameter[:32], before[:32])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_channels_last_weights_are_the_same_parameters(cls: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    plain = nn.Conv2d(3, 4, 3)
+    striped = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    for model in (plain, striped):
+        steps(model, cls(model.named_parameters(), roles=model), range(3))
+    assert not striped.weight.is_contiguous()
+    assert same(values(plain), values(striped))
+
+
+def test_names_may_be_left_out_when_the_model_is_given(seed: int) -> None:
+    one, two = small_model(seed), small_model(seed)
+    steps(one, ds_optim.AdamMini(one.parameters(), roles=one), range(3))
+    steps(two, ds_optim.AdamMini(two.named_parameters(), roles=two), range(3))
+    assert same(values(one), values(two))
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "reasons"),
+    [
+        (ds_optim.AdamW, {"lr": -1, "betas": (0.9, 1.0), "eps": -1e-8}, ["lr must", "lie in [0, 1)", "eps must"]),
+        (ds_optim.Adan, {"betas": (0.9, 0.999), "weight_decay": -0.1}, ["3 numbers", '"auto"', "weight_decay must"]),
+        (ds_optim.Lion, {"state_dtype": "int8"}, ["fp32 or bf16"]),
+        (ds_optim.AdamMini, {"lr": "fast"}, ["lr must be a number"]),
+    ],
+)
+def test_bad_settings_are_listed_together(cls: Any, settings: dict[str, Any], reasons: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        cls([nn.Parameter(torch.ones(2))], **settings)
+    for reason in reasons:
+        assert reason in str(caught.value)
+
+
+def test_complex_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match="weight is complex"):
+        ds_optim.AdamW([("weight", nn.Parameter(torch.ones(2, dtype=torch.complex64)))])
+
+
+def test_lion_ignores_eps_with_one_warning() -> None:
+    with pytest.warns(UserWarning, match="Lion has no eps"):
+        ds_optim.Lion([nn.Parameter(torch.ones(2))], eps=1e-6)
+
+
+def test_roles_that_match_nothing_are_an_error(seed: int) -> None:
+    model = small_model(seed)
+    optimizer = ds_optim.AdamMini(model.named_parameters(), roles={"*.q_proj.*": "query", "*": "no such kind"})
+    fill_gradients(model, seed)
+    before = values(model)
+    with pytest.raises(ValueError) as caught:
+        optimizer.step()
+    assert "q_proj" in str(caught.value) and "no such kind" in str(caught.value)
+    assert same(before, values(model))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_nan_stays_where_it_belongs(cls: Any) -> None:
+    """Under an elementwise rule in its element, under Adam-mini in its block (here a row)."""
+    model = nn.Linear(4, 3, bias=False)
+    optimizer = cls(model.named_parameters(), roles=model)
+    model.weight.grad = torch.ones(3, 4)
+    model.weight.grad[1, 2] = float("nan")
+    optimizer.step()
+    hurt = model.weight.isnan()
+    expected = torch.zeros(3, 4, dtype=torch.bool)
+    if cls is ds_optim.AdamMini:
+        expected[1] = True
+    else:
+        expected[1, 2] = True
+    assert torch.equal(hurt, expected)
