@@ -33,7 +33,6 @@ EXTRAS = {
     "report": REPORT,
     "test": [
         *TRAINER,
-        *REPORT,
         "pytest>=8.3",
         "hypothesis>=6.115",
         "allpairspy>=2.5",

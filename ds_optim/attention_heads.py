@@ -64,9 +64,8 @@ def head_dim_of(ancestors: Sequence[nn.Module], rows: int, query_rows: int | Non
         query_rows: output rows of the query's weight, where it is a weight of its own. With grouped queries a key has
             fewer rows, but the same head dimension.
     """
-    attention = ancestors[0]
-    config = _config(ancestors)
-    for holder, source in ((attention, "module"), (config, "config")):
+    sources: tuple[tuple[Any, Source], ...] = ((ancestors[0], "module"), (_config(ancestors), "config"))
+    for holder, source in sources:
         heads = _integer(holder, _HEADS)
         width = _integer(holder, _WIDTH)
         candidates = [_integer(holder, [name]) for name in _HEAD_DIM]
@@ -74,7 +73,7 @@ def head_dim_of(ancestors: Sequence[nn.Module], rows: int, query_rows: int | Non
             candidates += [size // heads for size in (query_rows, width) if size and size % heads == 0]
         for candidate in candidates:
             if candidate and rows % candidate == 0 and (query_rows or 0) % candidate == 0:
-                return candidate, "module" if source == "module" else "config"
+                return candidate, source
     return None
 
 
@@ -105,9 +104,8 @@ def fused_parts(ancestors: Sequence[nn.Module], name: str, rows: int) -> tuple[t
         parts = _BY_CLASS[class_name](attention, heads, key_heads, dim)
     elif name == _AMBIGUOUS:
         return None
-    else:
-        thirds = (heads + 2 * key_heads) * dim != rows
-        parts = _plain(rows // (3 * dim), rows // (3 * dim), dim) if thirds else _plain(heads, key_heads, dim)
+    else:  # a tower may have no grouped queries where the config that was found has
+        parts = _plain(heads, key_heads if (heads + 2 * key_heads) * dim == rows else heads, dim)
     return (parts, dim, source) if sum(part.size for part in parts) == rows else None
 
 

@@ -148,6 +148,9 @@ def build_engine(case: Case) -> tuple[Any, nn.Module]:
         arguments["optimizer"] = cls(groups or model.named_parameters(), **case.options)
     elif groups:
         arguments["model_parameters"] = groups
+    if case.precision == "fp16":
+        # DeepSpeed asks whether the CPU is fast at fp16 (AMX); torch computes it on any.
+        deepspeed.get_accelerator().is_fp16_supported = lambda: True
     engine, *_ = deepspeed.initialize(**arguments)
     return engine, model
 

@@ -46,7 +46,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-START_TIMEOUT = 120.0  # seconds until every rank of a new set must have joined the process group
+START_TIMEOUT = 300.0  # seconds until every rank of a new set must have joined the process group
 JOB_TIMEOUT = 300.0  # seconds a job may take unless `run` is told otherwise
 GRACE = 10.0  # seconds the other ranks get to answer once one has failed; they usually wait for it in a collective
 LOG_LINES = 40  # lines of a failed rank's output to show

@@ -515,6 +515,12 @@ def test_a_fused_weight_of_a_module_of_the_users_own() -> None:
     role = infer_roles(CausalSelfAttention("c_attn"))["c_attn.weight"]
     assert (role.output_dim, role.head_dim) == (0, 4)
     assert role.parts == (Part("query", 12), Part("key", 12), Part("value", 12))
+    # Fewer key heads than the module tells of: no guess either.
+    grouped = CausalSelfAttention("qkv")
+    grouped.qkv = nn.Linear(12, 20, bias=False)
+    assert infer_roles(grouped)["qkv.weight"].parts == ()
+    grouped.num_kv_heads = 1
+    assert [part.size for part in infer_roles(grouped)["qkv.weight"].parts] == [12, 4, 4]
     # Thirds, or head by head? The name is used for both: no guess.
     model = CausalSelfAttention("query_key_value")
     with pytest.warns(UserWarning, match=r"query_key_value\.weight 36x12 \(fused\)"):

@@ -17,6 +17,10 @@ namespace ds_optim {
 
 constexpr int64_t kHugeBlock = 1 << 20;  // a block larger than this is summed by several threads
 constexpr int64_t kNarrowBlock = 64;     // a block smaller than this is updated together with its neighbours
+#ifndef TOG
+#define TOG 8192
+#endif
+constexpr int64_t kTogether = TOG;      // elements
 
 struct AdamMini {
   float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps;
@@ -133,14 +137,7 @@ class AdamMiniStep {
     } else if (task.piece->length < kNarrowBlock) {
       update_narrow(*task.piece, task.first, task.last);
     } else {
-      const Piece& piece = *task.piece;
-      Element element(streams_, piece.tensor, piece.has_grad);
-      for (int64_t block = task.first; block < task.last; ++block) {
-        const int64_t start = piece.start + block * piece.length;
-        const float mean_square = float(sum_squares(element.grad, start, piece.length) / double(piece.numel));
-        const float factor = rule_.advance(squares(piece.tensor, piece.slot + block), mean_square);
-        update_same(element, start, start + piece.length, factor);
-      }
+      update_wide(*task.piece, task.first, task.last);
     }
   }
 
@@ -169,6 +166,25 @@ class AdamMiniStep {
   void update_same(const Element& element, int64_t start, int64_t stop, float factor) const {
     const int64_t step = element.direct ? stop - start : kBuffer;
     for (; start < stop; start += step) update(element, start, std::min(step, stop - start), factor);
+  }
+
+  // Blocks of a loop of their own. About kTogether elements are summed, then updated: enough to stream, little enough to
+  // find the gradient in the cache the second time.
+  void update_wide(const Piece& piece, int64_t first, int64_t last) const {
+    const Element element(streams_, piece.tensor, piece.has_grad);
+    const int64_t width = piece.length, step = std::max(int64_t(1), kTogether / width);
+    for (int64_t group = first; group < last; group += step) {
+      float values[kTogether / kNarrowBlock];  // mean squares, then factors
+      const int64_t count = std::min(step, last - group), start = piece.start + group * width;
+      float* square = squares(piece.tensor, piece.slot + group);
+      for (int64_t b = 0; b < count; ++b) {
+        values[b] = float(sum_squares(element.grad, start + b * width, width) / double(piece.numel));
+      }
+      for (int64_t b = 0; b < count; ++b) values[b] = rule_.advance(square + b, values[b]);
+      for (int64_t b = 0; b < count; ++b) {
+        update_same(element, start + b * width, start + (b + 1) * width, values[b]);
+      }
+    }
   }
 
   // Blocks too short for a loop of their own: their factors are spread over the elements.

@@ -12,11 +12,10 @@
 
 namespace ds_optim {
 
-constexpr int64_t kLanes = 32;                 // partial sums side by side
 constexpr int64_t kSumChunk = 512;             // elements summed in fp32; fp64 from there on
 constexpr int64_t kSumPart = 1 << 16;          // elements summed by one thread
-constexpr int64_t kSumRows = 64;               // rows of a column summed in fp32; fp64 from there on
-constexpr int64_t kPartColumns = 2048;         // columns that one thread takes at a time
+constexpr int64_t kSumRows = 32;               // rows of a column summed in fp32; fp64 from there on
+constexpr int64_t kPartColumns = 8192;         // columns that one thread takes at a time
 constexpr int64_t kBatchPerThread = 1 << 20;   // elements of column runs that are summed, then updated, together
 constexpr int64_t kBatch = 1 << 21;    // elements of column runs that are summed, then updated, together
 
@@ -90,34 +89,65 @@ inline int64_t read_blocks(const int64_t* row_runs, int64_t rows, const int64_t*
   return 0;
 }
 
-inline double sum_lanes(const double* lanes) {
-  double sums[kLanes];
-  std::copy(lanes, lanes + kLanes, sums);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t j = 0; j < half; ++j) sums[j] += sums[j + half];
-  }
-  return sums[0];
+// Kept as vectors by name: as arrays, lanes spend short blocks travelling through the stack.
+typedef float Lanes __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+constexpr int64_t kLanes = sizeof(Lanes) / sizeof(float);
+
+inline Doubles low(Lanes x) {
+  typedef float Half __attribute__((vector_size(32)));
+  Half half;
+  std::memcpy(&half, &x, sizeof half);
+  return __builtin_convertvector(half, Doubles);
 }
 
-__attribute__((noinline)) inline void add_squares(const float* __restrict x, int64_t n, double* __restrict total) {
-  alignas(64) float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += x[i + j] * x[i + j];
-  }
-  for (int64_t j = 0; i + j < n; ++j) lanes[j] += x[i + j] * x[i + j];
-  for (int64_t j = 0; j < kLanes; ++j) total[j] += double(lanes[j]);
+inline Doubles high(Lanes x) {
+  typedef float Half __attribute__((vector_size(32)));
+  Half half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&x) + sizeof half, sizeof half);
+  return __builtin_convertvector(half, Doubles);
 }
+
+inline Lanes load_lanes(const float* x) {
+  Lanes lanes;
+  std::memcpy(&lanes, x, sizeof lanes);
+  return lanes;
+}
+
+// The squares of at most kSumChunk elements, as partial sums.
+inline Doubles chunk_squares(const float* x, int64_t n) {
+  Lanes even = {}, odd = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Lanes a = load_lanes(x + i), b = load_lanes(x + i + kLanes);
+    even += a * a;
+    odd += b * b;
+  }
+  if (i + kLanes <= n) {
+    const Lanes a = load_lanes(x + i);
+    even += a * a;
+    i += kLanes;
+  }
+  if (i < n) {
+    float rest[kLanes] = {};
+    std::memcpy(rest, x + i, size_t(n - i) * sizeof(float));
+    const Lanes a = load_lanes(rest);
+    odd += a * a;
+  }
+  return (low(even) + low(odd)) + (high(even) + high(odd));
+}
+
+inline double sum_of(Doubles x) { return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7])); }
 
 // At most kSumPart elements.
 inline double sum_part(const View& grad, int64_t start, int64_t n) {
   alignas(64) float buffer[kSumChunk];
-  alignas(64) double total[kLanes] = {};
+  Doubles total = {};
   for (int64_t done = 0; done < n; done += kSumChunk) {
     const int64_t size = std::min(kSumChunk, n - done);
-    add_squares(grad.at(start + done, size, buffer), size, total);
+    total += chunk_squares(grad.at(start + done, size, buffer), size);
   }
-  return sum_lanes(total);
+  return sum_of(total);
 }
 
 inline double sum_squares(const View& grad, int64_t start, int64_t n) {
