@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--zero-stage", type=int, choices=STAGES, help="replaces the config's ZeRO stage")
     what.add_argument("--lr", type=float, help="replaces the config's learning rate")
     what.add_argument("--micro-batch", type=int, metavar="N", help="sequences per rank and backward pass")
-    what.add_argument("--seq-length", type=int, default=256, metavar="N", help="tokens per sequence (256)")
+    what.add_argument("--seq-length", type=int, default=128, metavar="N", help="tokens per sequence (128)")
     length = what.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=240, metavar="N", help="optimizer steps (240)")
     length.add_argument("--tokens", type=float, metavar="N", help="stop after that many tokens instead, e.g. 2e6")

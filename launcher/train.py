@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(chosen: settings.Settings) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    _check_optimizer_is_known(chosen)
     get_accelerator().set_device(local_rank)
     deepspeed.init_distributed()
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    _check_optimizer_is_known(chosen)
     text = shared_text(chosen, local_rank)
 
     torch.manual_seed(chosen.seed)
@@ -110,6 +110,7 @@ def run(chosen: settings.Settings) -> None:
         if chosen.save:
             _save(engine, chosen, chosen.steps)
         _close(progress, chosen, meter, before, after, shares)
+    engine.destroy()
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -260,6 +261,8 @@ def _resume(engine: Any, chosen: settings.Settings) -> int:
     loaded, state = engine.load_checkpoint(str(path.parent if tagged else path), tag=path.name if tagged else None)
     if loaded is None:
         raise settings.SettingsError([f"--resume {path}: there is no DeepSpeed checkpoint"])
+    if engine.global_steps >= chosen.steps:
+        raise settings.SettingsError([f"--resume {path}: all of its {chosen.steps} steps are done"])
     if state["steps"] != chosen.steps:
         raise settings.SettingsError(
             [

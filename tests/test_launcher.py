@@ -346,17 +346,23 @@ def test_the_log_has_every_step_and_a_line_per_window(tmp_path: Path, capsys: py
 # -------------------------------------------------------------------------------------------------------- the real run
 
 
-def launch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
     command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port, LAUNCHER / "train.py"]
     return subprocess.run(
-        [sys.executable, *map(str, [*command, *arguments])], capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, (*command, *arguments))], capture_output=True, text=True, timeout=600
     )
 
 
-def test_two_ranks_train_save_and_resume_under_the_deepspeed_launcher(texts: Path, tmp_path: Path) -> None:
+def train_in_pool(arguments: list[str]) -> None:
+    import train
+
+    train.run(settings.read(arguments, world_size=2))
+
+
+def test_two_ranks_train_under_the_deepspeed_launcher_and_resume(pool: Any, texts: Path, tmp_path: Path) -> None:
     model = tmp_path / "model.json"
     shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
     small = json.loads((CONFIGS / "models" / "llama_small.json").read_text())
@@ -373,8 +379,8 @@ def test_two_ranks_train_save_and_resume_under_the_deepspeed_launcher(texts: Pat
     assert len(summary["bytes_per_rank"]) == 2
     assert all(0.5 < r["state"] / r["adamw_state"] < 0.56 for r in summary["bytes_per_rank"])
 
-    resumed = launch(*common, "--resume", tmp_path / "saved" / "global_step3", "--output", tmp_path / "resumed")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    rest = [*common, "--resume", tmp_path / "saved" / "global_step3", "--output", tmp_path / "resumed"]
+    pool(2).run(train_in_pool, list(map(str, rest)))
 
     def losses(name: str) -> dict[int, tuple[float, float]]:
         records = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
@@ -384,11 +390,31 @@ def test_two_ranks_train_save_and_resume_under_the_deepspeed_launcher(texts: Pat
     assert all(math.isfinite(value) for pair in losses("whole").values() for value in pair)
 
 
-def test_a_wrong_config_gives_one_error_and_no_traceback(tmp_path: Path) -> None:
+def test_a_wrong_config_gives_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import train
+
     config = json.loads((CONFIGS / "adam_mini_zero2.json").read_text())
     config["optimizer"]["type"] = "AdamMinni"
     (tmp_path / "wrong.json").write_text(json.dumps(config))
-    result = launch("--deepspeed", tmp_path / "wrong.json")
-    assert result.returncode != 0
-    assert (result.stdout + result.stderr).count("'AdamMinni' is known neither to DeepSpeed nor to torch.optim") == 1
-    assert "Traceback" not in result.stdout + result.stderr
+    assert train.main(["--deepspeed", str(tmp_path / "wrong.json")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert "'AdamMinni' is known neither to DeepSpeed nor to torch.optim" in said[1]
+
+
+def refusal_in_pool(arguments: list[str]) -> str:
+    import train
+
+    with pytest.raises(settings.SettingsError) as error:
+        train.run(settings.read(arguments, world_size=2))
+    return str(error.value)
+
+
+def test_an_optimizers_own_refusal_is_passed_on(pool: Any, texts: Path, tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "adam_mini_zero2.json").read_text())
+    config["optimizer"]["params"] |= {"betas": [0.9, 1.5], "momentum": 0.9}
+    (tmp_path / "wrong.json").write_text(json.dumps(config))
+    arguments = ["--deepspeed", tmp_path / "wrong.json", "--text", texts, "--cache", tmp_path, "--seq-length", "16"]
+    for said in pool(2).run(refusal_in_pool, list(map(str, arguments))):
+        assert "momentum" in said
+        assert "1.5" in said

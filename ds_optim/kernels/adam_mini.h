@@ -16,11 +16,13 @@
 namespace ds_optim {
 
 constexpr int64_t kHugeBlock = 1 << 20;  // a block larger than this is summed by several threads
-constexpr int64_t kNarrowBlock = 64;     // a block smaller than this is updated together with its neighbours
-#ifndef TOG
-#define TOG 8192
+constexpr int64_t kGroup = 4096;         // elements of neighbouring blocks that are summed, then updated
+#ifndef WIDE
+#define WIDE 1024
 #endif
-constexpr int64_t kTogether = TOG;      // elements
+constexpr int64_t kWideBlock = WIDE;     // a block of this size is worth a loop of its own
+constexpr int64_t kTinyBlock = 32;       // a block smaller than this is not worth the fast sum
+static_assert(kTinyBlock <= kWideBlock && kWideBlock <= kGroup && kBuffer <= kGroup, "groups hold whole blocks");
 
 struct AdamMini {
   float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps;
@@ -134,10 +136,8 @@ class AdamMiniStep {
     if (task.known >= 0) {
       Element element(streams_, task.piece->tensor, task.piece->has_grad);
       update_same(element, task.first, task.last, known_[size_t(task.known)].factor);
-    } else if (task.piece->length < kNarrowBlock) {
-      update_narrow(*task.piece, task.first, task.last);
     } else {
-      update_wide(*task.piece, task.first, task.last);
+      update_blocks(*task.piece, task.first, task.last);
     }
   }
 
@@ -167,47 +167,54 @@ class AdamMiniStep {
     const int64_t step = element.direct ? stop - start : kBuffer;
     for (; start < stop; start += step) update(element, start, std::min(step, stop - start), factor);
   }
+  void update_each(const Element& element, int64_t start, int64_t n, const float* factors) const {
+    const int64_t step = element.direct ? n : kBuffer;
+    for (int64_t i = 0; i < n; i += step) update(element, start + i, std::min(step, n - i), factors + i);
+  }
 
-  // Blocks of a loop of their own. About kTogether elements are summed, then updated: enough to stream, little enough to
-  // find the gradient in the cache the second time.
-  void update_wide(const Piece& piece, int64_t first, int64_t last) const {
+  // Blocks [first, last) of a piece, a group of about kGroup elements at a time: enough to stream from memory, few enough
+  // to find the gradient in the cache the second time.
+  void update_blocks(const Piece& piece, int64_t first, int64_t last) const {
     const Element element(streams_, piece.tensor, piece.has_grad);
-    const int64_t width = piece.length, step = std::max(int64_t(1), kTogether / width);
-    for (int64_t group = first; group < last; group += step) {
-      float values[kTogether / kNarrowBlock];  // mean squares, then factors
-      const int64_t count = std::min(step, last - group), start = piece.start + group * width;
-      float* square = squares(piece.tensor, piece.slot + group);
-      for (int64_t b = 0; b < count; ++b) {
-        values[b] = float(sum_squares(element.grad, start + b * width, width) / double(piece.numel));
-      }
+    const int64_t width = piece.length;
+    const int64_t step = width < kTinyBlock ? kBuffer / width : std::max(int64_t(1), kGroup / width);
+    for (int64_t block = first; block < last; block += step) {
+      alignas(64) float values[kGroup], spread[kGroup];  // values: mean squares, then factors
+      const int64_t count = std::min(step, last - block), start = piece.start + block * width, n = count * width;
+      float* square = squares(piece.tensor, piece.slot + block);
+      mean_squares(element, piece, start, count, values);
       for (int64_t b = 0; b < count; ++b) values[b] = rule_.advance(square + b, values[b]);
-      for (int64_t b = 0; b < count; ++b) {
-        update_same(element, start + b * width, start + (b + 1) * width, values[b]);
+      if (width >= kWideBlock) {
+        for (int64_t b = 0; b < count; ++b) {
+          update_same(element, start + b * width, start + (b + 1) * width, values[b]);
+        }
+      } else if (width == 1) {
+        update_each(element, start, n, values);
+      } else {  // one long loop is faster than many short ones
+        for (int64_t b = 0; b < count; ++b) std::fill(spread + b * width, spread + (b + 1) * width, values[b]);
+        update_each(element, start, n, spread);
       }
     }
   }
 
-  // Blocks too short for a loop of their own: their factors are spread over the elements.
-  void update_narrow(const Piece& piece, int64_t first, int64_t last) const {
-    const Element element(streams_, piece.tensor, piece.has_grad);
-    const int64_t width = piece.length, step = kBuffer / width;
-    for (int64_t block = first; block < last; block += step) {
-      alignas(64) float buffer[kBuffer], factors[kBuffer], means[kBuffer];
-      const int64_t count = std::min(step, last - block), start = piece.start + block * width;
-      const float* g = element.grad.at(start, count * width, buffer);
-      float* square = squares(piece.tensor, piece.slot + block);
-      if (width == 1) {
-        for (int64_t b = 0; b < count; ++b) factors[b] = rule_.advance(square + b, g[b] * g[b]);
-      } else {
-        for (int64_t b = 0; b < count; ++b) {
-          double sum = 0.0;
-          for (int64_t i = 0; i < width; ++i) sum += double(g[b * width + i] * g[b * width + i]);
-          means[b] = float(sum / double(piece.numel));
-        }
-        for (int64_t b = 0; b < count; ++b) means[b] = rule_.advance(square + b, means[b]);
-        for (int64_t b = 0; b < count; ++b) std::fill(factors + b * width, factors + (b + 1) * width, means[b]);
+  void mean_squares(const Element& element, const Piece& piece, int64_t start, int64_t count, float* means) const {
+    const int64_t width = piece.length;
+    if (width >= kTinyBlock) {
+      for (int64_t b = 0; b < count; ++b) {
+        means[b] = float(sum_squares(element.grad, start + b * width, width) / double(piece.numel));
       }
-      update(element, start, count * width, static_cast<const float*>(factors));
+      return;
+    }
+    alignas(64) float buffer[kBuffer];
+    const float* g = element.grad.at(start, count * width, buffer);
+    if (width == 1) {
+      for (int64_t b = 0; b < count; ++b) means[b] = g[b] * g[b];
+      return;
+    }
+    for (int64_t b = 0; b < count; ++b) {
+      double sum = 0.0;
+      for (int64_t i = b * width; i < (b + 1) * width; ++i) sum += double(g[i] * g[i]);
+      means[b] = float(sum / double(piece.numel));
     }
   }
 
@@ -233,10 +240,8 @@ class AdamMiniStep {
         const ColumnBatch::Stripe& stripe = batch.stripes[size_t(part.stripe)];
         const Element element(streams_, stripe.run->tensor, stripe.run->has_grad != 0);
         const float* spread = factors.data() + stripe.column + part.first - stripe.begin();
-        const int64_t n = part.last - part.first, step = element.direct ? n : kBuffer;
         for (int64_t row = 0; row < part.rows; ++row) {
-          const int64_t start = part.start + row * stripe.run->row_length;
-          for (int64_t c = 0; c < n; c += step) update(element, start + c, std::min(step, n - c), spread + c);
+          update_each(element, part.start + row * stripe.run->row_length, part.last - part.first, spread);
         }
       });
     }

@@ -1,0 +1,166 @@
+"""Bad input: one error that lists every reason and the remedy, on every rank, before any weight changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engines import Case, build_engine, engine_for, masters, train
+from pool import Pools
+
+
+def attempt(case: Case) -> str:
+    """The error of building the case's engine."""
+    try:
+        engine, _ = build_engine(case)
+    except Exception as error:  # which kind is what the test judges
+        return f"{type(error).__name__}: {error}"
+    engine.destroy()
+    return "no error"
+
+
+def refused(pool: Pools, case: Case, *reasons: str, ranks: int = 2) -> None:
+    for message in pool(ranks).run(attempt, case):
+        for reason in reasons:
+            assert reason in message, message
+
+
+def test_every_reason_is_listed_at_once(pool: Pools) -> None:
+    refused(
+        pool,
+        Case(
+            "AdamMini",
+            {"lr": -1, "betas": [0.9, 1.5], "momentum": 0.9, "roles": {"*.no_such.*": "mlp"}},
+            stage=3,
+            zero={"offload_optimizer": {"device": "cpu", "ratio": 0.5}, "elastic_checkpoint": True},
+            extra={"checkpoint": {"load_universal": True}},
+        ),
+        "ValueError: ds_optim cannot run under this configuration, nothing was changed",
+        "has no option 'momentum'",
+        "lr must be a number >= 0",
+        "every beta must lie in [0, 1), not 1.5",
+        "no_such",
+        "ratio below 1",
+        "elastic_checkpoint",
+        "load_universal",
+    )
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("Adan", zero={"offload_optimizer": {"device": "nvme", "nvme_path": "/nowhere"}}, stage=3), "nvme"),
+        (
+            Case("Adan", zero={"offload_optimizer": {"device": "cpu", "super_offload": True}}, stage=3),
+            "super_offload updates with its own Adam",
+        ),
+        (Case("Adan", precision="bf16", extra={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}), ""),
+        (Case("Adan", {"betas": [0.9, 0.999]}), "betas must be 3 numbers"),
+        (Case("Adan", {"lr": "auto"}), '"auto" for lr'),
+        (Case("Adan", precision="fp16", stage=0), "fp16 without ZeRO"),
+        (Case("Adan", extra={"ds_optim": {"no_decay": ["*.nothing"]}}), "'*.nothing' matches no parameter"),
+        (Case("Adan", extra={"ds_optim": {"warmup": 3}}), "has no option 'warmup'"),
+        (Case("AdamMini", {"roles": {"*.q_proj.weight": {"kind": "query", "head_dim": 5}}}), "head_dim 5 does not divide"),
+        (Case("ds_optim.AdamW", {"lr": 0.1}, client=True, stage=3, zero={"elastic_checkpoint": True}), "elastic"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_exact_is_refused(pool: Pools, case: Case, reason: str) -> None:
+    if "bf16_master_weights_and_grads" in str(case.extra):
+        case = Case(case.optimizer, stage=2, precision="fp32", extra=case.extra)  # the case's own bf16 section counts
+        reason = "bf16_master_weights_and_grads drops the fp32 master weights"
+    refused(pool, case, reason)
+
+
+def test_zenflow_is_refused(pool: Pools) -> None:
+    zenflow = {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "zenflow": {"topk_ratio": 0.1, "select_strategy": "step", "select_interval": 1, "update_interval": 1},
+    }
+    refused(pool, Case("AdamMini", zero=zenflow), "zenflow updates with its own Adam")
+
+
+def test_an_unknown_name_is_deepspeeds_own_error(pool: Pools) -> None:
+    refused(pool, Case("AdamMinus"), "AdamMinus")
+
+
+def one_rank_disagrees(kind: str) -> str:
+    """Build an engine whose layout is spoiled on rank 1 only, between DeepSpeed's set-up and ours."""
+    import deepspeed.runtime.zero.stage_1_and_2 as stage
+
+    original = stage.DeepSpeedZeroOptimizer.__init__
+
+    def spoiled(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if torch.distributed.get_rank() == 1:
+            if kind == "offset":
+                self.round_robin_bit16_offsets[0][1] += 1
+            elif kind == "master":
+                self.single_partition_of_fp32_groups[0].data[0] += 1
+            elif kind == "attribute":
+                del self.partition_size
+
+    stage.DeepSpeedZeroOptimizer.__init__ = spoiled
+    try:
+        return attempt(Case("AdamMini", stage=2))
+    finally:
+        stage.DeepSpeedZeroOptimizer.__init__ = original
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("offset", "DeepSpeed's offsets say"),
+        ("master", "the fp32 master at 0 does not hold the weight's elements"),
+        ("attribute", "has no partition_size; deepspeed versions known to work: 0.19.8"),
+    ],
+)
+def test_a_layout_that_cannot_be_matched_on_one_rank_fails_on_all(pool: Pools, kind: str, reason: str) -> None:
+    for message in pool(2).run(one_rank_disagrees, kind):
+        assert "nothing was changed" in message
+        assert "rank 1: " in message and reason in message
+
+
+def spare_the_mlp(case: Case) -> dict[str, Any]:
+    """Two steps of zero gradients: only weight decay moves anything. The weights before and after."""
+    with engine_for(case) as (engine, model, clock):
+        for parameter in model.parameters():
+            parameter.register_hook(torch.zeros_like)
+        before = masters(engine)
+        train(engine, case, clock, range(1, 3))
+        after = masters(engine)
+        return {name: all(torch.equal(a[2], b[2]) for a, b in zip(before[name], after[name], strict=True)) for name in after}
+
+
+@pytest.mark.parametrize(
+    ("settings", "still"),
+    [
+        ({}, ("norm", "bias")),
+        ({"ds_optim": {"no_decay": []}}, ()),
+        ({"ds_optim": {"no_decay": ["*.mlp.*"]}}, (".mlp.",)),
+    ],
+)
+def test_a_flat_parameter_list_gets_decay_exempt_groups(
+    pool: Pools, settings: dict[str, Any], still: tuple[str, ...]
+) -> None:
+    case = Case("ds_optim.AdamW", {"weight_decay": 0.5}, stage=2, extra=settings)
+    for report in pool(2).run(spare_the_mlp, case):
+        for name, unmoved in report.items():
+            assert unmoved == any(part in name for part in still), name
+
+
+def options_of(case: Case) -> dict[str, Any]:
+    engine, _ = build_engine(case)
+    group = {key: value for key, value in engine.basic_optimizer.param_groups[0].items() if key != "params"}
+    engine.destroy()
+    return group
+
+
+def test_the_ds_optim_object_takes_precedence(pool: Pools) -> None:
+    """A Trainer fills betas with two numbers; Adan's three come from the top-level object."""
+    case = Case("Adan", {"betas": [0.9, 0.999]}, extra={"ds_optim": {"betas": [0.9, 0.8, 0.7], "no_prox": True}})
+    for group in pool(1).run(options_of, case):
+        assert group["betas"] == [0.9, 0.8, 0.7] and group["no_prox"] is True
