@@ -181,7 +181,7 @@ REFUSALS = (
         "zero_optimization.zenflow updates with its own Adam: remove it",
     ),
     Refusal(
-        lambda config, _: str(getattr(_offload(config, "device", ""), "value", "")) == "nvme",
+        lambda config, _: _offload(config, "device", None) == "nvme",  # a str enumeration, or its value
         "zero_optimization.offload_optimizer.device nvme takes all state for flat fp32 tensors of the partition's size: "
         'use "cpu"',
     ),

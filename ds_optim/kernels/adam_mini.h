@@ -17,11 +17,8 @@ namespace ds_optim {
 
 constexpr int64_t kHugeBlock = 1 << 20;  // a block larger than this is summed by several threads
 constexpr int64_t kGroup = 4096;         // elements of neighbouring blocks that are summed, then updated
-#ifndef WIDE
-#define WIDE 1024
-#endif
-constexpr int64_t kWideBlock = WIDE;     // a block of this size is worth a loop of its own
-constexpr int64_t kTinyBlock = 32;       // a block smaller than this is not worth the fast sum
+constexpr int64_t kWideBlock = 256;       // a block of this size is worth a loop of its own
+constexpr int64_t kTinyBlock = 16;       // a block smaller than this is not worth the fast sum
 static_assert(kTinyBlock <= kWideBlock && kWideBlock <= kGroup && kBuffer <= kGroup, "groups hold whole blocks");
 
 struct AdamMini {

