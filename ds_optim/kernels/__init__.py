@@ -32,7 +32,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from ds_optim.kernels import eager, native
+from ds_optim.kernels import compiled, eager, native
 from ds_optim.kernels.tables import Formula, Select
 
 __all__ = ["Backend", "Formula", "Select", "backend_for", "blockwise", "elementwise", "partial_sums"]
@@ -66,8 +66,14 @@ def _by_device(device_type: str) -> Backend:
             return "native"
         except native.UnavailableError as problem:
             reason = str(problem)
+    elif device_type in ("cuda", "xpu"):
+        from torch.utils._triton import has_triton
+
+        if has_triton():
+            return "compiled"
+        reason = "torch.compile needs triton, which is not installed or does not support this device"
     else:
-        reason = "not yet"
+        reason = "only cpu, cuda and xpu have them"
     warnings.warn(
         f"ds_optim: no fused optimizer kernels for {device_type} tensors, so plain torch operations are used, which "
         f"compute the same several times slower. Reason: {reason}",
@@ -101,7 +107,8 @@ def elementwise(
     if backend == "native":
         native.elementwise(name, params, grads, states, spans, scalars)
     else:
-        eager.elementwise(formula, params, grads, states, spans, scalars)
+        driver = compiled if backend == "compiled" else eager
+        driver.elementwise(formula, params, grads, states, spans, scalars)
 
 
 def partial_sums(
@@ -124,7 +131,8 @@ def partial_sums(
     if backend == "native":
         native.partial_sums(grads, row_runs, column_runs, cut_sums)
     else:
-        eager.partial_sums(grads, row_runs, column_runs, cut_sums, "cut")
+        driver = compiled if backend == "compiled" else eager
+        driver.partial_sums(grads, row_runs, column_runs, cut_sums)
 
 
 def blockwise(
@@ -159,4 +167,5 @@ def blockwise(
     if backend == "native":
         native.blockwise(name, params, grads, states, block_states, row_runs, column_runs, cut_sums, scalars, select)
     else:
-        eager.blockwise(formula, params, grads, states, block_states, row_runs, column_runs, cut_sums, scalars, select)
+        driver = compiled if backend == "compiled" else eager
+        driver.blockwise(formula, params, grads, states, block_states, row_runs, column_runs, cut_sums, scalars, select)

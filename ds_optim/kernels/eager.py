@@ -51,15 +51,13 @@ def elementwise(
 
 
 @torch.no_grad()
-def partial_sums(
-    grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor, select: Select
-) -> None:
+def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor) -> None:
     """`ds_optim.kernels.partial_sums`."""
-    for piece in iterate_row_runs(row_runs, select):
+    for piece in iterate_row_runs(row_runs, "cut"):
         grad = grads[piece.tensor]
         if grad is not None and piece.has_grad:
             cut_sums[piece.cut] += _row_sums(grad, piece, cut_sums.dtype)[0]
-    for run in iterate_column_runs(column_runs, select):
+    for run in iterate_column_runs(column_runs, "cut"):
         grad = grads[run.tensor]
         if grad is not None and run.has_grad:
             cut_sums[run.cut : run.cut + run.blocks] += _column_sums(grad, run, cut_sums.dtype)

@@ -1,0 +1,205 @@
+"""The drivers with the formula in functions that `torch.compile` fuses: for accelerators, where C++ cannot follow.
+
+Every call of a compiled function is one kernel (one more for a reduction), without temporaries of the tensor's size.
+Nothing recompiles from step to step: sizes are symbolic, and scalars are 0-dim tensors on the device, so that neither a
+schedule nor a new length is a new program. What does make one, each once: another formula or dtype, a missing gradient,
+a size of exactly one, and an offset in memory of zero, or one that is not a multiple of 16 bytes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.kernels import eager
+from ds_optim.kernels.tables import (
+    ColumnPiece,
+    ColumnRun,
+    Formula,
+    Select,
+    iterate_column_runs,
+    iterate_row_runs,
+    iterate_spans,
+)
+
+ALIGNMENT = 16
+"""Bytes. Inductor expects of every input what the first one had, and copies an input that is aligned less."""
+
+
+@torch.no_grad()
+def elementwise(
+    formula: Formula,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Sequence[Tensor]],
+    spans: Tensor,
+    scalars: Mapping[str, float | Tensor],
+) -> None:
+    """`ds_optim.kernels.elementwise`."""
+    constants = _on_device(scalars, params)
+    for tensor, start, length, has_grad in iterate_spans(spans):
+        local = [params[tensor], *(state[tensor] for state in states)]
+        grad = grads[tensor] if has_grad else None
+        targets = [_part(target, start, (length,)) for target in local]
+        _call(_apply, formula, targets, _part(grad, start, (length,)), [], constants)
+    torch.autograd.graph.increment_version(params)
+
+
+@torch.no_grad()
+def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor) -> None:
+    """`ds_optim.kernels.partial_sums`."""
+    for piece in iterate_row_runs(row_runs, "cut"):
+        grad = grads[piece.tensor]
+        if grad is not None and piece.has_grad:
+            row = _part(grad, piece.start, (piece.length,))
+            cut_sums[piece.cut] += _call(_sum_squares, row, 0, cut_sums.dtype)
+    for run in iterate_column_runs(column_runs, "cut"):
+        grad = grads[run.tensor]
+        if grad is not None and run.has_grad:
+            cut_sums[run.cut : run.cut + run.blocks] += _column_sums(grad, run, cut_sums)
+
+
+@torch.no_grad()
+def blockwise(
+    formula: Formula,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Sequence[Tensor]],
+    block_states: Sequence[Sequence[Tensor]],
+    row_runs: Tensor,
+    column_runs: Tensor,
+    cut_sums: Tensor,
+    scalars: Mapping[str, float | Tensor],
+    select: Select,
+) -> None:
+    """`ds_optim.kernels.blockwise`."""
+    constants = _on_device(scalars, params)
+    for piece in iterate_row_runs(row_runs, select):
+        local = [params[piece.tensor], *(state[piece.tensor] for state in states)]
+        grad = grads[piece.tensor] if piece.has_grad else None
+        blocks = [_part(state[piece.tensor], piece.slot, (piece.blocks,)) for state in block_states]
+        if piece.cut < 0:
+            shape = (piece.blocks, piece.length)
+            targets = [_part(target, piece.start, shape) for target in local]
+            _call(_apply_rows, formula, targets, _part(grad, piece.start, shape), blocks, cut_sums.dtype, constants)
+        else:
+            targets = [_part(target, piece.start, (piece.length,)) for target in local]
+            mean_squares = (cut_sums[piece.cut : piece.cut + 1] / piece.numel).float()
+            values = [mean_squares, *blocks]
+            _call(_apply, formula, targets, _part(grad, piece.start, (piece.length,)), values, constants)
+            eager.advance_blocks(formula, len(states), blocks, mean_squares, constants)
+    for run in iterate_column_runs(column_runs, select):
+        local = [params[run.tensor], *(state[run.tensor] for state in states)]
+        grad = grads[run.tensor] if run.has_grad else None
+        blocks = [_part(state[run.tensor], run.slot, (run.blocks,)) for state in block_states]
+        sums = _column_sums(grad, run, cut_sums) if run.cut < 0 else cut_sums[run.cut : run.cut + run.blocks]
+        mean_squares = (sums / run.block_numel).float()
+        by_column = [value.repeat_interleave(run.width) for value in (mean_squares, *blocks)]
+        for part in run.pieces():
+            targets = [_columns(target, run, part) for target in local]
+            values = [_part(value, part.first, (part.last - part.first,)) for value in by_column]
+            _call(_apply, formula, targets, _columns(grad, run, part), values, constants)
+        eager.advance_blocks(formula, len(states), blocks, mean_squares, constants)
+    torch.autograd.graph.increment_version(params)
+
+
+def _apply(
+    formula: Formula,
+    targets: list[Tensor],
+    grad: Tensor | None,
+    block_values: list[Tensor],
+    scalars: dict[str, Tensor],
+) -> None:
+    """Elements whose block values, if any, are known."""
+    like = targets[0]
+    eager.apply(
+        formula, targets, torch.zeros_like(like).float() if grad is None else grad.float(), block_values, scalars
+    )
+
+
+def _apply_rows(
+    formula: Formula,
+    targets: list[Tensor],
+    grad: Tensor | None,
+    block_states: list[Tensor],
+    dtype: torch.dtype,
+    scalars: dict[str, Tensor],
+) -> None:
+    """Whole blocks as the rows of (blocks, elements) targets: sums, block states and elements in one program."""
+    grad_BE = torch.zeros_like(targets[0]).float() if grad is None else grad.float()
+    mean_square_B1 = ((grad_BE * grad_BE).sum(1, keepdim=True, dtype=dtype) / grad_BE.shape[1]).float()
+    param_BE, *state_BE = [target.float() for target in targets]
+    block_state_B1 = [state[:, None] for state in block_states]
+    results = formula(param_BE, grad_BE, mean_square_B1, *state_BE, *block_state_B1, **scalars)
+    for target, result in zip(targets, results, strict=False):
+        target.copy_(result)
+    for state, result in zip(block_states, results[len(targets) :], strict=True):
+        state.copy_(result[:, 0])
+
+
+def _sum_squares(values: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    values = values.float()
+    return (values * values).sum(dim, dtype=dtype)
+
+
+def _column_sums(grad: Tensor | None, run: ColumnRun, like: Tensor) -> Tensor:
+    """Sums of squares (blocks,) of the run's blocks."""
+    columns = torch.zeros(run.blocks * run.width, dtype=like.dtype, device=like.device)
+    for part in run.pieces() if grad is not None else ():
+        columns[part.first : part.last] += _call(_sum_squares, _columns(grad, run, part), 0, like.dtype)
+    return columns.view(run.blocks, run.width).sum(1)
+
+
+def _part(tensor: Any, start: int, shape: tuple[int, ...], strides: tuple[int, ...] | None = None) -> Any:
+    """Elements of a flat tensor from ``start`` on. Not a view: a program that sees views depends on their bases."""
+    if tensor is None:
+        return None
+    if strides is None:
+        strides = (shape[1], 1) if len(shape) == 2 else (1,)
+    part = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return part.set_(tensor.untyped_storage(), tensor.storage_offset() + start, shape, strides)
+
+
+def _columns(tensor: Any, run: ColumnRun, piece: ColumnPiece) -> Any:
+    """The piece's elements as (rows, columns)."""
+    return _part(tensor, piece.start, (piece.rows, piece.last - piece.first), (run.row_length, 1))
+
+
+def _on_device(scalars: Mapping[str, float | Tensor], params: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The scalars as 0-dim tensors where the parameters are; a call works on one device."""
+    if not params:
+        return {}
+    device = params[0].device
+    return {
+        name: value.to(device=device, dtype=torch.float32) if isinstance(value, Tensor) else _scalar(value, device)
+        for name, value in scalars.items()
+    }
+
+
+@lru_cache(maxsize=256)
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=device)  # filled there: nothing is sent, nothing waits
+
+
+# A program is looked up by what must not be mixed in it; its other variants are dynamo's business.
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    for argument in arguments:
+        if isinstance(argument, list):
+            tensors += argument
+    aligned = all(tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0 for tensor in tensors)
+    formula = arguments[0] if callable(arguments[0]) else None
+    return _program(function, formula, aligned)(*arguments)
+
+
+@cache
+def _program(function: Callable[..., Any], formula: Formula | None, aligned: bool) -> Callable[..., Any]:
+    compile_function: Any = torch.compile  # its overloads know nothing of the last two options
+    program: Callable[..., Any] = compile_function(
+        function, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True
+    )
+    return program

@@ -1,0 +1,102 @@
+"""State is split across the ranks and kept once; a step takes no memory of the partition's size."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from engines import Case, state_bytes
+from pool import Pools
+
+STREAMS = {"ds_optim.AdamW": 2, "ds_optim.Lion": 1, "Adan": 4, "AdamMini": 1}  # fp32 values of state per element
+
+
+def medium_model() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1000,
+            hidden_size=128,
+            intermediate_size=344,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Bytes of state after a step, and the largest growth of memory inside the optimizer's second step."""
+    import deepspeed
+
+    model = medium_model()
+    total = sum(p.numel() for p in model.parameters())
+    engine, *_ = deepspeed.initialize(model=model, config=case.config())
+    basic = engine.basic_optimizer
+    tokens = torch.arange(16).view(1, 16)
+    peaks = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        """One call of the basic optimizer's step (DeepSpeed makes one per group), its allocations followed."""
+        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        with profiler:
+            result = type(basic).step(basic, *args, **kwargs)
+        grown = [0]
+        for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+            if event.name() == "[memory]":
+                grown.append(grown[-1] + event.nbytes())
+        peaks.append(max(grown))
+        return result
+
+    for last in (False, True):
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        if last:
+            basic.step = watched
+        engine.step()
+    del basic.step
+    partition = sum(tensor.numel() * 4 for tensor in basic._bound)
+    report = {"state": state_bytes(engine), "total": total, "peak": max(peaks), "partition": partition}
+    engine.destroy()
+    return report
+
+
+@pytest.mark.parametrize("optimizer", list(STREAMS))
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 3), (3, 4)])
+def test_state_is_split_across_the_ranks(pool: Pools, optimizer: str, stage: int, ranks: int) -> None:
+    reports = pool(ranks).run(measure, Case(optimizer, stage=stage, precision="bf16"))
+    for report in reports:
+        share = 4 * report["total"] / ranks
+        state = report["state"]
+        elementwise = sum(size for key, size in state.items() if key not in ("step",) + ("exp_avg_sq",) * (optimizer == "AdamMini"))
+        assert elementwise <= 1.01 * STREAMS[optimizer] * share
+        if optimizer == "AdamMini":
+            assert state["exp_avg_sq"] <= 0.02 * share  # a value per row of 128 or 344, per head, per norm
+        assert report["peak"] <= 0.01 * report["partition"]
+
+
+def test_adam_mini_halves_adamws_state(pool: Pools) -> None:
+    mini, adamw = (
+        [sum(report["state"].values()) for report in pool(2).run(measure, Case(name, stage=2, precision="bf16"))]
+        for name in ("AdamMini", "ds_optim.AdamW")
+    )
+    assert sum(mini) / sum(adamw) == pytest.approx(0.5, abs=0.005)
+
+
+def measure_eager(case: Case) -> dict[str, Any]:
+    os.environ["DS_OPTIM_KERNELS"] = "eager"
+    try:
+        return measure(case)
+    finally:
+        del os.environ["DS_OPTIM_KERNELS"]
+
+
+def test_the_measurement_sees_temporaries(pool: Pools) -> None:
+    """Plain torch operations allocate a piece at a time: the same measurement must notice."""
+    for report in pool(1).run(measure_eager, Case("ds_optim.AdamW", stage=2, precision="bf16")):
+        assert report["peak"] > 0.01 * report["partition"]
