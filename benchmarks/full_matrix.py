@@ -3,8 +3,9 @@
     python benchmarks/full_matrix.py [--markdown docs/results/full_matrix.md]
 
 The suite runs a covering array of more factors (tests/test_invariance.py); this is the full matrix of the four that
-matter most, each on real DeepSpeed engines: ten steps with a changing learning rate on constant gradients. Exit status 1
-if a case is off by more than 1e-6 of the textbook (fp64), or an elementwise rule is not bitwise what one process computes.
+matter most, each on real DeepSpeed engines: ten steps with a changing learning rate on constant gradients. Exit status
+1 if a case is off by more than 1e-6 of the textbook (fp64), or if an elementwise rule is not bitwise what one process
+computes.
 """
 
 from __future__ import annotations
@@ -52,10 +53,14 @@ def main() -> int:
         bitwise = all(torch.equal(values, found[name]) for name, values in twin.items())
         good = gap <= 1e-6 and (bitwise or (optimizer == "AdamMini" and distance(found, twin) <= 1e-6))
         failures += not good
-        rows.setdefault((optimizer, strategy), {})[ranks] = f"{'=' if bitwise else '~'} {gap:.0e}{'' if good else ' FAIL'}"
+        rows.setdefault((optimizer, strategy), {})[ranks] = (
+            f"{'=' if bitwise else '~'} {gap:.0e}{'' if good else ' FAIL'}"
+        )
     _pools.close()
     table = [
-        "| optimizer | ZeRO stage, precision | " + " | ".join(f"{ranks} rank{'s'[: ranks > 1]}" for ranks in RANKS) + " |",
+        "| optimizer | ZeRO stage, precision | "
+        + " | ".join(f"{ranks} rank{'s'[: ranks > 1]}" for ranks in RANKS)
+        + " |",
         "|---|---|" + "---|" * len(RANKS),
     ]
     for (optimizer, strategy), cells in rows.items():

@@ -121,7 +121,9 @@ def _print_refusals(console: Console, config: Path | None) -> list[str]:
         console.print(f'{config}: "type": "{name}" is not one of ours')
         return []
     # Batch sizes and "auto" values belong to a run; the rest is what is judged.
-    judged = {key: value for key, value in content.items() if "batch" not in key and key != "gradient_accumulation_steps"}
+    judged = {
+        key: value for key, value in content.items() if "batch" not in key and key != "gradient_accumulation_steps"
+    }
     reasons = refusals(DeepSpeedConfig({**_without_auto(judged), "train_micro_batch_size_per_gpu": 1}), cls)
     console.print(f"{config}: {cls.__name__}, {'refused' if reasons else 'accepted'}")
     return reasons

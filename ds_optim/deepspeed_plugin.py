@@ -1,9 +1,9 @@
 """A name in a DeepSpeed JSON becomes one of our optimizers, bound to its engine.
 
-The one place where DeepSpeed is touched: names are added to `torch.optim` (where DeepSpeed looks them up), the classes to
-its list of optimizers that ZeRO supports, and `DeepSpeedEngine._configure_optimizer` is wrapped. The wrapper judges the
-configuration before anything is built, splits a flat parameter list into decayed and exempt parameters, and afterwards
-binds the optimizer to the partitions that DeepSpeed made.
+The one place where DeepSpeed is touched: names are added to `torch.optim` (where DeepSpeed looks them up), the classes
+to its list of optimizers that ZeRO supports, and `DeepSpeedEngine._configure_optimizer` is wrapped. The wrapper judges
+the configuration before anything is built, splits a flat parameter list into decayed and exempt parameters, and
+afterwards binds the optimizer to the partitions that DeepSpeed made.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Settings:
     """The JSON's top-level ``"ds_optim"`` object: what must not meet the Trainer's "auto" matching.
 
     Attributes:
-        options: options of the optimizer, taking precedence over ``optimizer.params`` (three-element ``betas``, ``roles``).
+        options: options of the optimizer, which take precedence over ``optimizer.params`` (three-element ``betas``).
         no_decay: name patterns of the parameters that are exempt from weight decay; None: norms and biases, by role.
     """
 
@@ -80,7 +80,9 @@ class Settings:
 def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     client, parameters = _arguments(*args, **kwargs)
     named = names().get(engine.optimizer_name()) if client is None else None
-    foreign = client is not None and isinstance(client, torch.optim.Optimizer) and not isinstance(client, ShardedOptimizer)
+    foreign = (
+        client is not None and isinstance(client, torch.optim.Optimizer) and not isinstance(client, ShardedOptimizer)
+    )
     if foreign or (client is None and named is None):
         return wrapped(client, parameters)  # DeepSpeed's own optimizer, or somebody else's
 
@@ -126,8 +128,8 @@ def _prepare_from_json(engine: Any, cls: type[ShardedOptimizer], parameters: lis
         return parameters  # groups that the user made
     decay = [parameter for parameter in parameters if parameter not in exempt]
     free = [parameter for parameter in parameters if parameter in exempt]
-    groups = [{"params": decay}, {"params": free, "weight_decay": 0.0}]
-    return [group for group in groups if any(p.requires_grad for p in group["params"])]  # type: ignore[attr-defined]
+    groups: list[dict[str, Any]] = [{"params": decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if any(parameter.requires_grad for parameter in group["params"])]
 
 
 def _exempt(engine: Any, no_decay: tuple[str, ...] | None) -> tuple[set[Tensor], list[str]]:
@@ -182,7 +184,7 @@ REFUSALS = (
     ),
     Refusal(
         lambda config, _: _offload(config, "device", None) == "nvme",  # a str enumeration, or its value
-        "zero_optimization.offload_optimizer.device nvme takes all state for flat fp32 tensors of the partition's size: "
+        "zero_optimization.offload_optimizer.device nvme takes all state for fp32 tensors of the partition's size: "
         'use "cpu"',
     ),
     Refusal(
@@ -249,4 +251,6 @@ def _engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any) -> li
 def _raise_all(problems: list[str]) -> None:
     """Raises the same error on every rank: everything judged here is the same everywhere."""
     if problems:
-        raise ValueError("ds_optim cannot run under this configuration, nothing was changed:\n- " + "\n- ".join(problems))
+        raise ValueError(
+            "ds_optim cannot run under this configuration, nothing was changed:\n- " + "\n- ".join(problems)
+        )

@@ -54,8 +54,10 @@ class StateMeter:
         self._model = model
         self._optimizer = optimizer
         self._masters: dict[int, int] = {}  # storage address -> bytes
+        # By the address of the tensor that is updated, not by the gradient's own: ZeRO-3 frees the gradient of one
+        # sub-group before it makes that of the next, often at the same address.
         self._gradients: dict[int, int] = {}
-        self._elements: dict[int, int] = {}  # address of the flat tensor -> elements
+        self._elements: dict[int, int] = {}
         self._hook = optimizer.register_step_pre_hook(self._before)
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -64,7 +66,7 @@ class StateMeter:
                 self._masters |= _storages([parameter])
                 self._elements[parameter.data_ptr()] = parameter.numel()
                 if parameter.grad is not None:
-                    self._gradients |= _storages([parameter.grad])
+                    self._gradients[parameter.data_ptr()] = parameter.grad.nbytes
 
     def step_done(self) -> None:
         """One whole training step was seen; stop looking."""
@@ -101,8 +103,8 @@ def table(optimizer: str, ranks: list[ModelStates]) -> Table:
     fullest = max(range(len(ranks)), key=lambda rank: ranks[rank].state)
     for rank in range(len(ranks)) if len(ranks) <= 4 else [fullest]:
         states = ranks[rank]
-        _row(shown, f"rank {rank}: optimizer states", states.state, states.adamw_state)
-        _row(shown, "all model states", states.shared + states.state, states.shared + states.adamw_state)
+        _row(shown, f"rank {rank}\noptimizer states", states.state, states.adamw_state)
+        _row(shown, "\nall model states", states.shared + states.state, states.shared + states.adamw_state)
         shown.add_section()
     return shown
 
@@ -113,8 +115,9 @@ def figures(ranks: list[ModelStates]) -> list[dict[str, int]]:
 
 
 def _row(shown: Table, counted: str, measured: int, adamw: int) -> None:
+    """Two lines high and at most 80 columns wide, the width of a terminal."""
     ratio = f"{100 * measured / adamw:.2f} %" if adamw else "-"
-    shown.add_row(counted.rjust(len("rank 0: optimizer states")), _bytes(measured), _bytes(adamw), ratio)
+    shown.add_row(counted, _bytes(measured), _bytes(adamw), ratio)
 
 
 def _bytes(count: int) -> str:

@@ -109,7 +109,7 @@ def run(chosen: settings.Settings) -> None:
         progress.held_out(chosen.steps, after)
         if chosen.save:
             _save(engine, chosen, chosen.steps)
-        _close(progress, chosen, meter, before, after, shares)
+    _close(progress, chosen, meter, before, after, shares)
     engine.destroy()
 
 

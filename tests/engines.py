@@ -1,12 +1,14 @@
 """Real DeepSpeed engines for the tests: a small model of awkward shapes, gradients that are the same bits everywhere.
 
-Every gradient is replaced by a constant of (step, parameter): a multiple of 3 * 2^-10, small enough that three of them add up exactly in bf16, so that
-averaging over 1, 2, 3 or 4 ranks is exact. What is left to differ between strategies is the optimizer.
+Every gradient is replaced by a constant of (step, parameter): a multiple of 3 * 2^-10, small enough that three of them
+add up exactly in bf16, so that averaging over 1, 2, 3 or 4 ranks is exact. What is left to differ between strategies is
+the optimizer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,7 +205,9 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
     found = {}
     for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext():
+        with (
+            deepspeed.zero.GatheredParameters([parameter]) if hasattr(parameter, "ds_id") else contextlib.nullcontext()
+        ):
             found[canonical_name(name)] = parameter.detach().clone()
     return found
 
@@ -251,6 +255,6 @@ def assembled(reports: list[dict[str, Any]]) -> dict[str, Tensor]:
     whole = {}
     for name, parts in pieces.items():
         ordered = sorted(parts.items())
-        assert all(one[0][1] == two[0][0] for one, two in zip(ordered, ordered[1:], strict=False)), name
+        assert all(one[0][1] == two[0][0] for one, two in itertools.pairwise(ordered)), name
         whole[name] = torch.cat([values for _, values in ordered])
     return whole

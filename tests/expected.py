@@ -1,4 +1,4 @@
-"""What a case of `engines` must end with: by the textbook oracle in fp64, and by our own optimizer on whole parameters."""
+"""What a case of `engines` must end with: by the textbook in fp64, and by our own optimizer on whole parameters."""
 
 from __future__ import annotations
 

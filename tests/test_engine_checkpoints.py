@@ -17,7 +17,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
 
 def interrupted(case: Case, folder: str) -> tuple[bool, set[str], list[int], list[int]]:
-    """Whether saving after half the steps and resuming in a new engine ends in the same bits; dtypes of loaded state."""
+    """Whether saving after half the steps and resuming in a new engine ends in the same bits; what was loaded."""
     half = case.steps // 2
     with engine_for(case) as (engine, _, clock):
         train(engine, case, clock, range(1, half + 1))

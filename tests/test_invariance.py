@@ -108,6 +108,8 @@ def check(pool: Pools, case: Case, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
-def test_every_strategy_ends_where_the_textbook_does(pool: Pools, row: list[Any], request: pytest.FixtureRequest) -> None:
+def test_every_strategy_ends_where_the_textbook_does(
+    pool: Pools, row: list[Any], request: pytest.FixtureRequest
+) -> None:
     case, ranks = case_of(row, int(request.config.getoption("--seed")))
     check(pool, case, ranks)

@@ -1,4 +1,4 @@
-"""Layouts and runs are arithmetic: whatever the shapes, ranks and blocks, every element is held and summed exactly once."""
+"""Layouts and runs are arithmetic: whatever shapes, ranks and blocks, every element is held and summed exactly once."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_one_process_lays_out_llama2_7b_on_1024_ranks() -> None:
     found = {spec.name: adam_mini_blocks(roles[spec.name], spec.shape) for spec in specs}
     started = time.perf_counter()
     layout = SlicedParameters(specs, 1024)
-    total = sum(fragment.numel for rank in range(0, 1024) for fragment in layout.fragments(rank))
+    total = sum(fragment.numel for rank in range(1024) for fragment in layout.fragments(rank))
     runs = [block_runs(layout, rank, found) for rank in (0, 511, 1023)]
     assert total == sum(spec.numel for spec in specs) == 6_738_415_616
     assert len({run.num_cuts for run in runs}) == 1

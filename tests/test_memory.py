@@ -73,7 +73,9 @@ def test_state_is_split_across_the_ranks(pool: Pools, optimizer: str, stage: int
     for report in reports:
         share = 4 * report["total"] / ranks
         state = report["state"]
-        elementwise = sum(size for key, size in state.items() if key not in ("step",) + ("exp_avg_sq",) * (optimizer == "AdamMini"))
+        elementwise = sum(
+            size for key, size in state.items() if key not in ("step",) + ("exp_avg_sq",) * (optimizer == "AdamMini")
+        )
         assert elementwise <= 1.01 * STREAMS[optimizer] * share
         if optimizer == "AdamMini":
             assert state["exp_avg_sq"] <= 0.02 * share  # a value per row of 128 or 344, per head, per norm

@@ -62,7 +62,7 @@ def test_a_step_skipped_for_overflow_leaves_no_trace(pool: Pools, optimizer: str
     assert distance(assembled(reports), wanted) <= 1e-6
 
 
-# What a NaN in one gradient element does (docs/nan.md): DeepSpeed skips the step wherever it computes a norm and judges it.
+# What a NaN in one gradient element does (docs/limits.md): DeepSpeed skips the step wherever it judges a norm.
 NAN = {
     (0, "fp32"): "spreads",
     (0, "bf16"): "skipped",

@@ -62,7 +62,10 @@ def test_every_reason_is_listed_at_once(pool: Pools) -> None:
         (Case("Adan", precision="fp16", stage=0), "fp16 without ZeRO"),
         (Case("Adan", extra={"ds_optim": {"no_decay": ["*.nothing"]}}), "'*.nothing' matches no parameter"),
         (Case("Adan", extra={"ds_optim": {"warmup": 3}}), "has no option 'warmup'"),
-        (Case("AdamMini", {"roles": {"*.q_proj.weight": {"kind": "query", "head_dim": 5}}}), "head_dim 5 does not divide"),
+        (
+            Case("AdamMini", {"roles": {"*.q_proj.weight": {"kind": "query", "head_dim": 5}}}),
+            "head_dim 5 does not divide",
+        ),
         (Case("ds_optim.AdamW", {"lr": 0.1}, client=True, stage=3, zero={"elastic_checkpoint": True}), "elastic"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -121,7 +124,8 @@ def one_rank_disagrees(kind: str) -> str:
 def test_a_layout_that_cannot_be_matched_on_one_rank_fails_on_all(pool: Pools, kind: str, reason: str) -> None:
     for message in pool(2).run(one_rank_disagrees, kind):
         assert "nothing was changed" in message
-        assert "rank 1: " in message and reason in message
+        assert "rank 1: " in message
+        assert reason in message
 
 
 def spare_the_mlp(case: Case) -> dict[str, Any]:
@@ -132,7 +136,9 @@ def spare_the_mlp(case: Case) -> dict[str, Any]:
         before = masters(engine)
         train(engine, case, clock, range(1, 3))
         after = masters(engine)
-        return {name: all(torch.equal(a[2], b[2]) for a, b in zip(before[name], after[name], strict=True)) for name in after}
+        return {
+            name: all(torch.equal(a[2], b[2]) for a, b in zip(before[name], after[name], strict=True)) for name in after
+        }
 
 
 @pytest.mark.parametrize(
@@ -163,4 +169,5 @@ def test_the_ds_optim_object_takes_precedence(pool: Pools) -> None:
     """A Trainer fills betas with two numbers; Adan's three come from the top-level object."""
     case = Case("Adan", {"betas": [0.9, 0.999]}, extra={"ds_optim": {"betas": [0.9, 0.8, 0.7], "no_prox": True}})
     for group in pool(1).run(options_of, case):
-        assert group["betas"] == [0.9, 0.8, 0.7] and group["no_prox"] is True
+        assert group["betas"] == [0.9, 0.8, 0.7]
+        assert group["no_prox"] is True

@@ -41,8 +41,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 data = [{"input_ids": torch.arange(16) + i % 4, "labels": torch.arange(16) + i % 4} for i in range(16)]
 arguments = TrainingArguments(
-    output_dir="OUT", deepspeed="JSON", max_steps=12, per_device_train_batch_size=2, learning_rate=1e-2, weight_decay=0.1,
-    bf16=True, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, warmup_steps=2,
+    output_dir="OUT", deepspeed="JSON", max_steps=12, per_device_train_batch_size=2, learning_rate=1e-2,
+    weight_decay=0.1, bf16=True, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, warmup_steps=2,
 )
 trainer = Trainer(model=LlamaForCausalLM(config), args=arguments, train_dataset=data)
 trainer.train()
@@ -58,7 +58,9 @@ def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedP
     script = folder / "script.py"
     script.write_text(code, encoding="utf-8")
     world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    plain = {key: value for key, value in os.environ.items() if key not in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTHONPATH")}
+    plain = {
+        key: value for key, value in os.environ.items() if key not in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTHONPATH")
+    }
     return subprocess.run(
         [sys.executable, str(script)],
         env={**plain, **world, "DS_ACCELERATOR": "cpu", **environment},
@@ -104,7 +106,8 @@ def test_a_broken_installation_breaks_neither_torch_nor_deepspeed(tmp_path: Path
     finished = python(code, tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert result(finished) == "2.0 False"
     if broken.startswith("ds_optim"):
-        assert "could not register its optimizers" in finished.stderr and "broken on purpose" in finished.stderr
+        assert "could not register its optimizers" in finished.stderr
+        assert "broken on purpose" in finished.stderr
 
 
 def test_import_torch_gets_no_slower(tmp_path: Path) -> None:
@@ -127,7 +130,9 @@ def test_import_torch_gets_no_slower(tmp_path: Path) -> None:
 
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
-    code = "import sys, ds_optim\nprint('RESULT', [m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, ds_optim\nprint('RESULT', [m for m in ('torch', 'deepspeed', 'transformers') if m in sys.modules])"
+    )
     assert result(python(code, tmp_path)) == "[]"
 
 
@@ -157,7 +162,11 @@ def test_the_doctor_says_what_resolves_to_what(tmp_path: Path) -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "COLUMNS": "200"}
     healthy = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
-    for wanted in ("ds_optim.optimizers.adam_mini.AdamMini", "hook on deepspeed.runtime.engine installed: yes", "zenflow"):
+    for wanted in (
+        "ds_optim.optimizers.adam_mini.AdamMini",
+        "hook on deepspeed.runtime.engine installed: yes",
+        "zenflow",
+    ):
         assert wanted in healthy.stdout
     bad = tmp_path / "bad.json"
     bad.write_text(
@@ -165,5 +174,8 @@ def test_the_doctor_says_what_resolves_to_what(tmp_path: Path) -> None:
         '"ratio": 0.5}}}',
         encoding="utf-8",
     )
-    judged = subprocess.run([*command, "--deepspeed", str(bad)], capture_output=True, text=True, env=environment, timeout=300)
-    assert judged.returncode == 1 and "ratio below 1" in judged.stdout
+    judged = subprocess.run(
+        [*command, "--deepspeed", str(bad)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert judged.returncode == 1
+    assert "ratio below 1" in judged.stdout

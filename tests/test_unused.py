@@ -20,8 +20,15 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 @pytest.mark.parametrize("optimizer", ["ds_optim.AdamW", "AdamMini"])
 @pytest.mark.parametrize(
     ("stage", "precision", "zero"),
-    [(0, "fp32", {}), (0, "bf16", {}), (1, "bf16_optimizer", {}), (2, "bf16", {}), (2, "bf16", OFFLOAD), (3, "bf16", {})]
-    + [(3, "fp32", OFFLOAD)],
+    [
+        (0, "fp32", {}),
+        (0, "bf16", {}),
+        (1, "bf16_optimizer", {}),
+        (2, "bf16", {}),
+        (2, "bf16", OFFLOAD),
+        (3, "bf16", {}),
+        (3, "fp32", OFFLOAD),
+    ],
 )
 def test_an_unused_parameter_has_zero_gradient(
     pool: Pools, optimizer: str, stage: int, precision: str, zero: dict[str, Any]
@@ -32,15 +39,18 @@ def test_an_unused_parameter_has_zero_gradient(
 
 def join_late(case: Case) -> str:
     """Uses `sometimes` in step 1, then only in the second micro-batch of step 3; returns the error."""
-    with engine_for(case) as (engine, _, clock), pytest.raises(RuntimeError) as caught:
+    tokens = torch.arange(12).view(1, 12)
+    with engine_for(case) as (engine, _, clock):
         train(engine, case, clock, range(1, 2))
-        tokens = torch.arange(12).view(1, 12)
         for step, uses in ((2, (False, False)), (3, (False, True))):
             clock["step"] = step
             for use_all in uses:
                 engine.backward(engine(tokens, use_all))
-                engine.step()
-    return str(caught.value)
+                try:
+                    engine.step()
+                except RuntimeError as error:
+                    return str(error)
+    return "no error"
 
 
 @pytest.mark.parametrize("zero", [{"stage": 3}, {"stage": 2, **OFFLOAD}], ids=["ZeRO-3", "ZeRO-2 offload"])

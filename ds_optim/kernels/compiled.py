@@ -173,13 +173,16 @@ def _on_device(scalars: Mapping[str, float | Tensor], params: Sequence[Tensor]) 
         return {}
     device = params[0].device
     return {
-        name: value.to(device=device, dtype=torch.float32) if isinstance(value, Tensor) else _scalar(value, device)
+        name: value.to(device=device, dtype=torch.float32)
+        if isinstance(value, Tensor)
+        else _scalar(name, value, device)
         for name, value in scalars.items()
     }
 
 
 @lru_cache(maxsize=256)
-def _scalar(value: float, device: torch.device) -> Tensor:
+def _scalar(name: str, value: float, device: torch.device) -> Tensor:
+    # One tensor per name: a program that once saw one tensor for two names insists on it.
     return torch.full((), value, dtype=torch.float32, device=device)  # filled there: nothing is sent, nothing waits
 
 

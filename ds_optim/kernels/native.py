@@ -121,7 +121,8 @@ def _built() -> Path:
     sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(FOLDER.glob("*.h")))]
     identity = [*sources, *FLAGS, os.environ.get("CXX", ""), _processor()]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    target = Path(get_default_build_root()) / "ds_optim" / f"kernels_{digest}.so"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    target = Path(root) / "ds_optim" / f"kernels_{digest}.so"
     if target.exists():
         return target
     from filelock import FileLock

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.optimizers.sharded import Rule, Scalars, ShardedOptimizer
+from ds_optim.optimizers.launch import Rule, Scalars
+from ds_optim.optimizers.sharded import ShardedOptimizer
 
 
 def lion_update(

@@ -1,8 +1,9 @@
 """Where a rule meets a layout: everything that the optimizers share and that their formulas need not know.
 
 `ShardedOptimizer` is a `torch.optim.Optimizer` whose ``step`` walks local tensors (a ZeRO partition, a plain parameter)
-as spans and blocks of the model's parameters. Unbound, it treats each parameter as whole. A strategy's reader binds it to
-partitions. The step count lives with the state of each tensor, since DeepSpeed steps groups and sub-groups one by one.
+as spans and blocks of the model's parameters. Unbound, it treats each parameter as whole; a strategy's reader binds it
+to partitions. The step count lives with the state of each tensor, since DeepSpeed steps groups and sub-groups one by
+one.
 """
 
 from __future__ import annotations
@@ -11,23 +12,18 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim import kernels
+from ds_optim.optimizers.launch import Call, Rule, Scalars, Tables, block_tables, idle_parameters, run, span_tables
 from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
 from ds_optim.sharding.binding import Binding, BoundTensor, dtype_of, verify, whole
 from ds_optim.sharding.blocks import BlockGrid
-from ds_optim.sharding.exchange import PendingSum
-from ds_optim.sharding.runs import Runs, block_runs, merged, spans_of
-
-Scalars = dict[str, Any]
-"""A formula's constants for one call, by name: Python floats, or 0-dim tensors where the learning rate is one."""
+from ds_optim.sharding.runs import Runs, block_runs
 
 _deferred: ContextVar[bool] = ContextVar("ds_optim_deferred", default=False)
 
@@ -46,24 +42,6 @@ def deferred_steps() -> Iterator[None]:
         _deferred.reset(token)
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """The mathematics of an optimizer, as its formula and the state it keeps.
-
-    Attributes:
-        name: the formula's name among the native kernels.
-        update: the formula, a pure function ``(param, grad, *states, **scalars) -> (param, *states)`` on fp32 tensors;
-            a blockwise rule's takes its blocks' mean squared gradient after ``grad``.
-        element_state: state with one value per element.
-        block_state: state with one value per block; a rule that has any is blockwise.
-    """
-
-    name: str
-    update: Callable[..., tuple[Tensor, ...]]
-    element_state: tuple[str, ...]
-    block_state: tuple[str, ...] = ()
-
-
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of all optimizers here. Subclasses give `rule`, their defaults and `scalars`; blockwise rules also `blocks`.
 
@@ -80,18 +58,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
     rule: Rule
     num_betas = 2
 
-    def __init__(
-        self, params: Any, defaults: dict[str, Any], *, roles: Any, state_dtype: torch.dtype | str
-    ) -> None:
+    def __init__(self, params: Any, defaults: dict[str, Any], *, roles: Any, state_dtype: torch.dtype | str) -> None:
         self._names: dict[Tensor, str] = {}
         self._bound: dict[Tensor, BoundTensor] = {}
         self._missing_is_zero = False
         self._roles_given = roles
         self._roles: dict[str, Role] = {}
         self._runs: dict[Tensor, Runs] = {}
-        self._tables: dict[tuple[int, ...], _Tables] = {}
+        self._tables: dict[tuple[int, ...], tuple[list[Tensor], Tables]] = {}
+        _raise_all(self.setting_problems({**defaults, "state_dtype": state_dtype}), f"{type(self).__name__}")
         self.state_dtype = dtype_of(state_dtype)
-        _raise_all(self.setting_problems(defaults), f"{type(self).__name__}")
         super().__init__(params, defaults)
         self._keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
         self._restore = self.register_load_state_dict_post_hook(_restore_dtypes)
@@ -113,6 +89,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         number("lr", lambda value: value >= 0, "a number >= 0")
         number("eps", lambda value: value >= 0, "a number >= 0")
         number("weight_decay", lambda value: value >= 0, "a number >= 0")
+        try:
+            dtype_of(settings.get("state_dtype", torch.float32))
+        except ValueError as error:
+            problems.append(str(error))
         betas = settings.get("betas", None)
         if betas is not None:
             if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != cls.num_betas:
@@ -240,16 +220,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for _, tensor in active:
                 self._state_of(tensor)
             return loss
-        launches: dict[tuple[int, int, torch.device], _Launch] = {}
+        together: dict[Any, list[Tensor]] = {}
+        scalars: dict[Any, Scalars] = {}
         for group, tensor in active:
+            if tensor.grad is not None and tensor.grad.is_sparse:
+                raise ValueError(f"sparse gradient in a parameter of shape {tuple(tensor.shape)}: not supported")
             state = self._state_of(tensor)
             state["step"] += 1
-            step = int(state["step"])
-            key = (id(group), step, tensor.device)
-            if key not in launches:
-                launches[key] = _Launch(self.scalars(group, step), [])
-            launches[key].tensors.append(tensor)
-        self._run(list(launches.values()))
+            step = int(state["step"])  # on the host: nothing waits for a device
+            key = (id(group), step, tensor.device, self._bound_tensor(tensor).group)
+            together.setdefault(key, []).append(tensor)
+            if key not in scalars:
+                scalars[key] = self.scalars(group, step)
+        run([self._call(tensors, scalars[key]) for key, tensors in together.items()])
         return loss
 
     def _is_phantom(self, active: Sequence[tuple[dict[str, Any], Tensor]]) -> bool:
@@ -273,127 +256,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros(slots, dtype=torch.float32, device=tensor.device)
         return state
 
-    def _run(self, launches: list[_Launch]) -> None:
-        if not self.rule.block_state:
-            for launch in launches:
-                call = self._call(launch)
-                kernels.elementwise(
-                    call.backend,
-                    self.rule.name,
-                    self.rule.update,
-                    call.params,
-                    call.grads,
-                    call.states,
-                    call.tables.spans,
-                    launch.scalars,
-                )
-                call.finish()
-            return
-        self._run_blocks([self._call(launch) for launch in launches])
+    def _call(self, tensors: list[Tensor], scalars: Scalars) -> Call:
+        bounds = [self._bound_tensor(tensor) for tensor in tensors]
+        states = [self.state[tensor] for tensor in tensors]
+        return Call(self.rule, tensors, states, self._tables_of(tensors, bounds), scalars, bounds[0].group)
 
-    def _run_blocks(self, calls: list[_Call]) -> None:
-        """Sums of cut blocks travel while whole blocks are updated; then cut blocks follow."""
-        for call in calls:
-            call.cut_sums = call.new_cut_sums()
-            if call.tables.num_cuts:
-                kernels.partial_sums(
-                    call.backend, call.grads, call.tables.row_runs, call.tables.column_runs, call.cut_sums
-                )
-        pending = [PendingSum(call.cut_sums, call.group) for call in calls if call.tables.num_cuts and call.group]
-        for select in ("uncut", "cut"):
-            if select == "cut":
-                for sums in pending:
-                    sums.wait()
-            for call in calls:
-                if select == "uncut" or call.tables.num_cuts:
-                    kernels.blockwise(
-                        call.backend,
-                        self.rule.name,
-                        self.rule.update,
-                        call.params,
-                        call.grads,
-                        call.states,
-                        call.block_states,
-                        call.tables.row_runs,
-                        call.tables.column_runs,
-                        call.cut_sums,
-                        call.scalars,
-                        select,
-                    )
-        for call in calls:
-            call.finish()
-
-    def _call(self, launch: _Launch) -> _Call:
-        params, grads, copied = [], [], []
-        for tensor in launch.tensors:
-            flat, grad = tensor.detach(), tensor.grad
-            if not flat.is_contiguous():  # e.g. channels_last: rules see row-major elements
-                flat = flat.contiguous()
-                copied.append((tensor, flat))
-            if grad is not None:
-                if grad.is_sparse:
-                    raise ValueError(f"sparse gradient in a parameter of shape {tuple(tensor.shape)}: not supported")
-                grad = grad.detach().contiguous().view(-1)
-            params.append(flat.view(-1))
-            grads.append(grad)
-
-        def states(names: tuple[str, ...]) -> list[list[Tensor]]:
-            return [[self.state[tensor][name].view(-1) for tensor in launch.tensors] for name in names]
-
-        return _Call(
-            kernels.backend_for(params[0].device),
-            params,
-            grads,
-            states(self.rule.element_state),
-            states(self.rule.block_state),
-            self._tables_of(launch.tensors),
-            launch.scalars,
-            self._bound_tensor(launch.tensors[0]).group,
-            copied,
-        )
-
-    def _tables_of(self, tensors: list[Tensor]) -> _Tables:
+    def _tables_of(self, tensors: list[Tensor], bounds: list[BoundTensor]) -> Tables:
+        idle = [idle_parameters(bound) for bound in bounds]
         key = tuple(id(tensor) for tensor in tensors)
-        idle = [
-            {
-                index
-                for index, spec in enumerate(bound.layout.parameters)
-                if bound.used is not None and not bound.used(spec.name)
-            }
-            for bound in map(self._bound_tensor, tensors)
-        ]
-        if any(idle):  # rare: some parameter was not used in this step
-            return self._build_tables(tensors, idle)
-        if key not in self._tables:
-            self._tables[key] = self._build_tables(tensors, idle)
-        return self._tables[key]
-
-    def _build_tables(self, tensors: list[Tensor], idle: list[set[int]]) -> _Tables:
-        if not self.rule.block_state:
-            spans = []
-            for index, tensor in enumerate(tensors):
-                bound = self._bound_tensor(tensor)
-                pieces = spans_of(bound.layout, bound.rank)
-                if idle[index]:
-                    spans += [(index, start, length, int(p not in idle[index])) for start, length, p in pieces]
-                else:
-                    spans += [(index, start, length, 1) for start, length in merged(pieces)]
-            return _Tables(spans=torch.tensor(spans, dtype=torch.int64).reshape(-1, 4))
-        rows, columns, cuts = [], [], 0
-        for index, tensor in enumerate(tensors):
-            runs = self._runs_of(tensor)
-            for *head, first, last, parameter in runs.rows:
-                shifted = (cut + cuts if cut >= 0 else -1 for cut in (first, last))
-                rows.append((index, *head, *shifted, int(parameter not in idle[index])))
-            for *head, cut, block_numel, parameter in runs.columns:
-                shifted_cut = cut + cuts if cut >= 0 else -1
-                columns.append((index, *head, shifted_cut, block_numel, int(parameter not in idle[index])))
-            cuts += runs.num_cuts
-        return _Tables(
-            row_runs=torch.tensor(rows, dtype=torch.int64).reshape(-1, 9),
-            column_runs=torch.tensor(columns, dtype=torch.int64).reshape(-1, 12),
-            num_cuts=cuts,
-        )
+        if any(idle) or key not in self._tables:
+            if self.rule.block_state:
+                tables = block_tables([self._runs_of(tensor) for tensor in tensors], idle)
+            else:
+                tables = span_tables(bounds, idle)
+            if any(idle):  # rare, and another set of parameters next time
+                return tables
+            self._tables[key] = (tensors, tables)  # the tensors too, so that no other one gets their ids
+        return self._tables[key][1]
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -421,49 +300,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for keys in sorted(found, key=sorted)
             if keys != expected
         ]
-
-
-@dataclass(slots=True)
-class _Tables:
-    """The kernel tables of one list of tensors."""
-
-    spans: Tensor | None = None
-    row_runs: Tensor | None = None
-    column_runs: Tensor | None = None
-    num_cuts: int = 0
-
-
-@dataclass(slots=True)
-class _Launch:
-    """Tensors that share their settings and their step count."""
-
-    scalars: Scalars
-    tensors: list[Tensor]
-
-
-@dataclass(slots=True)
-class _Call:
-    """One kernel call: flat views of what it reads and writes."""
-
-    backend: kernels.Backend
-    params: list[Tensor]
-    grads: list[Tensor | None]
-    states: list[list[Tensor]]
-    block_states: list[list[Tensor]]
-    tables: _Tables
-    scalars: Scalars
-    group: dist.ProcessGroup | None
-    copied: list[tuple[Tensor, Tensor]]
-    cut_sums: Tensor | None = None
-
-    def new_cut_sums(self) -> Tensor:
-        device = self.params[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.zeros(self.tables.num_cuts, dtype=dtype, device=device)
-
-    def finish(self) -> None:
-        for tensor, flat in self.copied:
-            tensor.copy_(flat.view(tensor.shape))
 
 
 class _Kept:
@@ -494,4 +330,3 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
 def _raise_all(problems: list[str], subject: str) -> None:
     if problems:
         raise ValueError(f"{subject}:\n- " + "\n- ".join(problems))
-

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 class BlockGrid:
     """Blocks along one axis of a parameter seen as a row-major array of shape ``(batch, reduce, axis, inner)``.
 
-    Element ``(b, r, a, i)`` belongs to block ``(b, s)`` where ``s`` is the segment of ``axis`` that holds ``a``; a block
-    therefore spans the whole of ``reduce`` and ``inner``. Every matrix layout in use is a special case:
+    Element ``(b, r, a, i)`` belongs to block ``(b, s)`` where ``s`` is the segment of ``axis`` that holds ``a``; a
+    block therefore spans the whole of ``reduce`` and ``inner``. Every matrix layout in use is a special case:
 
     ==========================================  =====  ======  ====  ==========
     parameter                                   batch  reduce  axis  inner

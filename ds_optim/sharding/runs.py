@@ -9,8 +9,6 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import Fragment, Layout
 
@@ -176,8 +174,3 @@ def _append_columns(
             slots += count
         element = end
     return slots
-
-
-def span_table(spans: list[tuple[int, int, int, int]]) -> torch.Tensor:
-    """Rows of integers as the int64 CPU table that kernels take; shape (n, 4) also for no rows."""
-    return torch.tensor(spans, dtype=torch.int64).reshape(-1, 4)

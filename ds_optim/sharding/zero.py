@@ -1,7 +1,7 @@
 """Reads the layout out of a DeepSpeed engine: ZeRO 0, 1, 2, 3 and BF16_Optimizer.
 
-Reads, never writes. Every private attribute is named in `_ATTRIBUTES` and guarded by one check. What DeepSpeed states is
-checked against two independent witnesses: where the model's weights really lie, and that the fp32 master holds the
+Reads, never writes. Every private attribute is named in `_ATTRIBUTES` and guarded by one check. What DeepSpeed states
+is checked against two independent witnesses: where the model's weights really lie, and that the fp32 master holds the
 same values there.
 """
 
@@ -146,11 +146,11 @@ class _Reader:
                 stated = [int(value) for value in wrapper.grad_position[parameter.ds_id]]
                 if stated != [index, offset, width]:
                     self.problems.append(
-                        f"{layout.parameters[position].name}: DeepSpeed puts its slice at (sub-group, offset, elements) "
-                        f"{stated}, its shape says {[index, offset, width]}"
+                        f"{layout.parameters[position].name}: DeepSpeed puts its slice at "
+                        f"(sub-group, offset, elements) {stated}, its shape says {[index, offset, width]}"
                     )
                 offset += width
-            # A parameter offloaded to NVMe has no local slice to compare with.
+            # A parameter whose weights are offloaded to NVMe has no local slice to compare with.
             slices = {
                 position: parameter.ds_tensor.data.reshape(-1)
                 for position, parameter in enumerate(parameters)
@@ -192,7 +192,7 @@ class _Reader:
         *,
         local: bool = False,
     ) -> None:
-        """Bind one tensor, after comparing it with the model's weights (whole, or with ``local`` this rank's slices)."""
+        """Bind a tensor, after comparing it with the model's weights (whole, or with ``local`` this rank's slices)."""
         self.tensors[tensor] = BoundTensor(layout, rank, group, watch.used if watch else None)
         master = tensor.detach().reshape(-1)
         for fragment in layout.fragments(rank):
@@ -228,7 +228,7 @@ class GradientWatch:
     """Knows which parameters received a gradient in the current step.
 
     ZeRO-3, and ZeRO-1/2 with CPU offload, keep gradients in buffers that outlive the step: a parameter that the model
-    did not use is handed over with the *previous* step's gradient (stage3.py `partition_grads` copies only what arrives).
+    did not use is handed over with the *previous* step's gradient (stage3.py `partition_grads` copies what arrives).
     Such a parameter counts as having zero gradient. Hooks on the parameters see what really arrived; under these
     strategies all ranks use the same parameters, since their reductions would not match otherwise.
     """
@@ -246,7 +246,7 @@ class GradientWatch:
             if hasattr(parameter, "ds_z3_leaf_module"):
                 leaves.setdefault(parameter.ds_z3_leaf_module, []).append(name)
         for module, inside in leaves.items():
-            module.register_full_backward_hook(lambda *_, inside=inside: [self._note(name) for name in inside] and None)
+            module.register_full_backward_hook(lambda *_, inside=inside: self._note_all(inside))
 
     def _note(self, name: str) -> None:
         window = self._engine.global_steps
@@ -254,6 +254,10 @@ class GradientWatch:
         if seen is not None and seen != window and self._engine.optimizer.micro_step_id > 0:
             self._late[name] = window
         self._seen[name] = window
+
+    def _note_all(self, names: list[str]) -> None:
+        for name in names:
+            self._note(name)
 
     def used(self, name: str) -> bool:
         """Whether the parameter received a gradient in this step.
@@ -266,8 +270,8 @@ class GradientWatch:
         late = sorted(name for name, when in self._late.items() if when == window)
         if late:
             raise RuntimeError(
-                f"{', '.join(late)}: used for the first time in the middle of a gradient accumulation window; DeepSpeed "
-                "then adds the new gradient to a previous step's. Use every parameter in the first micro-batch, "
-                "set gradient_accumulation_steps to 1, or use ZeRO stage 1 or 2 without offload"
+                f"{', '.join(late)}: used for the first time in the middle of a gradient accumulation window; "
+                "DeepSpeed then adds the new gradient to a previous step's. Use every parameter in the first "
+                "micro-batch, set gradient_accumulation_steps to 1, or use ZeRO stage 1 or 2 without offload"
             )
-        return self._seen.get(name) == window
+        return bool(self._seen.get(name) == window)

@@ -1,0 +1,210 @@
+"""One step's kernel calls: flat views of what is read and written, the tables to walk, and the order of the exchange.
+
+Tensors that share their settings and their step count go through one call, so that hundreds of small ones cost one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_optim import kernels
+from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding.exchange import PendingSum
+from ds_optim.sharding.runs import Runs, merged, spans_of
+
+Scalars = dict[str, Any]
+"""A formula's constants for one call, by name: Python floats, or 0-dim tensors where the learning rate is one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The mathematics of an optimizer, as its formula and the state it keeps.
+
+    Attributes:
+        name: the formula's name among the native kernels.
+        update: the formula, a pure function ``(param, grad, *states, **scalars) -> (param, *states)`` on fp32 tensors;
+            a blockwise rule's takes its blocks' mean squared gradient after ``grad``.
+        element_state: state with one value per element.
+        block_state: state with one value per block; a rule that has any is blockwise.
+    """
+
+    name: str
+    update: Callable[..., tuple[Tensor, ...]]
+    element_state: tuple[str, ...]
+    block_state: tuple[str, ...] = ()
+
+
+def _table(rows: Sequence[Sequence[int]], columns: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, columns)
+
+
+@dataclass(slots=True)
+class Tables:
+    """What kernels walk for one list of tensors; columns as in `ds_optim.kernels.tables`.
+
+    Attributes:
+        num_cuts: blocks of these tensors' layouts that a shard boundary cuts, the same on every rank.
+    """
+
+    spans: Tensor = field(default_factory=lambda: _table([], 4))
+    row_runs: Tensor = field(default_factory=lambda: _table([], 9))
+    column_runs: Tensor = field(default_factory=lambda: _table([], 12))
+    num_cuts: int = 0
+
+
+def idle_parameters(bound: BoundTensor) -> frozenset[int]:
+    """Parameters of a tensor (by index) whose gradient must count as zero in this step."""
+    if bound.used is None:
+        return frozenset()
+    return frozenset(index for index, spec in enumerate(bound.layout.parameters) if not bound.used(spec.name))
+
+
+def span_tables(bounds: Sequence[BoundTensor], idle: Sequence[frozenset[int]]) -> Tables:
+    """Tables of an elementwise rule: every stretch without padding, ``has_grad`` 0 for idle parameters."""
+    spans: list[tuple[int, int, int, int]] = []
+    for index, bound in enumerate(bounds):
+        pieces = spans_of(bound.layout, bound.rank)
+        if idle[index]:
+            spans += [(index, start, length, int(p not in idle[index])) for start, length, p in pieces]
+        else:
+            spans += [(index, start, length, 1) for start, length in merged(pieces)]
+    return Tables(spans=_table(spans, 4))
+
+
+def block_tables(runs: Sequence[Runs], idle: Sequence[frozenset[int]]) -> Tables:
+    """Tables of a blockwise rule: every tensor's runs, their cut blocks numbered through."""
+    rows: list[tuple[int, ...]] = []
+    columns: list[tuple[int, ...]] = []
+    cuts = 0
+    for index, of_tensor in enumerate(runs):
+        for *head, first, last, parameter in of_tensor.rows:
+            shifted = (cut + cuts if cut >= 0 else -1 for cut in (first, last))
+            rows.append((index, *head, *shifted, int(parameter not in idle[index])))
+        for *head, cut, block_numel, parameter in of_tensor.columns:
+            shifted_cut = cut + cuts if cut >= 0 else -1
+            columns.append((index, *head, shifted_cut, block_numel, int(parameter not in idle[index])))
+        cuts += of_tensor.num_cuts
+    return Tables(row_runs=_table(rows, 9), column_runs=_table(columns, 12), num_cuts=cuts)
+
+
+class Call:
+    """One kernel call over tensors that share settings, step count, device and shard group.
+
+    Args:
+        rule: what to compute.
+        tensors: parameters as the optimizer's groups hold them, gradients attached (None counts as zero).
+        states: the optimizer's state of each of them.
+        tables: what to walk.
+        scalars: the formula's constants.
+        group: the shard group, over which cut blocks are summed.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        tensors: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        tables: Tables,
+        scalars: Scalars,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.rule, self.tables, self.scalars, self.group = rule, tables, scalars, group
+        self._copied: list[tuple[Tensor, Tensor]] = []
+        self.params = [self._flat(tensor) for tensor in tensors]
+        self.grads = [None if t.grad is None else t.grad.detach().contiguous().view(-1) for t in tensors]
+        self.states = [[state[name].view(-1) for state in states] for name in rule.element_state]
+        self.block_states = [[state[name] for state in states] for name in rule.block_state]
+        self.device = self.params[0].device
+        self.backend = kernels.backend_for(self.device)
+        self.cut_sums = _zero_sums(0, self.device)  # replaced by `run`, where calls share one exchange
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        """A flat view in row-major order; of a tensor that is not (channels_last) a copy that `finish` puts back."""
+        flat = tensor.detach()
+        if not flat.is_contiguous():
+            flat = flat.contiguous()
+            self._copied.append((tensor, flat))
+        return flat.view(-1)
+
+    def elementwise(self) -> None:
+        """Update every element of the spans."""
+        kernels.elementwise(
+            self.backend,
+            self.rule.name,
+            self.rule.update,
+            self.params,
+            self.grads,
+            self.states,
+            self.tables.spans,
+            self.scalars,
+        )
+
+    def partial_sums(self) -> None:
+        """Add this rank's squares of cut blocks to `cut_sums`."""
+        kernels.partial_sums(self.backend, self.grads, self.tables.row_runs, self.tables.column_runs, self.cut_sums)
+
+    def blockwise(self, select: kernels.Select) -> None:
+        """Update the elements of cut or of uncut blocks."""
+        kernels.blockwise(
+            self.backend,
+            self.rule.name,
+            self.rule.update,
+            self.params,
+            self.grads,
+            self.states,
+            self.block_states,
+            self.tables.row_runs,
+            self.tables.column_runs,
+            self.cut_sums,
+            self.scalars,
+            select,
+        )
+
+    def finish(self) -> None:
+        """Put copies of tensors that are not row-major back."""
+        for tensor, flat in self._copied:
+            tensor.copy_(flat.view(tensor.shape))
+
+
+def run(calls: Sequence[Call]) -> None:
+    """Run the calls of one step. Whole blocks are updated while the sums of cut ones travel; then those follow."""
+    pending = _sum_cut_blocks([call for call in calls if call.tables.num_cuts])
+    for call in calls:
+        if call.rule.block_state:
+            call.blockwise("uncut")
+        else:
+            call.elementwise()
+    for sums, sharing in pending:
+        sums.wait()
+        for call in sharing:
+            call.blockwise("cut")
+    for call in calls:
+        call.finish()
+
+
+def _sum_cut_blocks(calls: Sequence[Call]) -> list[tuple[PendingSum, list[Call]]]:
+    """Start one all-reduce per shard group over all calls' cut blocks; the sums, and the calls that wait for them."""
+    together: dict[tuple[dist.ProcessGroup, torch.device], list[Call]] = {}
+    for call in calls:
+        assert call.group is not None, "a tensor that one process holds whole has no cut blocks"
+        together.setdefault((call.group, call.device), []).append(call)
+    pending = []
+    for (group, device), sharing in together.items():
+        counts = [call.tables.num_cuts for call in sharing]
+        sums = _zero_sums(sum(counts), device)
+        for call, part in zip(sharing, sums.split(counts), strict=True):
+            call.cut_sums = part
+            call.partial_sums()
+        pending.append((PendingSum(sums, group), sharing))
+    return pending
+
+
+def _zero_sums(count: int, device: torch.device) -> Tensor:
+    """Sums of squares are fp64, so that their order hardly shows; one device has none."""
+    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
