@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--micro-batch", type=int, metavar="N", help="sequences per rank and backward pass")
     what.add_argument("--seq-length", type=int, default=128, metavar="N", help="tokens per sequence (128)")
     length = what.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=440, metavar="N", help="optimizer steps (440)")
+    length.add_argument("--steps", type=int, default=240, metavar="N", help="optimizer steps (240)")
     length.add_argument("--tokens", type=float, metavar="N", help="stop after that many tokens instead, e.g. 2e6")
     what.add_argument(
         "--warmup", type=float, default=0.1, metavar="SHARE", help="warm-up, as a share of the steps (0.1)"

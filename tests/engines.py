@@ -142,7 +142,8 @@ def build_engine(case: Case) -> tuple[Any, nn.Module]:
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for n, p in named if "mlp" in n], "weight_decay": 0.0},
-            {"params": [p for n, p in named if "mlp" not in n and "norm" not in n]},
+            {"params": [p for n, p in named if "mlp" not in n and "norm" not in n and n != "gain"]},
+            {"params": [p for n, p in named if n == "gain"]},  # one element: some ranks hold nothing of it
             {"params": [p for n, p in named if "norm" in n and "mlp" not in n], "weight_decay": 0.05},
         ]
     if case.client:

@@ -107,8 +107,8 @@ def dtype_of(value: torch.dtype | str) -> torch.dtype:
     Raises:
         ValueError: not a floating-point dtype that state can be kept in (fp32 or bf16).
     """
-    short = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    dtype = value if isinstance(value, torch.dtype) else short.get(value, getattr(torch, value.split(".")[-1], None))
-    if dtype not in (torch.float32, torch.bfloat16):
+    known = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+    dtype = known.get(str(value).removeprefix("torch."))
+    if dtype is None:
         raise ValueError(f"state_dtype must be fp32 or bf16, not {value!r}")
     return dtype

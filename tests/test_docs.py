@@ -1,0 +1,96 @@
+"""Every code block in README and docs runs, every link leads somewhere, every JSON is what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# Commands whose full length belongs elsewhere: what is run in their place, and why that is enough.
+INSTEAD = {
+    # Its whole length is what the README reports.
+    "bash launcher/quickstart.sh": "bash launcher/quickstart.sh --steps 3",
+    # It is what runs this.
+    "bash tests/run.sh": "bash tests/run.sh --collect-only -q tests/test_docs.py",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks() -> list[Block]:
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            found.append(Block(page, text[: match.start()].count("\n") + 1, match[1], match[2]))
+    return found
+
+
+BLOCKS = blocks()
+
+
+def run(command: list[str], folder: Path) -> None:
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    if command[0] == sys.executable:
+        environment.update(world)
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+
+
+def test_there_are_blocks_and_all_have_a_language() -> None:
+    assert {"bash", "json", "python"} <= {block.language for block in BLOCKS}
+    assert not [str(block) for block in BLOCKS if block.language not in ("bash", "json", "python")]
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(block.text, encoding="utf-8")
+    run([sys.executable, str(script)], tmp_path)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
+def test_a_bash_block_runs(block: Block) -> None:
+    for line in block.text.splitlines():
+        command = line.split("#")[0].strip()
+        if command:
+            run(["bash", "-c", INSTEAD.get(command, command)], ROOT)
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=str)
+def test_a_json_block_names_an_optimizer_with_options_it_has(block: Block) -> None:
+    from ds_optim.deepspeed_plugin import Settings, names
+
+    text = block.text if block.text.lstrip().startswith("{") else f"{{{block.text}}}"
+    config = json.loads(text)
+    if "optimizer" in config:
+        cls = names()[config["optimizer"]["type"]]
+        given = {**config["optimizer"].get("params", {}), **Settings.of(config).options}
+        numbers = {key: value for key, value in given.items() if value != "auto"}
+        assert cls.setting_problems(numbers) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
