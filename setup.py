@@ -15,7 +15,6 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "psutil>=5.9",
     "wrapt>=1.16",
-    "pydantic>=2.9,<3",
     "typer>=0.15",
     "rich>=13.9",
     "filelock>=3.16",

@@ -6,8 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -43,8 +44,11 @@ def doctor(
     console.print(f"entry point registered with torch: {_yes(entry)}; torch runs entry points: {_yes(autoload)}")
     if not (entry and autoload):
         console.print("  a script must say `import ds_optim` before it uses DeepSpeed")
-    import deepspeed.runtime.engine  # noqa: F401  (this is what the hook waits for)
-
+    try:
+        import_module(ds_optim_autoload.ENGINE)  # this is what the hook waits for
+    except Exception as error:
+        console.print(f"[bold red]problem:[/] deepspeed cannot be imported: {type(error).__name__}: {error}")
+        raise typer.Exit(1) from error
     hooked = ds_optim_autoload.installed and ds_optim_autoload.failure is None
     console.print(f"hook on {ds_optim_autoload.ENGINE} installed: {_yes(hooked)}")
     if not hooked:
@@ -105,34 +109,21 @@ def _print_kernels(console: Console) -> None:
 
 
 def _print_refusals(console: Console, config: Path | None) -> list[str]:
-    from ds_optim.deepspeed_plugin import REFUSALS, names, refusals
+    from ds_optim.deepspeed_plugin import REFUSALS, judge
 
     if config is None:
         console.print("Refused at start (give a JSON with --deepspeed to judge it):")
         for refusal in REFUSALS:
             console.print(f"  - {refusal.reason}", highlight=False)
         return []
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    content: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
-    name = content.get("optimizer", {}).get("type", "")
-    cls = names().get(name)
-    if cls is None:
-        console.print(f'{config}: "type": "{name}" is not one of ours')
-        return []
-    # Batch sizes and "auto" values belong to a run; the rest is what is judged.
-    judged = {
-        key: value for key, value in content.items() if "batch" not in key and key != "gradient_accumulation_steps"
-    }
-    reasons = refusals(DeepSpeedConfig({**_without_auto(judged), "train_micro_batch_size_per_gpu": 1}), cls)
-    console.print(f"{config}: {cls.__name__}, {'refused' if reasons else 'accepted'}")
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return [f"{config} is not JSON: {error}"]
+    name, reasons = judge(content)
+    who = name or '"optimizer" is not one of ours; judged for an AdamMini made by hand'
+    console.print(f"{config}: {who}: {'refused' if reasons else 'accepted'}")
     return reasons
-
-
-def _without_auto(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
-    return value
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import wrapt
 from deepspeed.runtime.zero import utils as zero_utils
 from torch import Tensor
@@ -24,7 +25,7 @@ from ds_optim.optimizers.adam_mini import AdamMini
 from ds_optim.optimizers.adamw import AdamW
 from ds_optim.optimizers.adan import Adan
 from ds_optim.optimizers.lion import Lion
-from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps
+from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps, raise_all
 from ds_optim.role import Role, is_decay_exempt
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
@@ -74,7 +75,11 @@ class Settings:
         """From a whole DeepSpeed configuration."""
         given = dict(config.get("ds_optim") or {})
         no_decay = given.pop("no_decay", None)
-        return cls(given, None if no_decay is None else tuple(no_decay))
+        return cls(given, tuple(no_decay) if isinstance(no_decay, list) else None)
+
+    def all_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the optimizer is made with."""
+        return {**(config.get("optimizer", {}).get("params") or {}), **self.options}
 
 
 def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -90,15 +95,33 @@ def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[A
         if named is not None:
             parameters = _prepare_from_json(engine, named, parameters)
         elif isinstance(client, ShardedOptimizer):
-            _raise_all(_engine_problems(engine, type(client), client._roles_given))
-            _allow_cpu_offload(engine)
+            _accept_client(engine, client)
+        else:  # a callable that makes an optimizer, perhaps one of ours
+            make = client
+
+            def client(parameters: Any) -> Any:
+                made = make(parameters)
+                if isinstance(made, ShardedOptimizer):
+                    _accept_client(engine, made)
+                return made
+
         result = wrapped(client, parameters)
     basic = engine.basic_optimizer
     if isinstance(basic, ShardedOptimizer):
-        if named is None and not isinstance(client, ShardedOptimizer):  # made by a callable
-            _raise_all(_engine_problems(engine, type(basic), basic._roles_given))
         basic.bind(zero.read(engine), _roles(engine, basic._roles_given))
     return result
+
+
+def _accept_client(engine: Any, optimizer: ShardedOptimizer) -> None:
+    """Judge an engine for an optimizer that the user made."""
+    problems = _engine_problems(engine, type(optimizer), optimizer._roles_given)
+    if engine._config._param_dict.get("ds_optim"):
+        problems.append(
+            'the "ds_optim" object is for an optimizer that the JSON names; give its contents to the optimizer '
+            "that you make yourself"
+        )
+    _raise_on_all_ranks(problems)
+    _allow_cpu_offload(engine)
 
 
 def _arguments(client_optimizer: Any, model_parameters: Any) -> tuple[Any, Any]:
@@ -107,8 +130,37 @@ def _arguments(client_optimizer: Any, model_parameters: Any) -> tuple[Any, Any]:
 
 def _prepare_from_json(engine: Any, cls: type[ShardedOptimizer], parameters: list[Any]) -> list[Any]:
     """Judge the configuration, merge the ``ds_optim`` object into the optimizer's options, make decay groups."""
-    settings = Settings.of(engine._config._param_dict)
-    options = {**(engine.optimizer_params() or {}), **settings.options}
+    config = engine._config._param_dict
+    problems = option_problems(cls, config)
+    settings = Settings.of(config)
+    problems += _engine_problems(engine, cls, settings.all_options(config).get("roles"))
+    grouped = any(isinstance(entry, dict) for entry in parameters)
+    if grouped and settings.no_decay:
+        problems.append('"no_decay" has no effect on parameter groups that you made: leave it out')
+    exempt, pattern_problems = _exempt(engine, settings.no_decay)
+    _raise_on_all_ranks([*problems, *pattern_problems])
+    engine._config.optimizer_params = settings.all_options(config)
+    _allow_cpu_offload(engine)
+    if grouped:
+        return parameters
+
+    def parameter_of(entry: Any) -> Tensor:
+        found: Tensor = entry[1] if isinstance(entry, tuple) else entry  # (name, parameter) pairs are welcome
+        return found
+
+    groups: list[dict[str, Any]] = [
+        {"params": [entry for entry in parameters if parameter_of(entry) not in exempt]},
+        {"params": [entry for entry in parameters if parameter_of(entry) in exempt], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if any(parameter_of(entry).requires_grad for entry in group["params"])]
+
+
+def option_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with the options that a whole DeepSpeed configuration gives to ``cls``."""
+    no_decay = (config.get("ds_optim") or {}).get("no_decay")
+    if no_decay is not None and not (isinstance(no_decay, list) and all(isinstance(p, str) for p in no_decay)):
+        return [f'"no_decay" must be a list of name patterns, not {no_decay!r}']
+    options = Settings.of(config).all_options(config)
     accepted = list(inspect.signature(cls).parameters)[1:]
     problems = [
         f"{cls.__name__} has no option {key!r}; its options: {', '.join(accepted)}"
@@ -118,18 +170,7 @@ def _prepare_from_json(engine: Any, cls: type[ShardedOptimizer], parameters: lis
     auto = [key for key, value in options.items() if value == "auto"]
     if auto:
         problems.append(f'"auto" for {", ".join(auto)} is filled in by a Hugging Face Trainer only; give numbers')
-    problems += cls.setting_problems({key: value for key, value in options.items() if value != "auto"})
-    problems += _engine_problems(engine, cls, options.get("roles"))
-    exempt, pattern_problems = _exempt(engine, settings.no_decay)
-    _raise_all([*problems, *pattern_problems])
-    engine._config.optimizer_params = options
-    _allow_cpu_offload(engine)
-    if any(isinstance(entry, dict) for entry in parameters):
-        return parameters  # groups that the user made
-    decay = [parameter for parameter in parameters if parameter not in exempt]
-    free = [parameter for parameter in parameters if parameter in exempt]
-    groups: list[dict[str, Any]] = [{"params": decay}, {"params": free, "weight_decay": 0.0}]
-    return [group for group in groups if any(parameter.requires_grad for parameter in group["params"])]
+    return problems + cls.setting_problems({key: value for key, value in options.items() if value != "auto"})
 
 
 def _exempt(engine: Any, no_decay: tuple[str, ...] | None) -> tuple[set[Tensor], list[str]]:
@@ -248,9 +289,36 @@ def _engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any) -> li
     return problems
 
 
-def _raise_all(problems: list[str]) -> None:
-    """Raises the same error on every rank: everything judged here is the same everywhere."""
-    if problems:
-        raise ValueError(
-            "ds_optim cannot run under this configuration, nothing was changed:\n- " + "\n- ".join(problems)
-        )
+def judge(config: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """What would be refused under a DeepSpeed configuration, without an engine and its model.
+
+    Returns:
+        The optimizer's name, empty if the configuration names none of ours, and every reason. Settings are then judged
+        as for an Adam-mini that is made by hand. "auto" values belong to a Trainer and are left out.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    optimizer = config.get("optimizer")
+    named = names().get(str(optimizer.get("type"))) if isinstance(optimizer, Mapping) else None
+    known = _without_auto({key: value for key, value in config.items() if "batch" not in key and key != "optimizer"})
+    known.pop("gradient_accumulation_steps", None)
+    reasons = refusals(DeepSpeedConfig({**known, "train_micro_batch_size_per_gpu": 1}), named or AdamMini)
+    if named is not None:
+        reasons = [*option_problems(named, _without_auto(config)), *reasons]
+    return named.__name__ if named else "", reasons
+
+
+def _without_auto(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_auto(inner) for key, inner in value.items() if inner != "auto"}
+    return value
+
+
+def _raise_on_all_ranks(problems: list[str]) -> None:
+    """Every rank raises if one has a problem: pipeline stages hold different layers, and none may wait for another."""
+    found = [problems]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        found = [problems] * dist.get_world_size()
+        dist.all_gather_object(found, problems)
+    listed = dict.fromkeys(problem for of_rank in found for problem in of_rank)
+    raise_all(list(listed), "ds_optim cannot run under this configuration, nothing was changed")

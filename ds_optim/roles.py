@@ -117,11 +117,8 @@ def resolve_roles(
         return roles_from_names(shapes)
     if not isinstance(roles, Mapping):
         raise ValueError(f"roles must be a model, the result of infer_roles(model) or {{pattern: role}}, not {roles!r}")
-    is_named = all(isinstance(role, Role) for role in roles.values()) and not any(
-        set(key) & set("*?[") for key in roles
-    )
-    if is_named and roles:
-        return _by_name(roles, shapes, "no role is given for it")
+    if shapes.keys() <= roles.keys() and all(isinstance(role, Role) for role in roles.values()):
+        return _by_name(roles, shapes, "no role is given for it")  # the result of infer_roles
     return override_roles(roles_from_names(shapes), roles, shapes)
 
 

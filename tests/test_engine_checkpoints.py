@@ -27,6 +27,7 @@ def interrupted(case: Case, folder: str) -> tuple[bool, set[str], list[int], lis
     # Other initial weights: everything must come from the checkpoint.
     with engine_for(replace(case, seed=case.seed + 1)) as (engine, _, clock):
         engine.load_checkpoint(folder)
+        loaded = masters(engine)
         states = list(engine.basic_optimizer.state.values())
         dtypes = {f"{key} {value.dtype}" for state in states for key, value in state.items()}
         counts = [int(state["step"]) for state in states]
@@ -35,8 +36,9 @@ def interrupted(case: Case, folder: str) -> tuple[bool, set[str], list[int], lis
         left_out = [int(state["step"]) for state in engine.basic_optimizer.state.values()]
     with engine_for(case) as (engine, _, clock):
         engine.load_checkpoint(folder)
+        same = _same(loaded, masters(engine))
         train(engine, case, clock, range(half + 1, case.steps + 1))
-        return _same(whole, masters(engine)), dtypes, counts, left_out
+        return same and _same(whole, masters(engine)), dtypes, counts, left_out
 
 
 def _same(one: dict[str, Any], two: dict[str, Any]) -> bool:

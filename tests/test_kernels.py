@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ds_optim import kernels
 from ds_optim.kernels import native
+from ds_optim.kernels.build import built_library
 from ds_optim.optimizers.adam_mini import adam_mini_update
 from ds_optim.optimizers.adamw import adamw_update
 from ds_optim.optimizers.adan import adan_update
@@ -572,7 +573,7 @@ cp {built} "$last"
 
 
 def test_ranks_build_once_and_a_killed_build_holds_nobody_up(tmp_path: Path) -> None:
-    built, log, compiler = native._built(), tmp_path / "log", tmp_path / "compiler"
+    built, log, compiler = built_library(), tmp_path / "log", tmp_path / "compiler"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "builds"), "CXX": str(compiler)}
     code = "from ds_optim.kernels import native; native.library()"
 

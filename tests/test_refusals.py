@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
-from engines import Case, build_engine, engine_for, masters, train
+from engines import Case, build_engine, build_model, engine_for, masters, train
 from pool import Pools
 
 
@@ -39,7 +40,7 @@ def test_every_reason_is_listed_at_once(pool: Pools) -> None:
         ),
         "ValueError: ds_optim cannot run under this configuration, nothing was changed",
         "has no option 'momentum'",
-        "lr must be a number >= 0",
+        "lr must be a finite number >= 0",
         "every beta must lie in [0, 1), not 1.5",
         "no_such",
         "ratio below 1",
@@ -62,6 +63,8 @@ def test_every_reason_is_listed_at_once(pool: Pools) -> None:
         (Case("Adan", precision="fp16", stage=0), "fp16 without ZeRO"),
         (Case("Adan", extra={"ds_optim": {"no_decay": ["*.nothing"]}}), "'*.nothing' matches no parameter"),
         (Case("Adan", extra={"ds_optim": {"warmup": 3}}), "has no option 'warmup'"),
+        (Case("Adan", extra={"ds_optim": {"no_decay": "*.bias"}}), "must be a list of name patterns"),
+        (Case("Adan", client=True, extra={"ds_optim": {"betas": [0.9, 0.9, 0.9]}}), "that the JSON names"),
         (
             Case("AdamMini", {"roles": {"*.q_proj.weight": {"kind": "query", "head_dim": 5}}}),
             "head_dim 5 does not divide",
@@ -171,3 +174,62 @@ def test_the_ds_optim_object_takes_precedence(pool: Pools) -> None:
     for group in pool(1).run(options_of, case):
         assert group["betas"] == [0.9, 0.8, 0.7]
         assert group["no_prox"] is True
+
+
+def by_callable(case: Case) -> str:
+    """An engine whose optimizer is made by a callable; or its error."""
+    import deepspeed
+
+    import ds_optim
+
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=build_model(case), config=case.config(), optimizer=lambda parameters: ds_optim.AdamMini(parameters)
+        )
+    except ValueError as error:
+        return str(error)
+    kind = f"{type(engine.basic_optimizer).__name__}, bound: {engine.basic_optimizer.is_bound}"
+    engine.destroy()
+    return kind
+
+
+def test_a_callable_may_make_the_optimizer_under_offload_too(pool: Pools) -> None:
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    good = Case("AdamMini", client=True, zero=offload)
+    assert pool(2).run(by_callable, good) == ["AdamMini, bound: True"] * 2
+    bad = Case("AdamMini", client=True, stage=3, zero={"offload_optimizer": {"device": "cpu", "ratio": 0.5}})
+    assert all("ratio below 1" in message for message in pool(2).run(by_callable, bad))
+
+
+def pairs(case: Case) -> list[float]:
+    """The groups' weight decays when model_parameters are (name, parameter) pairs."""
+    import deepspeed
+
+    model = build_model(case)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=case.config(), model_parameters=list(model.named_parameters())
+    )
+    decays = [group["weight_decay"] for group in engine.basic_optimizer.param_groups]
+    engine.destroy()
+    return decays
+
+
+def test_model_parameters_may_be_pairs(pool: Pools) -> None:
+    assert pool(1).run(pairs, Case("AdamMini", {"weight_decay": 0.25})) == [[0.25, 0.0]]
+
+
+def other_kernels_on_one_rank(value: str) -> str:
+    if torch.distributed.get_rank() == 1:
+        os.environ["DS_OPTIM_KERNELS"] = value
+    try:
+        return attempt(Case("AdamMini"))
+    finally:
+        os.environ.pop("DS_OPTIM_KERNELS", None)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [("eager", "ranks would use different kernels"), ("nonsense", "rank 1: no kernels")]
+)
+def test_ranks_must_agree_on_their_kernels(pool: Pools, value: str, reason: str) -> None:
+    for message in pool(2).run(other_kernels_on_one_rank, value):
+        assert reason in message

@@ -5,6 +5,7 @@ Every test runs fresh interpreters: registration happens while torch is imported
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -126,7 +127,7 @@ def test_import_torch_gets_no_slower(tmp_path: Path) -> None:
         inside, alone = cumulative("import torch"), cumulative("import ds_optim_autoload")
         shares.append((inside["wrapt"] + alone["ds_optim_autoload"]) / inside["torch"])
     print(f"share of ds_optim_autoload and wrapt in `import torch`: {sorted(shares)[1]:.2%}")
-    assert min(shares) < 0.02
+    assert sorted(shares)[1] < 0.02
 
 
 def test_importing_the_package_imports_nothing_heavy(tmp_path: Path) -> None:
@@ -170,12 +171,17 @@ def test_the_doctor_says_what_resolves_to_what(tmp_path: Path) -> None:
         assert wanted in healthy.stdout
     bad = tmp_path / "bad.json"
     bad.write_text(
-        '{"optimizer": {"type": "AdamMini"}, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", '
-        '"ratio": 0.5}}}',
+        json.dumps(
+            {
+                "optimizer": {"type": "AdamMini", "params": {"momentum": 1}},
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            }
+        ),
         encoding="utf-8",
     )
     judged = subprocess.run(
         [*command, "--deepspeed", str(bad)], capture_output=True, text=True, env=environment, timeout=300
     )
-    assert judged.returncode == 1
+    assert judged.returncode == 1, judged.stdout + judged.stderr
     assert "ratio below 1" in judged.stdout
+    assert "has no option 'momentum'" in judged.stdout

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels import compiled, eager, native
+from ds_optim.kernels.build import UnavailableError
 from ds_optim.kernels.tables import Formula, Select
 
 __all__ = ["Backend", "Formula", "Select", "backend_for", "blockwise", "elementwise", "partial_sums"]
@@ -64,7 +65,7 @@ def _by_device(device_type: str) -> Backend:
         try:
             native.library()
             return "native"
-        except native.UnavailableError as problem:
+        except UnavailableError as problem:
             reason = str(problem)
     elif device_type in ("cuda", "xpu"):
         from torch.utils._triton import has_triton

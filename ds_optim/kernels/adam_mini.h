@@ -30,22 +30,34 @@ struct AdamMini {
     return step_size / (std::sqrt(*square) / bias2_sqrt + eps);
   }
 
-  // factor[i] for element i; or the same for all.
-  __attribute__((noinline)) void update(float* __restrict p, const float* __restrict g, float* __restrict m,
-                                        const float* __restrict factor, int64_t n) const {
+  // `factor` is one for all elements, or points to one for each.
+  template <class Factor>
+  __attribute__((noinline)) void update(float* p, const float* g, float* m, Factor factor, int64_t n) const {
     const AdamMini s = *this;
-    for (int64_t i = 0; i < n; ++i) {
-      const float average = m[i] + (g[i] - m[i]) * s.one_minus_beta1;
-      p[i] = p[i] * s.decay - average * factor[i];
-      m[i] = average;
+    int64_t i = 0;
+    for (; i + kStep <= n; i += kStep) {
+      for (int64_t line = i; line < i + kStep; line += kCacheLine) {
+        DS_OPTIM_FETCH(g + line, 0);
+        DS_OPTIM_FETCH(p + line, 1);
+        DS_OPTIM_FETCH(m + line, 1);
+      }
+      s.update_step(p + i, g + i, m + i, from(factor, i), kStep);
     }
+    if (i < n) s.update_step(p + i, g + i, m + i, from(factor, i), n - i);
   }
-  __attribute__((noinline)) void update(float* __restrict p, const float* __restrict g, float* __restrict m,
-                                        float factor, int64_t n) const {
-    const AdamMini s = *this;
+
+ private:
+  static float from(float factor, int64_t) { return factor; }
+  static const float* from(const float* factors, int64_t i) { return factors + i; }
+  static float at(float factor, int64_t) { return factor; }
+  static float at(const float* factors, int64_t i) { return factors[i]; }
+
+  template <class Factor>
+  DS_OPTIM_INLINE void update_step(float* __restrict p, const float* __restrict g, float* __restrict m, Factor factor,
+                                   int64_t n) const {
     for (int64_t i = 0; i < n; ++i) {
-      const float average = m[i] + (g[i] - m[i]) * s.one_minus_beta1;
-      p[i] = p[i] * s.decay - average * factor;
+      const float average = m[i] + (g[i] - m[i]) * one_minus_beta1;
+      p[i] = p[i] * decay - average * at(factor, i);
       m[i] = average;
     }
   }

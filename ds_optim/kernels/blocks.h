@@ -119,6 +119,8 @@ inline Doubles chunk_squares(const float* x, int64_t n) {
   Lanes even = {}, odd = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    DS_OPTIM_FETCH(x + i, 0);
+    DS_OPTIM_FETCH(x + i + kLanes, 0);
     const Lanes a = load_lanes(x + i), b = load_lanes(x + i + kLanes);
     even += a * a;
     odd += b * b;
@@ -261,7 +263,12 @@ class ColumnBatch {
 
   __attribute__((noinline)) static void add_squares_by_column(const float* __restrict x, int64_t n,
                                                               float* __restrict sums) {
-    for (int64_t c = 0; c < n; ++c) sums[c] += x[c] * x[c];
+    int64_t c = 0;
+    for (; c + kStep <= n; c += kStep) {
+      for (int64_t line = c; line < c + kStep; line += kCacheLine) DS_OPTIM_FETCH(x + line, 0);
+      for (int64_t i = c; i < c + kStep; ++i) sums[i] += x[i] * x[i];
+    }
+    for (; c < n; ++c) sums[c] += x[c] * x[c];
   }
 
   const Streams streams_;

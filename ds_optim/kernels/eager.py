@@ -19,7 +19,7 @@ from ds_optim.kernels.tables import (
     iterate_spans,
 )
 
-CHUNK = {"cpu": 1 << 15}
+CHUNK = {"cpu": 1 << 16}
 """Elements per call of a formula: on a CPU its temporaries should stay in the cache, elsewhere launches must be few."""
 DEFAULT_CHUNK = 1 << 20
 

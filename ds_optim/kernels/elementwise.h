@@ -1,7 +1,7 @@
 // AdamW, Lion and Adan: one pass over whatever the spans cover.
 //
-// Scalars come in the order of the structs' fields. Streams are parameters of a function because compilers take `restrict`
-// at its word only there; without it the loop of Adan stays scalar.
+// Scalars come in the order of the structs' fields. A rule's loop is a function of its streams because compilers take
+// `restrict` at its word only there; without it the loop of Adan stays scalar.
 
 #pragma once
 
@@ -18,10 +18,12 @@ struct AdamW {
   static constexpr int kStreams = 4;
   float decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias2_sqrt, eps;
 
-  void operator()(float* const* x, int64_t n) const { update(*this, x[0], x[1], x[2], x[3], n); }
+  DS_OPTIM_INLINE void operator()(float* const* x, int64_t i, int64_t n) const {
+    update(*this, x[0] + i, x[1] + i, x[2] + i, x[3] + i, n);
+  }
 
-  __attribute__((noinline)) static void update(AdamW s, float* __restrict p, const float* __restrict g,
-                                               float* __restrict m, float* __restrict v, int64_t n) {
+  DS_OPTIM_INLINE static void update(AdamW s, float* __restrict p, const float* __restrict g,
+                                     float* __restrict m, float* __restrict v, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const float gradient = g[i];
       const float average = m[i] + (gradient - m[i]) * s.one_minus_beta1;
@@ -38,10 +40,12 @@ struct Lion {
   static constexpr int kStreams = 3;
   float decay, beta1, one_minus_beta1, beta2, one_minus_beta2, lr;
 
-  void operator()(float* const* x, int64_t n) const { update(*this, x[0], x[1], x[2], n); }
+  DS_OPTIM_INLINE void operator()(float* const* x, int64_t i, int64_t n) const {
+    update(*this, x[0] + i, x[1] + i, x[2] + i, n);
+  }
 
-  __attribute__((noinline)) static void update(Lion s, float* __restrict p, const float* __restrict g,
-                                               float* __restrict m, int64_t n) {
+  DS_OPTIM_INLINE static void update(Lion s, float* __restrict p, const float* __restrict g,
+                                     float* __restrict m, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const float gradient = g[i];
       const float mixed = m[i] * s.beta1 + gradient * s.one_minus_beta1;
@@ -57,11 +61,13 @@ struct Adan {
   float decay, beta1, one_minus_beta1, beta2, one_minus_beta2, beta3, one_minus_beta3;
   float step_size, step_size_diff, bias3_sqrt, eps, shrink, has_previous;
 
-  void operator()(float* const* x, int64_t n) const { update(*this, x[0], x[1], x[2], x[3], x[4], x[5], n); }
+  DS_OPTIM_INLINE void operator()(float* const* x, int64_t i, int64_t n) const {
+    update(*this, x[0] + i, x[1] + i, x[2] + i, x[3] + i, x[4] + i, x[5] + i, n);
+  }
 
-  __attribute__((noinline)) static void update(Adan s, float* __restrict p, const float* __restrict g,
-                                               float* __restrict m, float* __restrict v, float* __restrict q,
-                                               float* __restrict old, int64_t n) {
+  DS_OPTIM_INLINE static void update(Adan s, float* __restrict p, const float* __restrict g,
+                                     float* __restrict m, float* __restrict v, float* __restrict q,
+                                     float* __restrict old, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const float gradient = g[i];
       const float difference = (gradient - old[i]) * s.has_previous;
@@ -80,6 +86,22 @@ struct Adan {
   }
 };
 
+// A rule on n elements of fp32 streams.
+template <class Rule>
+__attribute__((noinline)) void update_streams(const Rule rule, float* const* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    for (int64_t line = i; line < i + kStep; line += kCacheLine) {
+      for (int k = 0; k < Rule::kStreams; ++k) {
+        if (k == kGrad) DS_OPTIM_FETCH(x[k] + line, 0);
+        else DS_OPTIM_FETCH(x[k] + line, 1);
+      }
+    }
+    rule(x, i, kStep);
+  }
+  if (i < n) rule(x, i, n - i);
+}
+
 // Elements [start, stop) of one tensor.
 template <class Rule>
 void update_range(const Rule& rule, const Streams& streams, int64_t tensor, bool has_grad, int64_t start, int64_t stop) {
@@ -92,7 +114,7 @@ void update_range(const Rule& rule, const Streams& streams, int64_t tensor, bool
     const int64_t n = std::min(step, stop - start);
     float* x[Rule::kStreams];
     for (int k = 0; k < Rule::kStreams; ++k) x[k] = views[k].at(start, n, buffers[k]);
-    rule(x, n);
+    update_streams(rule, x, n);
     for (int k = 0; k < Rule::kStreams; ++k) {
       if (k != kGrad) views[k].put(start, n, x[k]);
     }

@@ -3,14 +3,17 @@
 // A plain C interface without any torch header, so that it builds in seconds and outlives torch's ABI. native.py checks
 // the tensors, loads this file and lends it torch's own OpenMP threads.
 //
-// Promises that the code below keeps:
+// Promises that these files keep:
 // - An element's result does not depend on how tensors are cut into spans, nor on the number of threads. So: no fused
 //   multiply-add (-ffp-contract=off), no approximate division or root, nothing whose order depends on the threads.
-// - A block's sum of squares is taken over fixed chunks counted from the block's first local element: fp32 lanes within
-//   a chunk of kSumChunk, fp64 from there on.
-// - Where the gradient of a block fits a core's cache it is fetched from memory once.
-// - All arithmetic is fp32. bf16 and fp16 pass through small buffers on the stack, which keeps one fp32 core per rule.
+// - A block's sum of squares is taken over fixed chunks counted from the block's first local element: fp32 within a
+//   chunk, fp64 from there on.
+// - All arithmetic on elements is fp32, whatever the tensors' dtypes.
+//
+// storage.h: tensors and their formats. threads.h: who works on what. elementwise.h: AdamW, Lion, Adan. blocks.h: blocks
+// and their sums. adam_mini.h: Adam-mini. This file: the interface.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>

@@ -1,9 +1,4 @@
-"""The C++ kernels on CPU tensors: built on first use, called through their plain C interface.
-
-Not `torch.utils.cpp_extension.load`: the source includes no torch header, so that one call of the compiler builds it in
-a few seconds, without ninja, and a build outlives torch releases; and torch's build lock stays behind for ever when its
-holder is killed. Shared with it: where builds are kept (``TORCH_EXTENSIONS_DIR``) and how the compiler is named
-(``CXX``). The ranks of a host share one build: the first compiles, the others wait.
+"""The C++ kernels on CPU tensors, called through their plain C interface; `ds_optim.kernels.build` builds them.
 
 The work runs on the OpenMP threads of torch itself, `torch.get_num_threads()` of them: a second thread pool would
 compete with the first one's spinning threads.
@@ -12,14 +7,7 @@ compete with the first one's spinning threads.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,24 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ds_optim.kernels.build import UnavailableError, built_library
 from ds_optim.kernels.tables import Select
-
-FOLDER = Path(__file__).parent
-SOURCE = FOLDER / "native.cpp"
-FLAGS = (
-    "-std=c++17",
-    "-O3",
-    "-march=native",
-    "-ffp-contract=off",  # a fused multiply-add in the vector loop but not in its tail would make slices round apart
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fvisibility=hidden",
-    "-fPIC",
-    "-shared",
-    "-pthread",
-    # Compilers halve AVX-512 registers by default; whole ones took 5 % off Adam-mini and cost the others nothing.
-    *(("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()),
-)
 
 SCALARS = {
     "adamw": ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "bias2_sqrt", "eps"),
@@ -61,13 +33,12 @@ SCALARS = {
 }
 """The scalars of every rule, in the order of the fields of the C++ structs."""
 
+STATES = {"adamw": 2, "lion": 1, "adan": 4}
+"""Element states of the elementwise rules."""
+
 _dtype_of = attrgetter("dtype")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SELECT: dict[Select, int] = {"all": 0, "uncut": 1, "cut": 2}
-
-
-class UnavailableError(RuntimeError):
-    """The kernels cannot be built here; the message says why."""
 
 
 @cache
@@ -75,9 +46,13 @@ def library() -> ctypes.CDLL:
     """The loaded kernels, built if this is the first use on this machine.
 
     Raises:
-        UnavailableError: there is no working compiler, or the build cannot be kept.
+        UnavailableError: they cannot be built or loaded here; the message says why.
     """
-    loaded = ctypes.CDLL(str(_built()))
+    path = built_library()
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as problem:
+        raise UnavailableError(f"the build cannot be loaded: {problem}") from problem
     loaded.ds_optim_use_threads.restype = None
     loaded.ds_optim_use_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     word, pointer = ctypes.c_int64, ctypes.c_void_p
@@ -112,67 +87,6 @@ def _lend_threads(loaded: ctypes.CDLL) -> None:
     loaded.ds_optim_use_threads(region, number)
 
 
-def _built() -> Path:
-    """The shared library for this source, compiler and processor; compiled unless some process did so before."""
-    if os.name != "posix":
-        raise UnavailableError("only Linux and macOS are supported")
-    from torch.utils.cpp_extension import get_default_build_root  # costs an import of setuptools
-
-    sources = [path.read_text(encoding="utf-8") for path in (SOURCE, *sorted(FOLDER.glob("*.h")))]
-    identity = [*sources, *FLAGS, os.environ.get("CXX", ""), _processor()]
-    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    target = Path(root) / "ds_optim" / f"kernels_{digest}.so"
-    if target.exists():
-        return target
-    from filelock import FileLock
-
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_suffix(".lock")):  # the system drops the lock of a process that dies
-            if not target.exists():
-                _compile(target)
-    except OSError as problem:
-        raise UnavailableError(f"no place for the build: {problem}; set TORCH_EXTENSIONS_DIR to a folder") from problem
-    return target
-
-
-def _compile(target: Path) -> None:
-    compiler = _compiler()
-    print(f"ds_optim: building CPU kernels, once, about 10 s: {target}", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        unfinished = Path(folder) / target.name
-        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(unfinished)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise UnavailableError(f"`{shlex.join(command)}` failed:\n{(done.stdout + done.stderr)[-2000:]}")
-        unfinished.replace(target)  # complete or absent, for whoever looks
-
-
-def _compiler() -> list[str]:
-    named = os.environ.get("CXX")
-    for candidate in [named] if named else ["c++", "g++", "clang++"]:
-        command = shlex.split(candidate)
-        if command and shutil.which(command[0]):
-            return command
-    raise UnavailableError(
-        f"CXX names {named!r}, which is not on the PATH"
-        if named
-        else "no C++ compiler on the PATH (c++, g++ or clang++; on Debian: apt install g++)"
-    )
-
-
-def _processor() -> str:
-    """What ``-march=native`` depends on: homes are shared by machines whose processors differ."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as cpuinfo:
-            lines = cpuinfo.read().split("\n\n")[0].splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    telling = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
-    return "\n".join(line for line in lines if line.startswith(telling))
-
-
 def elementwise(
     name: str,
     params: Sequence[Tensor],
@@ -186,6 +100,8 @@ def elementwise(
     Raises:
         ValueError: a tensor or a table is not what the kernels can work on.
     """
+    if STATES.get(name) != len(states):
+        raise ValueError(f"no C++ kernel named {name!r} with {len(states)} states; there are {STATES}")
     call = _Streams([("param", params), ("grad", grads), *((f"state {i}", state) for i, state in enumerate(states))])
     _check_table("spans", spans, 4)
     constants = _scalars(name, scalars)
@@ -244,14 +160,14 @@ def blockwise(
     Raises:
         ValueError: a tensor or a table is not what the kernels can work on.
     """
-    if len(states) != 1 or len(block_states) != 1:
-        raise ValueError(f"{name} has one element state and one block state, not {len(states)} and {len(block_states)}")
+    if (name, len(states), len(block_states)) != ("adam_mini", 1, 1):
+        raise ValueError(f"no C++ kernel named {name!r} with {len(states)} and {len(block_states)} (block) states")
     call = _Streams([("param", params), ("grad", grads), ("state 0", states[0])], [("block state", block_states[0])])
     _check_table("row_runs", row_runs, 9)
     _check_table("column_runs", column_runs, 12)
     _check_sums(cut_sums)
     constants = _scalars(name, scalars)
-    bad = getattr(library(), f"ds_optim_{name}")(
+    bad = library().ds_optim_adam_mini(
         len(params),
         call.address,
         call.numels,

@@ -14,6 +14,16 @@ constexpr int64_t kBuffer = 1024;  // elements that pass through conversion buff
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Stream : int64_t { kParam = 0, kGrad = 1, kFirstState = 2, kBlockState = 3 };
 
+#define DS_OPTIM_INLINE __attribute__((always_inline)) inline
+
+// Memory is asked for kAhead elements before its use, kStep elements at a time: the hardware's own prefetcher stops at
+// every page, which cost Lion a tenth of its time. Addresses past the end are harmless. (Not a function: GCC drops calls
+// of functions that do nothing but prefetch.)
+#define DS_OPTIM_FETCH(x, write) __builtin_prefetch((x) + kAhead, write)
+constexpr int64_t kStep = 64;
+constexpr int64_t kAhead = 256;
+constexpr int64_t kCacheLine = 16;
+
 inline uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

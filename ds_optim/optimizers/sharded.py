@@ -12,6 +12,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,9 +23,12 @@ from ds_optim import kernels
 from ds_optim.optimizers.launch import Call, Rule, Scalars, Tables, block_tables, idle_parameters, run, span_tables
 from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
-from ds_optim.sharding.binding import Binding, BoundTensor, dtype_of, verify, whole
+from ds_optim.sharding.binding import Binding, BoundTensor, verify, whole
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.runs import Runs, block_runs
+
+_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+_TABLES_KEPT = 64  # lists of tensors whose tables are remembered: a training run has a few
 
 _deferred: ContextVar[bool] = ContextVar("ds_optim_deferred", default=False)
 
@@ -59,18 +64,42 @@ class ShardedOptimizer(torch.optim.Optimizer):
     num_betas = 2
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, roles: Any, state_dtype: torch.dtype | str) -> None:
-        self._names: dict[Tensor, str] = {}
-        self._bound: dict[Tensor, BoundTensor] = {}
-        self._missing_is_zero = False
-        self._roles_given = roles
-        self._roles: dict[str, Role] = {}
-        self._runs: dict[Tensor, Runs] = {}
-        self._tables: dict[tuple[int, ...], tuple[list[Tensor], Tables]] = {}
-        _raise_all(self.setting_problems({**defaults, "state_dtype": state_dtype}), f"{type(self).__name__}")
-        self.state_dtype = dtype_of(state_dtype)
+        raise_all(self.setting_problems({**defaults, "state_dtype": state_dtype}), type(self).__name__)
+        self._start(roles, _dtype_of(state_dtype) or torch.float32)
         super().__init__(params, defaults)
         self._keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
         self._restore = self.register_load_state_dict_post_hook(_restore_dtypes)
+
+    def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
+        self.state_dtype = state_dtype
+        self._roles_given = roles
+        self._names: dict[Tensor, str] = {}
+        self._bound: dict[Tensor, BoundTensor] = {}
+        self._missing_is_zero = False
+        self._roles: dict[str, Role] = {}
+        self._runs: dict[Tensor, Runs] = {}
+        self._tables: dict[tuple[int, ...], tuple[list[Tensor], Tables]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy. A bound optimizer belongs to its engine: save the engine's checkpoint instead."""
+        if self.is_bound:
+            raise TypeError(
+                f"this {type(self).__name__} is bound to a DeepSpeed engine and cannot be copied or pickled"
+            )
+        names = [self._names[tensor] for group in self.param_groups for tensor in group["params"]]
+        return {**super().__getstate__(), "_given": (names, self._roles_given, self.state_dtype)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        given = state.pop("_given", None)  # absent where torch's load_state_dict hands over what it loaded
+        super().__setstate__(state)
+        if given is not None:
+            names, roles, state_dtype = given
+            self._start(roles, state_dtype)
+            tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+            self._names = dict(zip(tensors, names, strict=True))
+            self._keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
+            self._restore = self.register_load_state_dict_post_hook(_restore_dtypes)
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
@@ -80,19 +109,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         problems = []
 
         def number(key: str, good: Callable[[float], bool], wanted: str) -> None:
-            value = settings.get(key, None)
-            if value is None or (isinstance(value, Tensor) and value.numel() == 1):
+            if key not in settings:
                 return
-            if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
+            value = settings[key]
+            if isinstance(value, Tensor) and value.numel() == 1:
+                if value.device.type != "cpu":
+                    return  # looking would wait for the device
+                value = float(value)
+            if isinstance(value, bool) or not isinstance(value, Real) or not good(float(value)):
                 problems.append(f"{key} must be {wanted}, not {value!r}")
 
-        number("lr", lambda value: value >= 0, "a number >= 0")
-        number("eps", lambda value: value >= 0, "a number >= 0")
-        number("weight_decay", lambda value: value >= 0, "a number >= 0")
-        try:
-            dtype_of(settings.get("state_dtype", torch.float32))
-        except ValueError as error:
-            problems.append(str(error))
+        for key in ("lr", "eps", "weight_decay"):
+            number(key, lambda value: 0 <= value < float("inf"), "a finite number >= 0")
+        if _dtype_of(settings.get("state_dtype", torch.float32)) is None:
+            problems.append(f"state_dtype must be fp32 or bf16, not {settings['state_dtype']!r}")
         betas = settings.get("betas", None)
         if betas is not None:
             if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != cls.num_betas:
@@ -107,30 +137,33 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 )
             else:
                 for beta in betas:
-                    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 <= beta < 1:
+                    if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= float(beta) < 1:
                         problems.append(f"every beta must lie in [0, 1), not {beta!r}")
         return problems
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; ``(name, parameter)`` pairs are taken apart, names kept without wrapper prefixes."""
         group = dict(param_group)
+        if isinstance(group["params"], set):
+            raise TypeError("parameters must be in an order that is the same on every rank: give a list, not a set")
         listed = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in listed]
-        _raise_all(self.setting_problems(group), f"{type(self).__name__}: a parameter group")
+        raise_all(self.setting_problems(group), f"{type(self).__name__}: a parameter group")
         problems = []
         for entry in listed:
             name, parameter = entry if isinstance(entry, tuple) else (None, entry)
             if not isinstance(parameter, Tensor):
                 continue  # torch says so better
             self._names[parameter] = canonical_name(name) if name else f"parameter {len(self._names)}"
-            if parameter.is_complex() or parameter.is_sparse:
-                problems.append(f"{self._names[parameter]} is complex or sparse: give it to another optimizer")
+            if parameter.is_sparse or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                kind = "sparse" if parameter.is_sparse else str(parameter.dtype)
+                problems.append(f"{self._names[parameter]} is {kind}, not a dense fp32, bf16 or fp16 tensor")
             if type(parameter.data).__name__ == "DTensor":
                 problems.append(
                     f"{self._names[parameter]} is a DTensor: FSDP2 and tensor parallelism are not supported yet; "
                     "use DeepSpeed ZeRO, DDP or a single device"
                 )
-        _raise_all(problems, f"{type(self).__name__}")
+        raise_all(problems, f"{type(self).__name__}")
         super().add_param_group(group)
         self._roles = {}
 
@@ -146,8 +179,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the layout cannot be matched on some rank; every reason of every rank is listed.
         """
-        devices = {tensor.device for tensor in binding.tensors}
-        chosen = sorted({kernels.backend_for(device) for device in devices})
+        try:
+            chosen = sorted({kernels.backend_for(tensor.device) for tensor in binding.tensors})
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            chosen = []
+            binding = replace(binding, problems=(*binding.problems, f"no kernels: {error}"))
         verify(binding, "+".join(chosen))
         self._bound = dict(binding.tensors)
         self._missing_is_zero = binding.missing_is_zero
@@ -214,7 +250,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             (group, tensor)
             for group in self.param_groups
             for tensor in group["params"]
-            if tensor.grad is not None or (self._missing_is_zero and tensor.requires_grad)
+            if tensor.grad is not None or (self._missing_is_zero and tensor in self._bound)
         ]
         if self._is_phantom(active):
             for _, tensor in active:
@@ -225,14 +261,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group, tensor in active:
             if tensor.grad is not None and tensor.grad.is_sparse:
                 raise ValueError(f"sparse gradient in a parameter of shape {tuple(tensor.shape)}: not supported")
-            state = self._state_of(tensor)
-            state["step"] += 1
-            step = int(state["step"])  # on the host: nothing waits for a device
+            if len(group["betas"]) != self.num_betas:
+                raise ValueError(
+                    f"{type(self).__name__} has {self.num_betas} betas, something set {group['betas']!r} in its groups "
+                    '(DeepSpeed\'s OneCycle does, unless "cycle_momentum": false)'
+                )
+            step = int(self._state_of(tensor)["step"]) + 1  # on the host: nothing waits for a device
             key = (id(group), step, tensor.device, self._bound_tensor(tensor).group)
             together.setdefault(key, []).append(tensor)
             if key not in scalars:
                 scalars[key] = self.scalars(group, step)
-        run([self._call(tensors, scalars[key]) for key, tensors in together.items()])
+        calls = [self._call(tensors, scalars[key]) for key, tensors in together.items()]
+        for _, tensor in active:  # nothing counts before everything that can be refused has passed
+            self.state[tensor]["step"] += 1
+        run(calls)
         return loss
 
     def _is_phantom(self, active: Sequence[tuple[dict[str, Any], Tensor]]) -> bool:
@@ -271,6 +313,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 tables = span_tables(bounds, idle)
             if any(idle):  # rare, and another set of parameters next time
                 return tables
+            if len(self._tables) >= _TABLES_KEPT:
+                self._tables.clear()
             self._tables[key] = (tensors, tables)  # the tensors too, so that no other one gets their ids
         return self._tables[key][1]
 
@@ -292,14 +336,32 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
-        """What in a state dict cannot be this optimizer's, as sentences."""
+        """What in a state dict cannot be this optimizer's, as sentences: other keys, other shapes, other blocks."""
         expected = {"step", *self.rule.element_state, *self.rule.block_state}
-        found = {frozenset(state) for state in state_dict["state"].values() if state}
-        return [
-            f"the state has {sorted(keys)}, {type(self).__name__} keeps {sorted(expected)}"
-            for keys in sorted(found, key=sorted)
-            if keys != expected
-        ]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        problems = []
+        for key, tensor in zip(keys, tensors, strict=False):  # torch judges their number
+            state = state_dict["state"].get(key)
+            if not state:
+                continue
+            if set(state) != expected:
+                problems.append(f"the state has {sorted(state)}, {type(self).__name__} keeps {sorted(expected)}")
+                continue
+            sizes = {name: tensor.numel() for name in self.rule.element_state}
+            sizes.update({name: self._runs_of(tensor).num_slots for name in self.rule.block_state})
+            problems += [
+                f"{name} of a tensor of shape {tuple(tensor.shape)} has {state[name].numel()} values, not {size}"
+                + (" (saved with other roles or another number of ranks)" if name in self.rule.block_state else "")
+                for name, size in sizes.items()
+                if state[name].numel() != size
+            ]
+            problems += [
+                f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(tensor.shape)}"
+                for name in self.rule.element_state
+                if state[name].numel() == tensor.numel() and state[name].shape != tensor.shape
+            ]
+        return list(dict.fromkeys(problems))
 
 
 class _Kept:
@@ -311,7 +373,7 @@ class _Kept:
 
 def _keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, ShardedOptimizer)
-    _raise_all(optimizer.state_problems(state_dict), "this state dict was not saved by the same optimizer")
+    raise_all(optimizer.state_problems(state_dict), "this state dict was not saved by the same optimizer")
     kept = {
         key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
         for key, state in state_dict["state"].items()
@@ -327,6 +389,12 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = value.tensor.detach().to(device, copy=True)
 
 
-def _raise_all(problems: list[str], subject: str) -> None:
+def _dtype_of(value: Any) -> torch.dtype | None:
+    """A dtype that state can be kept in, also from its name in a JSON (``"bf16"``, ``"torch.float32"``)."""
+    return _DTYPES.get(str(value).removeprefix("torch."))
+
+
+def raise_all(problems: Sequence[str], subject: str) -> None:
+    """One error that lists every problem, if there are any."""
     if problems:
         raise ValueError(f"{subject}:\n- " + "\n- ".join(problems))

@@ -6,7 +6,6 @@ A reader of a strategy (`zero`) makes `Binding`s; an optimizer consumes them and
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -38,6 +37,7 @@ class Binding:
     Attributes:
         tensors: the local tensors, by identity.
         missing_is_zero: a gradient of None counts as zero (inside an engine) instead of skipping the tensor.
+        problems: what the reader found that cannot be matched; `verify` raises them on every rank.
     """
 
     tensors: Mapping[Tensor, BoundTensor]
@@ -76,10 +76,11 @@ def verify(binding: Binding, backend: str) -> None:
         ranks = [mine] * dist.get_world_size()
         dist.all_gather_object(ranks, mine)
     reasons = [f"rank {rank}: {problem}" for rank, (found, _, _) in enumerate(ranks) for problem in found]
-    for members, hashed in mine[1].items():
-        differing = [rank for rank in members if ranks[rank][1].get(members) != hashed]
-        if differing:
-            reasons.append(f"ranks {differing} lay out the shard group {list(members)} differently from this rank")
+    for members in sorted({members for _, hashes, _ in ranks for members in hashes}):
+        hashed = [ranks[rank][1].get(members) for rank in members]
+        if len(set(hashed)) > 1:
+            by_rank = {rank: (value or "nothing")[:8] for rank, value in zip(members, hashed, strict=True)}
+            reasons.append(f"the ranks of a shard group lay it out differently (hash by rank): {by_rank}")
     kernels = {used for _, _, used in ranks}
     if len(kernels) > 1:
         listed = {used: [rank for rank, entry in enumerate(ranks) if entry[2] == used] for used in sorted(kernels)}
@@ -99,16 +100,3 @@ def _members(group: dist.ProcessGroup | None) -> tuple[int, ...]:
     if group is not None:
         return tuple(dist.get_process_group_ranks(group))
     return (dist.get_rank() if dist.is_available() and dist.is_initialized() else 0,)
-
-
-def dtype_of(value: torch.dtype | str) -> torch.dtype:
-    """A dtype, also from its name in a JSON file (``"fp32"``, ``"bf16"``, ``"bfloat16"``, ``"torch.float32"``).
-
-    Raises:
-        ValueError: not a floating-point dtype that state can be kept in (fp32 or bf16).
-    """
-    known = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
-    dtype = known.get(str(value).removeprefix("torch."))
-    if dtype is None:
-        raise ValueError(f"state_dtype must be fp32 or bf16, not {value!r}")
-    return dtype

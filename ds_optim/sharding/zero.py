@@ -104,6 +104,11 @@ class _Reader:
         for model, stepped in zip(model_groups, stepped_groups or model_groups, strict=True):
             for parameter, tensor in zip(model, stepped, strict=True):
                 if parameter.requires_grad:
+                    if tensor.dtype != torch.float32:
+                        self.problems.append(
+                            f"{self.names.get(parameter)} is {tensor.dtype} and would be stepped without an fp32 "
+                            'master: set "bf16": {"enabled": true}'
+                        )
                     layout = Replicated(self._spec(parameter), world)
                     self._add(tensor, layout, 0, group, {0: parameter.data.reshape(-1)})
 
@@ -235,8 +240,10 @@ class GradientWatch:
 
     def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
         self._engine = engine
-        self._seen: dict[str, int] = {}
-        self._late: dict[str, int] = {}
+        self._steps = 0  # windows that were consumed; `global_steps` alone goes back when a checkpoint is loaded
+        self._consumed = False
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._late: dict[str, tuple[int, int]] = {}
         for parameter, name in names.items():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._note(name))
@@ -248,8 +255,14 @@ class GradientWatch:
         for module, inside in leaves.items():
             module.register_full_backward_hook(lambda *_, inside=inside: self._note_all(inside))
 
+    def _window(self) -> tuple[int, int]:
+        """The accumulation window at hand; `global_steps` tells windows apart that were skipped for overflow."""
+        return self._steps, self._engine.global_steps
+
     def _note(self, name: str) -> None:
-        window = self._engine.global_steps
+        if self._consumed:  # the first gradient after a step
+            self._steps, self._consumed = self._steps + 1, False
+        window = self._window()
         seen = self._seen.get(name)
         if seen is not None and seen != window and self._engine.optimizer.micro_step_id > 0:
             self._late[name] = window
@@ -266,12 +279,13 @@ class GradientWatch:
             RuntimeError: a parameter joined in the middle of a gradient accumulation window. DeepSpeed adds its
                 gradient to what was left of an earlier step, which cannot be undone here.
         """
-        window = self._engine.global_steps
+        self._consumed = True
+        window = self._window()
         late = sorted(name for name, when in self._late.items() if when == window)
         if late:
             raise RuntimeError(
-                f"{', '.join(late)}: used for the first time in the middle of a gradient accumulation window; "
-                "DeepSpeed then adds the new gradient to a previous step's. Use every parameter in the first "
-                "micro-batch, set gradient_accumulation_steps to 1, or use ZeRO stage 1 or 2 without offload"
+                f"{', '.join(late)}: used for the first time in a later backward pass of this step; DeepSpeed then "
+                "adds the new gradient to a previous step's. Use every parameter in the step's first backward pass, "
+                "make one backward pass per step, or use ZeRO stage 1 or 2 without offload"
             )
-        return bool(self._seen.get(name) == window)
+        return self._seen.get(name) == window
