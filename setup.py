@@ -30,6 +30,8 @@ REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
 EXTRAS = {
     "trainer": TRAINER,
     "report": REPORT,
+    # Other people's optimizers, for benchmarks/step_time.py.
+    "bench": ["pytorch-optimizer==4.1.0", "adan-pytorch==0.1.0", "lion-pytorch==0.2.5", "adam-mini==1.1.1"],
     "test": [
         *TRAINER,
         "pytest>=8.3",
