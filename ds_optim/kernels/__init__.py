@@ -49,11 +49,15 @@ def backend_for(device: torch.device) -> Backend:
 
     Raises:
         ValueError: ``DS_OPTIM_KERNELS`` names no backend.
+        UnavailableError: it forces the C++ kernels, which cannot be built here.
     """
     forced = os.environ.get("DS_OPTIM_KERNELS", "")
     if forced and forced not in get_args(Backend):
         raise ValueError(f"DS_OPTIM_KERNELS is {forced!r}; it may be one of {', '.join(get_args(Backend))}")
-    if forced and (forced != "native" or device.type == "cpu"):
+    if forced == "native" and device.type == "cpu":
+        native.library()  # a missing compiler must show here, where ranks still compare notes
+        return "native"
+    if forced and forced != "native":
         return cast(Backend, forced)
     return _by_device(device.type)
 
