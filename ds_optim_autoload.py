@@ -17,7 +17,7 @@ failure: str | None = None
 
 
 def autoload() -> None:
-    """Have `ds_optim.deepspeed_plugin.install` called when (or at once if) DeepSpeed's engine is imported."""
+    """Have `ds_optim.deepspeed_plugin` imported when DeepSpeed's engine is, or at once if it was."""
     global installed, failure
     if installed:
         return
@@ -30,12 +30,10 @@ def autoload() -> None:
         installed, failure = False, f"{type(error).__name__}: {error}"
 
 
-def _register(engine: ModuleType) -> None:
+def _register(_: ModuleType) -> None:
     global failure
     try:
-        from ds_optim.deepspeed_plugin import install
-
-        install(engine)
+        import ds_optim.deepspeed_plugin  # noqa: F401  (importing it installs it)
     except Exception as error:  # nor break DeepSpeed
         failure = f"{type(error).__name__}: {error}"
         print(

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from ds_optim.role import Role, is_decay_exempt
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
 from ds_optim.sharding import zero
+from ds_optim_autoload import ENGINE
 
 CLASSES: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini)
 
@@ -44,10 +45,11 @@ def names() -> dict[str, type[ShardedOptimizer]]:
     return {**bare, **dotted}
 
 
-def install(engine_module: ModuleType) -> None:
-    """Make the optimizers' names known and wrap the engine's ``_configure_optimizer``. Called once per process.
+def _install() -> None:
+    """Make the optimizers' names known and wrap the engine's ``_configure_optimizer``.
 
-    A name that `torch.optim` already has for something else is left alone; the dotted name always works.
+    Runs when this module is imported, whoever imports it, and so once per process. A name that `torch.optim` already
+    has for something else is left alone; the dotted name always works.
     """
     for name, cls in names().items():
         if not hasattr(torch.optim, name):
@@ -55,7 +57,7 @@ def install(engine_module: ModuleType) -> None:
     for cls in CLASSES:
         if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
-    wrapt.wrap_function_wrapper(engine_module, "DeepSpeedEngine._configure_optimizer", _configure_optimizer)
+    wrapt.wrap_function_wrapper(import_module(ENGINE), "DeepSpeedEngine._configure_optimizer", _configure_optimizer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,3 +324,6 @@ def _raise_on_all_ranks(problems: list[str]) -> None:
         dist.all_gather_object(found, problems)
     listed = dict.fromkeys(problem for of_rank in found for problem in of_rank)
     raise_all(list(listed), "ds_optim cannot run under this configuration, nothing was changed")
+
+
+_install()

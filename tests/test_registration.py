@@ -98,6 +98,11 @@ def test_an_import_by_hand_may_come_after_deepspeed(tmp_path: Path) -> None:
     assert result(python(code, tmp_path, **off)) == "ds_optim.optimizers.adan Adan True"
 
 
+def test_the_plugin_may_be_imported_before_deepspeed(tmp_path: Path) -> None:
+    code = "import ds_optim.deepspeed_plugin\n" + SCRIPT.replace("TYPE", "Adan")
+    assert result(python(code, tmp_path)) == "ds_optim.optimizers.adan Adan True"
+
+
 @pytest.mark.parametrize("broken", ["ds_optim/__init__.py", "wrapt/__init__.py"])
 def test_a_broken_installation_breaks_neither_torch_nor_deepspeed(tmp_path: Path, broken: str) -> None:
     spoiled = tmp_path / "site" / broken

@@ -35,7 +35,8 @@ def lion_update(
     lr: Any,
 ) -> tuple[Tensor, ...]:
     """One Lion update of any shape, fp32: returns the new ``(param, exp_avg)``."""
-    update = (exp_avg * beta1 + grad * one_minus_beta1).sign()
+    mixed = exp_avg * beta1 + grad * one_minus_beta1
+    update = torch.where(mixed.isnan(), mixed, mixed.sign())  # torch's sign would hide a NaN as 0
     return param * decay - lr * update, exp_avg * beta2 + grad * one_minus_beta2
 
 
