@@ -16,7 +16,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import wrapt
 from deepspeed.runtime.zero import utils as zero_utils
 from torch import Tensor
@@ -30,6 +29,7 @@ from ds_optim.role import Role, is_decay_exempt
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
 from ds_optim.sharding import zero
+from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim_autoload import ENGINE
 
 CLASSES: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini)
@@ -318,11 +318,7 @@ def _without_auto(value: Any) -> Any:
 
 def _raise_on_all_ranks(problems: list[str]) -> None:
     """Every rank raises if one has a problem: pipeline stages hold different layers, and none may wait for another."""
-    found = [problems]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        found = [problems] * dist.get_world_size()
-        dist.all_gather_object(found, problems)
-    listed = dict.fromkeys(problem for of_rank in found for problem in of_rank)
+    listed = dict.fromkeys(problem for of_rank in from_all_ranks(problems) for problem in of_rank)
     raise_all(list(listed), "ds_optim cannot run under this configuration, nothing was changed")
 
 

@@ -17,7 +17,6 @@ constexpr int64_t kSumPart = 1 << 16;          // elements summed by one thread
 constexpr int64_t kSumRows = 32;               // rows of a column summed in fp32; fp64 from there on
 constexpr int64_t kPartColumns = 8192;         // columns that one thread takes at a time
 constexpr int64_t kBatchPerThread = 1 << 20;   // elements of column runs that are summed, then updated, together
-constexpr int64_t kBatch = 1 << 21;    // elements of column runs that are summed, then updated, together
 
 // `blocks` neighbouring blocks of which `length` elements each lie here; numel elements each in the whole parameter.
 struct Piece {

@@ -186,9 +186,6 @@ def _scalar(name: str, value: float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)  # filled there: nothing is sent, nothing waits
 
 
-# A program is looked up by what must not be mixed in it; its other variants are dynamo's business.
-
-
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     for argument in arguments:
@@ -201,6 +198,7 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @cache
 def _program(function: Callable[..., Any], formula: Formula | None, aligned: bool) -> Callable[..., Any]:
+    """Looked up by what must not be mixed in one program; its other variants are dynamo's business."""
     compile_function: Any = torch.compile  # its overloads know nothing of the last two options
     program: Callable[..., Any] = compile_function(
         function, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True

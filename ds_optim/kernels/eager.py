@@ -3,6 +3,7 @@
 Works on any device. Nothing of the tensor's size is allocated: the formula sees at most `CHUNK` elements at a time.
 """
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -103,7 +104,7 @@ def blockwise(
 def rounded(scalars: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
     """The scalars as every backend sees them: rounded to fp32 once. Tensors stay where they are: nothing waits."""
     numbers = {name: value for name, value in scalars.items() if not isinstance(value, Tensor)}
-    values: list[float] = torch.tensor(list(numbers.values()), dtype=torch.float32).tolist()
+    values = array("f", numbers.values())  # as the C++ kernels round them
     tensors = {name: value.float() for name, value in scalars.items() if isinstance(value, Tensor)}
     return {**dict(zip(numbers, values, strict=True)), **tensors}
 

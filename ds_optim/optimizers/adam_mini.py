@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.optimizers.adamw import adam_scalars
 from ds_optim.optimizers.launch import Rule, Scalars
 from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.role import PER_HEAD, Role, is_vector, matrix_view
@@ -91,17 +92,7 @@ class AdamMini(ShardedOptimizer):
         return adam_mini_blocks(role, shape)
 
     def scalars(self, group: dict[str, Any], step: int) -> Scalars:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        return {
-            "decay": 1 - lr * group["weight_decay"],
-            "beta1": beta1,
-            "one_minus_beta1": 1 - beta1,
-            "beta2": beta2,
-            "one_minus_beta2": 1 - beta2,
-            "step_size": lr / (1 - beta1**step),
-            "bias2_sqrt": math.sqrt(1 - beta2**step),
-            "eps": group["eps"],
-        }
+        return adam_scalars(group, step)
 
 
 def adam_mini_blocks(role: Role, shape: tuple[int, ...]) -> BlockGrid:

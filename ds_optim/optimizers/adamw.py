@@ -22,6 +22,21 @@ from ds_optim.optimizers.launch import Rule, Scalars
 from ds_optim.optimizers.sharded import ShardedOptimizer
 
 
+def adam_scalars(group: dict[str, Any], step: int) -> Scalars:
+    """The constants of Adam's bias-corrected update with decoupled weight decay, at ``step`` (from 1)."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    return {
+        "decay": 1 - lr * group["weight_decay"],
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "step_size": lr / (1 - beta1**step),
+        "bias2_sqrt": math.sqrt(1 - beta2**step),
+        "eps": group["eps"],
+    }
+
+
 def adamw_update(
     param: Tensor,
     grad: Tensor,
@@ -80,14 +95,4 @@ class AdamW(ShardedOptimizer):
         super().__init__(params, defaults, roles=roles, state_dtype=state_dtype)
 
     def scalars(self, group: dict[str, Any], step: int) -> Scalars:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        return {
-            "decay": 1 - lr * group["weight_decay"],
-            "beta1": beta1,
-            "one_minus_beta1": 1 - beta1,
-            "beta2": beta2,
-            "one_minus_beta2": 1 - beta2,
-            "step_size": lr / (1 - beta1**step),
-            "bias2_sqrt": math.sqrt(1 - beta2**step),
-            "eps": group["eps"],
-        }
+        return adam_scalars(group, step)

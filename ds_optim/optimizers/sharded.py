@@ -67,15 +67,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise_all(self.setting_problems({**defaults, "state_dtype": state_dtype}), type(self).__name__)
         self._start(roles, _dtype_of(state_dtype) or torch.float32)
         super().__init__(params, defaults)
-        self._keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
-        self._restore = self.register_load_state_dict_post_hook(_restore_dtypes)
 
     def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
         self.state_dtype = state_dtype
         self._roles_given = roles
         self._names: dict[Tensor, str] = {}
         self._bound: dict[Tensor, BoundTensor] = {}
-        self._missing_is_zero = False
         self._roles: dict[str, Role] = {}
         self._runs: dict[Tensor, Runs] = {}
         self._tables: dict[tuple[int, ...], tuple[list[Tensor], Tables]] = {}
@@ -98,8 +95,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._start(roles, state_dtype)
             tensors = [tensor for group in self.param_groups for tensor in group["params"]]
             self._names = dict(zip(tensors, names, strict=True))
-            self._keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
-            self._restore = self.register_load_state_dict_post_hook(_restore_dtypes)
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +181,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             binding = replace(binding, problems=(*binding.problems, f"no kernels: {error}"))
         verify(binding, "+".join(chosen))
         self._bound = dict(binding.tensors)
-        self._missing_is_zero = binding.missing_is_zero
         self._roles = dict(roles)
         self._runs.clear()
         self._tables.clear()
@@ -250,7 +244,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             (group, tensor)
             for group in self.param_groups
             for tensor in group["params"]
-            if tensor.grad is not None or (self._missing_is_zero and tensor in self._bound)
+            if tensor.grad is not None or tensor in self._bound  # inside an engine no gradient is a zero gradient
         ]
         if self._is_phantom(active):
             for _, tensor in active:
@@ -329,11 +323,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ValueError: the state is not this optimizer's.
         """
         # Ours must be the last hook before torch's cast and the first after it, whatever hooks a user registered.
-        self._keep.remove()
-        self._restore.remove()
-        self._keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
-        self._restore = self.register_load_state_dict_post_hook(_restore_dtypes, prepend=True)
-        super().load_state_dict(state_dict)
+        keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
+        restore = self.register_load_state_dict_post_hook(_restore_dtypes, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            keep.remove()
+            restore.remove()
 
     def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
         """What in a state dict cannot be this optimizer's, as sentences: other keys, other shapes, other blocks."""

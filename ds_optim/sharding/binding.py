@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated, check, digest
 
 
@@ -36,12 +37,10 @@ class Binding:
 
     Attributes:
         tensors: the local tensors, by identity.
-        missing_is_zero: a gradient of None counts as zero (inside an engine) instead of skipping the tensor.
         problems: what the reader found that cannot be matched; `verify` raises them on every rank.
     """
 
     tensors: Mapping[Tensor, BoundTensor]
-    missing_is_zero: bool = False
     problems: tuple[str, ...] = field(default=())
 
 
@@ -71,10 +70,7 @@ def verify(binding: Binding, backend: str) -> None:
         grouped.setdefault(_members(bound.group), []).append(bound.layout)
     mine = (problems, {members: digest(layouts) for members, layouts in grouped.items()}, backend)
 
-    ranks = [mine]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        ranks = [mine] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
+    ranks = from_all_ranks(mine)
     reasons = [f"rank {rank}: {problem}" for rank, (found, _, _) in enumerate(ranks) for problem in found]
     for members in sorted({members for _, hashes, _ in ranks for members in hashes}):
         hashed = [ranks[rank][1].get(members) for rank in members]

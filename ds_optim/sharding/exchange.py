@@ -1,8 +1,21 @@
-"""Collectives over a shard group, for tensors on any device."""
+"""Collectives: over a shard group for tensors on any device, over all ranks for what they must agree on."""
+
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+def from_all_ranks(mine: T) -> list[T]:
+    """Every rank's value, in the order of the ranks; the only one's where nothing is distributed."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [mine]
+    found = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 class PendingSum:

@@ -81,11 +81,11 @@ def read(engine: Any) -> Binding:
             f"{type(wrapper).__name__} is a DeepSpeed optimizer wrapper that is not known here; use ZeRO stage 0, 1, 2 "
             f"or 3; deepspeed versions known to work: {KNOWN_VERSIONS}"
         )
-    return Binding(reader.tensors, missing_is_zero=True, problems=tuple(reader.problems))
+    return Binding(reader.tensors, problems=tuple(reader.problems))
 
 
 def _refused(problem: str) -> Binding:
-    return Binding({}, missing_is_zero=True, problems=(problem,))
+    return Binding({}, problems=(problem,))
 
 
 class _Reader:
@@ -99,7 +99,7 @@ class _Reader:
 
     def replicated(self, model_groups: list[list[Tensor]], stepped_groups: list[list[Tensor]] | None) -> None:
         """ZeRO-0: whole parameters, or whole fp32 clones of them, the same on every data-parallel rank."""
-        group = self.engine.data_parallel_group if hasattr(self.engine, "data_parallel_group") else None
+        group = self.engine.data_parallel_group
         world = dist.get_world_size(group)
         for model, stepped in zip(model_groups, stepped_groups or model_groups, strict=True):
             for parameter, tensor in zip(model, stepped, strict=True):
