@@ -93,30 +93,31 @@ def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[A
     if foreign or (client is None and named is None):
         return wrapped(client, parameters)  # DeepSpeed's own optimizer, or somebody else's
 
+    inferred = infer_roles(engine.module)
     with deferred_steps():
         if named is not None:
-            parameters = _prepare_from_json(engine, named, parameters)
+            parameters = _prepare_from_json(engine, named, parameters, inferred)
         elif isinstance(client, ShardedOptimizer):
-            _accept_client(engine, client)
+            _accept_client(engine, client, inferred)
         else:  # a callable that makes an optimizer, perhaps one of ours
             make = client
 
             def client(parameters: Any) -> Any:
                 made = make(parameters)
                 if isinstance(made, ShardedOptimizer):
-                    _accept_client(engine, made)
+                    _accept_client(engine, made, inferred)
                 return made
 
         result = wrapped(client, parameters)
     basic = engine.basic_optimizer
     if isinstance(basic, ShardedOptimizer):
-        basic.bind(zero.read(engine), _roles(engine, basic._roles_given))
+        basic.bind(zero.read(engine), _roles(engine, basic._roles_given, inferred))
     return result
 
 
-def _accept_client(engine: Any, optimizer: ShardedOptimizer) -> None:
+def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[str, Role]) -> None:
     """Judge an engine for an optimizer that the user made."""
-    problems = _engine_problems(engine, type(optimizer), optimizer._roles_given)
+    problems = _engine_problems(engine, type(optimizer), optimizer._roles_given, inferred)
     if engine._config._param_dict.get("ds_optim"):
         problems.append(
             'the "ds_optim" object is for an optimizer that the JSON names; give its contents to the optimizer '
@@ -130,18 +131,21 @@ def _arguments(client_optimizer: Any, model_parameters: Any) -> tuple[Any, Any]:
     return client_optimizer, model_parameters
 
 
-def _prepare_from_json(engine: Any, cls: type[ShardedOptimizer], parameters: list[Any]) -> list[Any]:
+def _prepare_from_json(
+    engine: Any, cls: type[ShardedOptimizer], parameters: list[Any], inferred: Mapping[str, Role]
+) -> list[Any]:
     """Judge the configuration, merge the ``ds_optim`` object into the optimizer's options, make decay groups."""
     config = engine._config._param_dict
     problems = option_problems(cls, config)
     settings = Settings.of(config)
-    problems += _engine_problems(engine, cls, settings.all_options(config).get("roles"))
+    options = settings.all_options(config)
+    problems += _engine_problems(engine, cls, options.get("roles"), inferred)
     grouped = any(isinstance(entry, dict) for entry in parameters)
     if grouped and settings.no_decay:
         problems.append('"no_decay" has no effect on parameter groups that you made: leave it out')
-    exempt, pattern_problems = _exempt(engine, settings.no_decay)
+    exempt, pattern_problems = _exempt(engine, settings.no_decay, inferred)
     _raise_on_all_ranks([*problems, *pattern_problems])
-    engine._config.optimizer_params = settings.all_options(config)
+    engine._config.optimizer_params = options
     _allow_cpu_offload(engine)
     if grouped:
         return parameters
@@ -175,12 +179,13 @@ def option_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> l
     return problems + cls.setting_problems({key: value for key, value in options.items() if value != "auto"})
 
 
-def _exempt(engine: Any, no_decay: tuple[str, ...] | None) -> tuple[set[Tensor], list[str]]:
+def _exempt(
+    engine: Any, no_decay: tuple[str, ...] | None, inferred: Mapping[str, Role]
+) -> tuple[set[Tensor], list[str]]:
     """The parameters without weight decay, and patterns that match none."""
     listed = [(canonical_name(name), parameter) for name, parameter in engine.module.named_parameters()]
     if no_decay is None:
-        roles = infer_roles(engine.module)
-        return {parameter for name, parameter in listed if is_decay_exempt(roles[name])}, []
+        return {parameter for name, parameter in listed if is_decay_exempt(inferred[name])}, []
     problems = [
         f'"no_decay": {pattern!r} matches no parameter'
         for pattern in no_decay
@@ -189,9 +194,8 @@ def _exempt(engine: Any, no_decay: tuple[str, ...] | None) -> tuple[set[Tensor],
     return {p for name, p in listed if any(fnmatchcase(name, pattern) for pattern in no_decay)}, problems
 
 
-def _roles(engine: Any, given: Any) -> dict[str, Role]:
+def _roles(engine: Any, given: Any, inferred: Mapping[str, Role]) -> Mapping[str, Role]:
     """The role of every parameter of the engine's module: inferred, then overridden by what the user gave."""
-    inferred = infer_roles(engine.module)
     if given is None or isinstance(given, torch.nn.Module):
         return inferred
     shapes = {canonical_name(name): logical_shape(p) for name, p in engine.module.named_parameters()}
@@ -280,12 +284,12 @@ def refusals(config: Any, cls: type[ShardedOptimizer]) -> list[str]:
     return [refusal.reason for refusal in REFUSALS if refusal.applies(config, cls)]
 
 
-def _engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any) -> list[str]:
+def _engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, inferred: Mapping[str, Role]) -> list[str]:
     problems = refusals(engine._config, cls)
     if engine.has_moe_layers:
         problems.append("DeepSpeed's expert parallelism is not supported: use the model's own (stacked) experts")
     try:
-        _roles(engine, roles)
+        _roles(engine, roles, inferred)
     except ValueError as error:
         problems.append(str(error))
     return problems

@@ -116,22 +116,10 @@ class ColumnRun:
 
 
 def iterate_spans(spans: Tensor) -> Iterator[tuple[int, int, int, bool]]:
-    """The rows of ``spans``, neighbours joined, as ``(tensor, start, length, has_grad)``; empty ones are left out.
-
-    Joining matters where every span costs a kernel launch: a partition of hundreds of parameters is one span.
-    """
-    joined: tuple[int, int, int, bool] | None = None
+    """The rows of ``spans`` as ``(tensor, start, length, has_grad)``; empty ones are left out."""
     for tensor, start, length, has_grad in spans.tolist():
-        if length == 0:
-            continue
-        if joined is not None and (joined[0], joined[1] + joined[2], joined[3]) == (tensor, start, bool(has_grad)):
-            joined = (tensor, joined[1], joined[2] + length, joined[3])
-            continue
-        if joined is not None:
-            yield joined
-        joined = (tensor, start, length, bool(has_grad))
-    if joined is not None:
-        yield joined
+        if length:
+            yield tensor, start, length, bool(has_grad)
 
 
 def iterate_row_runs(row_runs: Tensor, select: Select) -> Iterator[RowPiece]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ds_optim import kernels
 from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.exchange import PendingSum
-from ds_optim.sharding.runs import Runs, merged, spans_of
+from ds_optim.sharding.runs import Runs, held_spans
 
 Scalars = dict[str, Any]
 """A formula's constants for one call, by name: Python floats, or 0-dim tensors where the learning rate is one."""
@@ -67,13 +67,11 @@ def idle_parameters(bound: BoundTensor) -> frozenset[int]:
 
 def span_tables(bounds: Sequence[BoundTensor], idle: Sequence[frozenset[int]]) -> Tables:
     """Tables of an elementwise rule: every stretch without padding, ``has_grad`` 0 for idle parameters."""
-    spans: list[tuple[int, int, int, int]] = []
-    for index, bound in enumerate(bounds):
-        pieces = spans_of(bound.layout, bound.rank)
-        if idle[index]:
-            spans += [(index, start, length, int(p not in idle[index])) for start, length, p in pieces]
-        else:
-            spans += [(index, start, length, 1) for start, length in merged(pieces)]
+    spans = [
+        (index, *span)
+        for index, (bound, its_idle) in enumerate(zip(bounds, idle, strict=True))
+        for span in held_spans(bound.layout, bound.rank, its_idle)
+    ]
     return Tables(spans=_table(spans, 4))
 
 

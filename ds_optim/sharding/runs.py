@@ -6,7 +6,7 @@ meet in one small all-reduce. Pure arithmetic; the columns are those of `ds_opti
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from ds_optim.sharding.blocks import BlockGrid
@@ -32,19 +32,18 @@ class Runs:
     num_cuts: int
 
 
-def spans_of(layout: Layout, rank: int) -> list[tuple[int, int, int]]:
-    """The rank's ``(start, length, parameter)``, one span per fragment."""
-    return [(fragment.offset, fragment.numel, fragment.parameter) for fragment in layout.fragments(rank)]
+def held_spans(layout: Layout, rank: int, idle: Set[int] = frozenset()) -> list[tuple[int, int, int]]:
+    """What ``rank`` holds, as ``(start, length, has_grad)``, neighbours joined: kernels are fast on long spans.
 
-
-def merged(spans: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """Adjacent spans joined, as ``(start, length)``: long spans are what a kernel is fast on."""
-    joined: list[tuple[int, int]] = []
-    for start, length, _ in spans:
-        if joined and sum(joined[-1]) == start:
-            joined[-1] = (joined[-1][0], joined[-1][1] + length)
-        else:
-            joined.append((start, length))
+    Args:
+        idle: parameters, by index, whose gradient counts as zero (``has_grad`` 0).
+    """
+    joined: list[tuple[int, int, int]] = []
+    for fragment in layout.fragments(rank):
+        start, length, has_grad = fragment.offset, fragment.numel, int(fragment.parameter not in idle)
+        if joined and (joined[-1][0] + joined[-1][1], joined[-1][2]) == (start, has_grad):
+            start, length = joined[-1][0], joined.pop()[1] + length
+        joined.append((start, length, has_grad))
     return joined
 
 
