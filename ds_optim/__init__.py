@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ds_optim.optimizers.adamw import AdamW as AdamW
     from ds_optim.optimizers.adan import Adan as Adan
     from ds_optim.optimizers.lion import Lion as Lion
+    from ds_optim.optimizers.shampoo import Shampoo as Shampoo
+    from ds_optim.optimizers.swan import SWAN as SWAN
     from ds_optim.roles import Role as Role
     from ds_optim.roles import infer_roles as infer_roles
     from ds_optim.roles import param_groups as param_groups
@@ -23,6 +25,8 @@ _HOME = {
     "AdamW": "ds_optim.optimizers.adamw",
     "Adan": "ds_optim.optimizers.adan",
     "Lion": "ds_optim.optimizers.lion",
+    "SWAN": "ds_optim.optimizers.swan",
+    "Shampoo": "ds_optim.optimizers.shampoo",
     "Role": "ds_optim.roles",
     "infer_roles": "ds_optim.roles",
     "param_groups": "ds_optim.roles",

@@ -24,7 +24,9 @@ from ds_optim.optimizers.adam_mini import AdamMini
 from ds_optim.optimizers.adamw import AdamW
 from ds_optim.optimizers.adan import Adan
 from ds_optim.optimizers.lion import Lion
+from ds_optim.optimizers.shampoo import Shampoo
 from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps, raise_all
+from ds_optim.optimizers.swan import SWAN
 from ds_optim.role import Role, is_decay_exempt
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
@@ -32,7 +34,7 @@ from ds_optim.sharding import zero
 from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim_autoload import ENGINE
 
-CLASSES: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini)
+CLASSES: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini, Shampoo, SWAN)
 
 # DeepSpeed keeps these for its own optimizers and never looks them up in torch.optim.
 RESERVED = ("AdamW", "Lion")

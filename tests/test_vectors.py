@@ -22,10 +22,18 @@ from reference.adam_mini import adam_mini
 from reference.adamw import adamw
 from reference.adan import adan
 from reference.lion import lion
+from reference.shampoo import shampoo, shampoo_paper
 
 FOLDER = Path(__file__).parent / "vectors"
 FILES = ["adamw", "lion", "adan_prox", "adan_no_prox", "adam_mini"]
-ORACLES: Mapping[str, Callable[..., None]] = {"AdamW": adamw, "Lion": lion, "Adan": adan, "AdamMini": adam_mini}
+SHAMPOO_FILES = ["shampoo_graft_adam", "shampoo_graft_adam_f3"]
+ORACLES: Mapping[str, Callable[..., None]] = {
+    "AdamW": adamw,
+    "Lion": lion,
+    "Adan": adan,
+    "AdamMini": adam_mini,
+    "Shampoo": shampoo,
+}
 TOLERANCE = 1e-6  # relative and absolute
 # What a user would write for bare parameters; every other matrix has one block per row anyway.
 ROLES = {
@@ -42,6 +50,8 @@ HARSH: Mapping[str, Mapping[str, Any]] = {
     "adan_prox": {"eps": 0.1},
     "adan_no_prox": {"eps": 0.1},
     "adam_mini": {"eps": 0.1},
+    "shampoo_graft_adam": {"graft_eps": 0.1, "epsilon": 0.1},
+    "shampoo_graft_adam_f3": {"graft_eps": 0.1, "epsilon": 0.1},
 }
 HARSH_LR = (0.01, 0.03, 0.1, 0.1, 0.05, 0.02, 0.0)  # by step
 HARSH_DECAY = 2.0
@@ -72,6 +82,24 @@ class Vector:
     @property
     def settings(self) -> dict[str, Any]:
         """Everything but the learning rate and decay, as keyword arguments of the oracle and of the product alike."""
+        if self.optimizer == "Shampoo":  # its file names some settings as Meta's code does, and some in words
+            return {
+                "betas": tuple(self.hyper["betas"]),
+                "eps": self.hyper["graft_eps"],
+                "matrix_eps": self.hyper["epsilon"],
+                "ridge": "absolute",
+                "refresh": "together",
+                **{
+                    name: self.hyper[name]
+                    for name in (
+                        "max_preconditioner_dim",
+                        "precondition_frequency",
+                        "start_preconditioning_step",
+                        "graft",
+                        "graft_beta2",
+                    )
+                },
+            }
         settings = {name: value for name, value in self.hyper.items() if name not in ("lr", "weight_decay")}
         return settings | {"betas": tuple(settings["betas"])}
 
@@ -84,18 +112,18 @@ def load(name: str) -> Vector:
     with safe_open(FOLDER / f"{name}.safetensors", framework="pt") as file:
         case = json.loads(file.metadata()["case"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
-    arch = case["arch"]
+    steps = {kind: {int(key.split("/")[1]) for key in tensors if key.startswith(kind)} for kind in ("grad", "param")}
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
     return Vector(
         optimizer=case["optimizer"],
-        arch=arch,
+        arch=case.get("arch", {}),
         hyper=case["hyper"],
         init=under("init/"),
-        grads=tuple(under(f"grad/{t}/") for t in range(1, arch["steps"] + 1)),
-        kept={t: under(f"param/{t}/") for t in arch["kept"]},
+        grads=tuple(under(f"grad/{t}/") for t in range(1, max(steps["grad"]) + 1)),
+        kept={t: under(f"param/{t}/") for t in sorted(steps["param"])},
     )
 
 
@@ -175,13 +203,13 @@ def largest_error(path: list[dict[str, Tensor]], vector: Vector) -> float:
     )
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *SHAMPOO_FILES])
 def test_the_oracle_reproduces_the_official_code(name: str) -> None:
     vector = load(name)
     assert largest_error(oracle_path(vector), vector) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *SHAMPOO_FILES])
 def test_the_oracle_in_fp64_reproduces_the_official_code(name: str) -> None:
     vector = load(name)
     assert largest_error(oracle_path(vector, dtype=torch.float64), vector) <= TOLERANCE
@@ -203,7 +231,7 @@ def test_adam_mini_reproduces_the_official_code_with_roles_read_from_the_model()
     assert largest_error(product_path(vector, model, model), vector) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, *SHAMPOO_FILES])
 def test_the_vectors_notice_a_wrong_weight_decay(name: str) -> None:
     vector = load(name)
     halved = {key: value / 2 for key, value in vector.weight_decay.items()}
@@ -218,6 +246,49 @@ def test_the_vectors_notice_blocks_of_another_size() -> None:
             if kind in name:  # the whole tensor for matrices, single elements for norms
                 wrong[name] = torch.arange(tensor.numel()) if tensor.dim() == 1 else torch.zeros_like(wrong[name])
         assert largest_error(oracle_path(vector, labels=wrong), vector) > 3 * TOLERANCE, kind
+
+
+@pytest.mark.parametrize("name", SHAMPOO_FILES)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_preconditioner_dim": 12},
+        {"max_preconditioner_dim": 128},
+        {"exponent": -1 / 2},
+        {"graft": None},
+        {"graft_beta2": 0.9},
+        {"precondition_frequency": 2},
+        {"start_preconditioning_step": 4},
+        {"matrix_eps": 1e-3},
+        {"ridge": "relative", "matrix_eps": 1e-3},
+    ],
+    ids=str,
+)
+def test_the_vectors_notice_another_shampoo(name: str, changed: dict[str, Any]) -> None:
+    vector = load(name)
+    assert largest_error(oracle_path(vector, **changed), vector) > 30 * TOLERANCE
+
+
+def test_shampoo_staggered_by_nothing_is_shampoo_together() -> None:
+    vector = load("shampoo_graft_adam_f3")
+    nothing = {name: [0] * 100 for name in vector.init}
+    assert largest_error(oracle_path(vector, refresh="staggered", offsets=nothing), vector) <= TOLERANCE
+    ones = {name: [1] * 100 for name in vector.init}  # refreshes at steps 5, 8, ...
+    assert largest_error(oracle_path(vector, refresh="staggered", offsets=ones), vector) > 30 * TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 8), (3, 4, 5), (2, 3, 4, 3)])
+def test_shampoo_without_its_additions_is_the_papers(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    init = torch.randn(shape, dtype=torch.float64, generator=generator)
+    paper, today = {"w": init}, {"w": init}
+    states: list[dict[str, dict[str, Tensor]]] = [{}, {}]
+    for t in range(1, 6):
+        grads = {"w": torch.randn(shape, dtype=torch.float64, generator=generator)}
+        shampoo_paper(paper, grads, states[0], t, lr=0.1, eps=0.01, weight_decay=0.1)
+        plain = {"betas": (0.0, 1.0), "matrix_eps": 0.01, "ridge": "absolute", "graft": None}
+        shampoo(today, grads, states[1], t, lr=0.1, weight_decay=0.1, **plain)
+        torch.testing.assert_close(today["w"], paper["w"], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -21,6 +21,9 @@ from ds_optim.sharding.runs import Runs, held_spans
 Scalars = dict[str, Any]
 """A formula's constants for one call, by name: Python floats, or 0-dim tensors where the learning rate is one."""
 
+StateSpec = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of one kind of state."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -91,6 +94,11 @@ def block_tables(runs: Sequence[Runs], idle: Sequence[frozenset[int]]) -> Tables
     return Tables(row_runs=_table(rows, 9), column_runs=_table(columns, 12), num_cuts=cuts)
 
 
+def row_major(tensor: Tensor) -> Tensor:
+    """A flat view in row-major order; of a tensor that is not (channels_last) a flat copy, to be put back."""
+    return tensor.detach().contiguous().view(-1)
+
+
 class Call:
     """One kernel call over tensors that share settings, step count, device and shard group.
 
@@ -123,12 +131,26 @@ class Call:
         self.cut_sums = _zero_sums(0, self.device)  # replaced by `run`, where calls share one exchange
 
     def _flat(self, tensor: Tensor) -> Tensor:
-        """A flat view in row-major order; of a tensor that is not (channels_last) a copy that `finish` puts back."""
-        flat = tensor.detach()
-        if not flat.is_contiguous():
-            flat = flat.contiguous()
+        flat = row_major(tensor)
+        if not tensor.is_contiguous():
             self._copied.append((tensor, flat))
-        return flat.view(-1)
+        return flat
+
+    def narrowed(self, stretches: Sequence[tuple[int, int, int, int, int]]) -> Call:
+        """This call over parts of its tensors, whose state has no room for the rest.
+
+        Args:
+            stretches: (tensor, start, length, has_grad, where its state begins).
+        """
+
+        def part(of: list[Any], index: int, start: int, length: int) -> Any:
+            return None if of[index] is None else of[index].narrow(0, start, length)
+
+        self.tables = Tables(spans=_table([(i, 0, s[2], s[3]) for i, s in enumerate(stretches)], 4))
+        self.grads = [part(self.grads, s[0], s[1], s[2]) for s in stretches]
+        self.params = [part(self.params, s[0], s[1], s[2]) for s in stretches]
+        self.states = [[part(of_kind, s[0], s[4], s[2]) for s in stretches] for of_kind in self.states]
+        return self
 
     def elementwise(self) -> None:
         """Update every element of the spans."""

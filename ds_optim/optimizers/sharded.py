@@ -8,19 +8,32 @@ one.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim import kernels
-from ds_optim.optimizers.launch import Call, Rule, Scalars, Tables, block_tables, idle_parameters, run, span_tables
+from ds_optim.optimizers.launch import (
+    Call,
+    Rule,
+    Scalars,
+    StateSpec,
+    Tables,
+    block_tables,
+    idle_parameters,
+    run,
+    span_tables,
+)
 from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
 from ds_optim.sharding.binding import Binding, BoundTensor, verify, whole
@@ -28,6 +41,7 @@ from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.runs import Runs, block_runs
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+
 _TABLES_KEPT = 64  # lists of tensors whose tables are remembered: a training run has a few
 
 _deferred: ContextVar[bool] = ContextVar("ds_optim_deferred", default=False)
@@ -47,6 +61,22 @@ def deferred_steps() -> Iterator[None]:
         _deferred.reset(token)
 
 
+class Together(NamedTuple):
+    """What tensors that are stepped together share.
+
+    Attributes:
+        group_id: identity of the parameter group.
+        step: count of this step, from 1.
+        device: of the tensors.
+        ranks: the shard group; None for a process on its own.
+    """
+
+    group_id: int
+    step: int
+    device: torch.device
+    ranks: dist.ProcessGroup | None
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
     """Base of all optimizers here. Subclasses give `rule`, their defaults and `scalars`; blockwise rules also `blocks`.
 
@@ -62,10 +92,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     rule: Rule
     num_betas = 2
+    accumulates = False  # whether the last beta may be 1
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, roles: Any, state_dtype: torch.dtype | str) -> None:
         raise_all(self.setting_problems({**defaults, "state_dtype": state_dtype}), type(self).__name__)
-        self._start(roles, _dtype_of(state_dtype) or torch.float32)
+        self._start(roles, dtype_of(state_dtype) or torch.float32)
         super().__init__(params, defaults)
 
     def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
@@ -116,7 +147,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         for key in ("lr", "eps", "weight_decay"):
             number(key, lambda value: 0 <= value < float("inf"), "a finite number >= 0")
-        if _dtype_of(settings.get("state_dtype", torch.float32)) is None:
+        if dtype_of(settings.get("state_dtype", torch.float32)) is None:
             problems.append(f"state_dtype must be fp32 or bf16, not {settings['state_dtype']!r}")
         betas = settings.get("betas", None)
         if betas is not None:
@@ -131,8 +162,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     )
                 )
             else:
-                for beta in betas:
-                    if isinstance(beta, bool) or not isinstance(beta, Real) or not 0 <= float(beta) < 1:
+                for position, beta in enumerate(betas):
+                    highest = cls.accumulates and position == cls.num_betas - 1 and beta == 1
+                    if isinstance(beta, bool) or not isinstance(beta, Real) or not (0 <= float(beta) < 1 or highest):
                         problems.append(f"every beta must lie in [0, 1), not {beta!r}")
         return problems
 
@@ -174,22 +206,31 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the layout cannot be matched on some rank; every reason of every rank is listed.
         """
+        plan = ""
         try:
             chosen = sorted({kernels.backend_for(tensor.device) for tensor in binding.tensors})
+            self._bound = dict(binding.tensors)
+            self._roles = dict(roles)
+            self._runs.clear()
+            self._tables.clear()
+            if not binding.problems:
+                plan = self._on_bind()
         except Exception as error:  # whatever it is, the other ranks must hear of it
             chosen = []
-            binding = replace(binding, problems=(*binding.problems, f"no kernels: {error}"))
-        verify(binding, "+".join(chosen))
-        self._bound = dict(binding.tensors)
-        self._roles = dict(roles)
-        self._runs.clear()
-        self._tables.clear()
+            binding = replace(binding, problems=(*binding.problems, f"{type(error).__name__}: {error}"))
+        verify(binding, "+".join(chosen), plan)
+
+    def _on_bind(self) -> str:
+        """Make what depends on the binding, on all ranks alike; what ranks must agree on beyond layouts, as a hash."""
         if self.rule.block_state:
-            bound = self._bound.values()
-            shapes = {spec.name: spec.shape for one in bound for spec in one.layout.parameters}
-            warn_unclaimed({name: roles[name] for name in shapes}, shapes)
+            self._warn_unclaimed()
             for tensor in self._bound:
                 self._runs_of(tensor)
+        return ""
+
+    def _warn_unclaimed(self) -> None:
+        shapes = {spec.name: spec.shape for one in self._bound.values() for spec in one.layout.parameters}
+        warn_unclaimed({name: self._roles[name] for name in shapes}, shapes)
 
     @property
     def is_bound(self) -> bool:
@@ -214,14 +255,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return whole(self._names[tensor], tensor)
         return self._bound[tensor]
 
+    def _roles_of_parameters(self) -> dict[str, Role]:
+        """The role of every parameter, by name; of whole parameters they are found at the first need."""
+        if not self._roles:
+            shapes = {name: logical_shape(parameter) for parameter, name in self._names.items()}
+            self._roles = resolve_roles(self._roles_given, shapes, dict(self._names))
+            warn_unclaimed(self._roles, shapes)
+        return self._roles
+
     def _runs_of(self, tensor: Tensor) -> Runs:
         if tensor not in self._runs:
             bound = self._bound_tensor(tensor)
-            if not self._roles:
-                shapes = {name: logical_shape(parameter) for parameter, name in self._names.items()}
-                self._roles = resolve_roles(self._roles_given, shapes, dict(self._names))
-                warn_unclaimed(self._roles, shapes)
-            grids = {spec.name: self.blocks(self._roles[spec.name], spec.shape) for spec in bound.layout.parameters}
+            roles = self._roles_of_parameters()
+            grids = {spec.name: self.blocks(roles[spec.name], spec.shape) for spec in bound.layout.parameters}
             self._runs[tensor] = block_runs(bound.layout, bound.rank, grids)
         return self._runs[tensor]
 
@@ -250,8 +296,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for _, tensor in active:
                 self._state_of(tensor)
             return loss
-        together: dict[Any, list[Tensor]] = {}
-        scalars: dict[Any, Scalars] = {}
+        together: dict[Together, list[Tensor]] = {}
+        groups: dict[int, dict[str, Any]] = {}
         for group, tensor in active:
             if tensor.grad is not None and tensor.grad.is_sparse:
                 raise ValueError(f"sparse gradient in a parameter of shape {tuple(tensor.shape)}: not supported")
@@ -261,15 +307,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     '(DeepSpeed\'s OneCycle does, unless "cycle_momentum": false)'
                 )
             step = int(self._state_of(tensor)["step"]) + 1  # on the host: nothing waits for a device
-            key = (id(group), step, tensor.device, self._bound_tensor(tensor).group)
+            groups[id(group)] = group
+            key = Together(id(group), step, tensor.device, self._bound_tensor(tensor).group)
             together.setdefault(key, []).append(tensor)
-            if key not in scalars:
-                scalars[key] = self.scalars(group, step)
-        calls = [self._call(tensors, scalars[key]) for key, tensors in together.items()]
+        launches = self._prepare(together, groups)
         for _, tensor in active:  # nothing counts before everything that can be refused has passed
             self.state[tensor]["step"] += 1
-        run(calls)
+        for launch in launches:
+            launch()
         return loss
+
+    def _prepare(
+        self, together: Mapping[Together, list[Tensor]], groups: Mapping[int, dict[str, Any]]
+    ) -> list[Callable[[], None]]:
+        """Everything that can be refused is refused here; what is returned changes weights, in order."""
+        calls = [self._call(tensors, self.scalars(groups[key.group_id], key.step)) for key, tensors in together.items()]
+        return [partial(run, calls)]
 
     def _is_phantom(self, active: Sequence[tuple[dict[str, Any], Tensor]]) -> bool:
         """Whether this is torch's state initialization (`torch.distributed.checkpoint.state_dict._init_optim_state`).
@@ -285,12 +338,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[tensor]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in self.rule.element_state:
-                state[name] = torch.zeros_like(tensor, dtype=self.state_dtype, memory_format=torch.contiguous_format)
-            for name in self.rule.block_state:
-                slots = self._runs_of(tensor).num_slots
-                state[name] = torch.zeros(slots, dtype=torch.float32, device=tensor.device)
+            for name, (shape, dtype) in self._state_spec(tensor).items():
+                state[name] = torch.zeros(shape, dtype=dtype, device=tensor.device)
         return state
+
+    def _state_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
+        """What is kept for a local tensor, the step count apart."""
+        spec: dict[str, StateSpec] = {name: (tuple(tensor.shape), self.state_dtype) for name in self.rule.element_state}
+        for name in self.rule.block_state:
+            spec[name] = ((self._runs_of(tensor).num_slots,), torch.float32)
+        return spec
 
     def _call(self, tensors: list[Tensor], scalars: Scalars) -> Call:
         bounds = [self._bound_tensor(tensor) for tensor in tensors]
@@ -333,7 +390,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
         """What in a state dict cannot be this optimizer's, as sentences: other keys, other shapes, other blocks."""
-        expected = {"step", *self.rule.element_state, *self.rule.block_state}
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         problems = []
@@ -341,22 +397,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
             state = state_dict["state"].get(key)
             if not state:
                 continue
-            if set(state) != expected:
-                problems.append(f"the state has {sorted(state)}, {type(self).__name__} keeps {sorted(expected)}")
+            spec = self._state_spec(tensor)
+            if set(state) != {"step", *spec}:
+                expected = sorted({"step", *spec})
+                problems.append(f"the state has {sorted(state)}, {type(self).__name__} keeps {expected}")
                 continue
-            sizes = {name: tensor.numel() for name in self.rule.element_state}
-            sizes.update({name: self._runs_of(tensor).num_slots for name in self.rule.block_state})
-            problems += [
-                f"{name} of a tensor of shape {tuple(tensor.shape)} has {state[name].numel()} values, not {size}"
-                + (" (saved with other roles or another number of ranks)" if name in self.rule.block_state else "")
-                for name, size in sizes.items()
-                if state[name].numel() != size
-            ]
-            problems += [
-                f"{name} has shape {tuple(state[name].shape)}, its parameter {tuple(tensor.shape)}"
-                for name in self.rule.element_state
-                if state[name].numel() == tensor.numel() and state[name].shape != tensor.shape
-            ]
+            for name, (shape, _) in spec.items():
+                found = tuple(state[name].shape)
+                if math.prod(found) != math.prod(shape):
+                    problems.append(
+                        f"{name} of a tensor of shape {tuple(tensor.shape)} has {math.prod(found)} values, not "
+                        f"{math.prod(shape)}"
+                        + (
+                            ""
+                            if shape == tuple(tensor.shape)
+                            else " (saved with other roles or another number of ranks)"
+                        )
+                    )
+                elif found != shape:
+                    problems.append(f"{name} has shape {found}, its parameter {tuple(tensor.shape)}")
         return list(dict.fromkeys(problems))
 
 
@@ -385,7 +444,7 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = value.tensor.detach().to(device, copy=True)
 
 
-def _dtype_of(value: Any) -> torch.dtype | None:
+def dtype_of(value: Any) -> torch.dtype | None:
     """A dtype that state can be kept in, also from its name in a JSON (``"bf16"``, ``"torch.float32"``)."""
     return _DTYPES.get(str(value).removeprefix("torch."))
 

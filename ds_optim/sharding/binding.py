@@ -49,11 +49,16 @@ def whole(name: str, parameter: Tensor) -> BoundTensor:
     return BoundTensor(Replicated(ParameterSpec(name, tuple(parameter.shape))))
 
 
-def verify(binding: Binding, backend: str) -> None:
+def verify(binding: Binding, backend: str, plan: str = "") -> None:
     """Raise on every rank, before any weight changes, unless all ranks can step this binding exactly.
 
     Checks on this rank what the reader of the strategy found, every layout's own sums and the tensors' sizes, then
     compares layout hashes and kernels over all ranks in one collective, so that no rank goes on while another raises.
+
+    Args:
+        binding: this rank's.
+        backend: the kernels that this rank would use.
+        plan: a hash of what else the ranks of a shard group must agree on.
 
     Raises:
         RuntimeError: lists every problem of every rank.
@@ -68,15 +73,15 @@ def verify(binding: Binding, backend: str) -> None:
     grouped: dict[tuple[int, ...], list[Layout]] = {}
     for bound in binding.tensors.values():
         grouped.setdefault(_members(bound.group), []).append(bound.layout)
-    mine = (problems, {members: digest(layouts) for members, layouts in grouped.items()}, backend)
+    mine = (problems, {members: digest(layouts) + plan for members, layouts in grouped.items()}, backend)
 
     ranks = from_all_ranks(mine)
     reasons = [f"rank {rank}: {problem}" for rank, (found, _, _) in enumerate(ranks) for problem in found]
     for members in sorted({members for _, hashes, _ in ranks for members in hashes}):
         hashed = [ranks[rank][1].get(members) for rank in members]
         if len(set(hashed)) > 1:
-            by_rank = {rank: (value or "nothing")[:8] for rank, value in zip(members, hashed, strict=True)}
-            reasons.append(f"the ranks of a shard group lay it out differently (hash by rank): {by_rank}")
+            by_rank = {rank: _short(value) for rank, value in zip(members, hashed, strict=True)}
+            reasons.append(f"the ranks of a shard group lay it out or plan it differently (hash by rank): {by_rank}")
     kernels = {used for _, _, used in ranks}
     if len(kernels) > 1:
         listed = {used: [rank for rank, entry in enumerate(ranks) if entry[2] == used] for used in sorted(kernels)}
@@ -89,6 +94,11 @@ def verify(binding: Binding, backend: str) -> None:
             "ds_optim cannot match the optimizer's tensors with the model's parameters, nothing was changed:\n- "
             + "\n- ".join(reasons)
         )
+
+
+def _short(hashed: str | None) -> str:
+    """Enough of a hash of layouts, and of a plan behind it, to tell them apart."""
+    return "nothing" if hashed is None else "/".join(hashed[start : start + 8] for start in range(0, len(hashed), 64))
 
 
 def _members(group: dist.ProcessGroup | None) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Collectives: over a shard group for tensors on any device, over all ranks for what they must agree on."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ class PendingSum:
 
     def __init__(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
         self._target = tensor
-        carrier = _carrier(tensor.device, group)
+        carrier = carrier_of(tensor.device, group)
         # CPU offload under a backend that only moves accelerator memory: stage the few bytes through the accelerator.
         self._sent = tensor if carrier == tensor.device else tensor.to(carrier)
         self._work = dist.all_reduce(self._sent, group=group, async_op=True)
@@ -34,9 +34,58 @@ class PendingSum:
             self._target.copy_(self._sent)
 
 
-def _carrier(device: torch.device, group: dist.ProcessGroup) -> torch.device:
+def carrier_of(device: torch.device, group: dist.ProcessGroup) -> torch.device:
     """The device whose memory the group's backend can move: the tensor's own wherever possible."""
     supported = group._device_types
     if device in supported or torch.device(device.type) in supported:
         return device
     return torch.device(supported[0].type, torch.accelerator.current_device_index())
+
+
+class HostCopy:
+    """Values that a device computes in one step and the host reads in the next, without waiting for either."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.detach()
+        self._event: torch.Event | None = None
+        if values.device.type != "cpu":
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.Event(values.device)
+            self._event.record()
+
+    def read(self) -> list[Any]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
+class Verdict:
+    """How many blocks went wrong on all ranks in a step: summed over the group meanwhile, read in the next step.
+
+    Four bytes per rank, in a collective of their own: riding in the updates' messages they would force one between
+    every two ranks, also where there is nothing else to say.
+
+    Args:
+        failures: 0-dim fp32, this rank's count, on the device that computed it.
+        group: the shard group; None for a process on its own.
+    """
+
+    def __init__(self, failures: Tensor, group: dist.ProcessGroup | None) -> None:
+        self._failures = failures.reshape(1)
+        self._pending = PendingSum(self._failures, group) if group is not None else None
+        self._copy: HostCopy | None = None
+        if failures.device.type != "cpu":
+            self._finish()
+
+    def _finish(self) -> HostCopy:
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        if self._copy is None:
+            self._copy = HostCopy(self._failures)
+        return self._copy
+
+    def read(self) -> bool:
+        """Whether any rank failed; the same on every rank."""
+        return any(self._finish().read())

@@ -65,6 +65,9 @@ class Layout(Protocol):
     def cuts(self, parameter: int) -> list[int]:
         """Positions strictly inside a parameter where one rank's fragment ends and another's begins, ascending."""
 
+    def first_rank(self, parameter: int) -> int:
+        """The rank that holds a parameter's first element; its successors hold what follows each cut."""
+
 
 @dataclass(frozen=True, slots=True)
 class FlatPartition:
@@ -98,6 +101,9 @@ class FlatPartition:
         last = (offset + numel - 1) // self.partition_size
         return [edge * self.partition_size - offset for edge in range(first, last + 1)]
 
+    def first_rank(self, parameter: int) -> int:
+        return self.offsets[parameter] // self.partition_size
+
 
 @dataclass(frozen=True, slots=True)
 class SlicedParameters:
@@ -125,6 +131,9 @@ class SlicedParameters:
     def cuts(self, parameter: int) -> list[int]:
         return list(range(self.slice_numel(parameter), self.parameters[parameter].numel, self.slice_numel(parameter)))
 
+    def first_rank(self, parameter: int) -> int:
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
@@ -145,6 +154,9 @@ class Replicated:
 
     def cuts(self, parameter: int) -> list[int]:
         return []
+
+    def first_rank(self, parameter: int) -> int:
+        return 0
 
 
 def check(layout: Layout) -> list[str]:

@@ -1,0 +1,218 @@
+"""One step over the blocks of a plan: owners turn stacks of gradients into updates, holders subtract them.
+
+Runs on what `ds_optim.sharding.pipeline` delivers. What an update is, is the rule's business; what a rule keeps for a
+block lies in the optimizer's state, block behind block, so that a stack of equal blocks is a view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.optimizers.launch import StateSpec
+from ds_optim.sharding import pipeline
+from ds_optim.sharding.plan import Plan
+from ds_optim.sharding.schedule import Bucket, Owned, Piece
+
+BlockState = Callable[[tuple[int, ...]], Mapping[str, StateSpec]]
+"""What a rule keeps for one block of a shape, by name."""
+
+_STACK_ELEMENTS = {"cpu": 1 << 20}
+"""A stack's temporaries should fit the cache of a CPU; elsewhere only the bucket limits a stack."""
+
+
+@dataclass(slots=True)
+class Stack:
+    """Equal blocks that are updated together.
+
+    Attributes:
+        identity: tells this stack from others.
+        shape: of one block.
+        grads: (B, *shape) fp32; an update turns them into what is to be subtracted, step size apart.
+        state: by name, (B, *shape per block), fp32 where it is floating point; an update advances it in place.
+        good: (B,) bool. A block that is not has a gradient that is not finite: its ``grads`` are zero, its state must
+            stay as it is.
+        step: of the blocks' tensors, from 1.
+        offsets: of the blocks' refreshes: they fall on steps t with ``(t + offset) % frequency == 0``.
+    """
+
+    identity: Hashable
+    shape: tuple[int, ...]
+    grads: Tensor
+    state: dict[str, Tensor]
+    good: Tensor
+    step: int
+    offsets: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def per_block(self, values: Tensor) -> Tensor:
+        """(B,) values, shaped to broadcast against `grads`."""
+        return values.view(-1, *(1 for _ in self.shape))
+
+    def average_(self, kept: Tensor, new: Tensor, beta: float) -> Tensor:
+        """``kept <- beta kept + (1 - beta) new`` in place, ``kept + new`` if beta is 1; blocks that are not good stay.
+
+        Every operation rounds once: fused ones round differently where a vector register ends.
+        """
+        keep = torch.where(self.good, beta, 1.0).view(-1, *(1 for _ in kept.shape[1:]))
+        return kept.mul_(keep).add_(new if beta == 1 else new * (1 - beta))
+
+
+Update = Callable[[Stack], Mapping[str, Tensor]]
+"""Turns a stack's gradients into updates, in place, and advances its state. Returns flags (B,) of the blocks whose
+update must be withheld and that all ranks must hear of, by reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """The blocks of one stack and, by reason, which of them went wrong; the flags stay on their device."""
+
+    blocks: tuple[int, ...]
+    reasons: Mapping[str, Tensor]
+
+
+def state_spec(plan: Plan, blocks: Sequence[int], block_state: BlockState) -> dict[str, StateSpec]:
+    """What is kept for these blocks: one flat tensor per kind."""
+    spec: dict[str, StateSpec] = {}
+    for block in blocks:
+        for name, (shape, dtype) in block_state(plan.blocks[block].tile.shape).items():
+            size = spec[name][0][0] if name in spec else 0
+            spec[name] = ((size + math.prod(shape),), dtype)
+    return spec
+
+
+def state_begins(plan: Plan, blocks: Sequence[int], block_state: BlockState) -> dict[int, dict[str, int]]:
+    """Where each block's state begins in those flat tensors."""
+    begins: dict[int, dict[str, int]] = {}
+    position: dict[str, int] = {}
+    for block in blocks:
+        spec = block_state(plan.blocks[block].tile.shape)
+        begins[block] = {name: position.get(name, 0) for name in spec}
+        for name, (shape, _) in spec.items():
+            position[name] = position.get(name, 0) + math.prod(shape)
+    return begins
+
+
+@dataclass(slots=True)
+class BlockStep:
+    """One step over the blocks of tensors that share their settings.
+
+    Attributes:
+        plan: of their shard group.
+        wire: how buckets travel.
+        flat: local tensors, flat, by their index in the plan; updated in place.
+        grads: their flat gradients; None counts as zero.
+        idle: parameters of each tensor whose gradient counts as zero.
+        state: the optimizer's state of each tensor.
+        begins: where each owned block's state begins there.
+        block_state: what the rule keeps for a block.
+        update: the rule.
+        step: count, from 1.
+        step_size: what updates are multiplied by before they are subtracted.
+        decay: what parameters are multiplied by before.
+        suspects: collected as stacks are computed.
+    """
+
+    plan: Plan
+    wire: pipeline.Wire
+    flat: Mapping[int, Tensor]
+    grads: Mapping[int, Tensor | None]
+    idle: Mapping[int, frozenset[int]]
+    state: Mapping[int, dict[str, Any]]
+    begins: Mapping[int, Mapping[int, Mapping[str, int]]]
+    block_state: BlockState
+    update: Update
+    step: int
+    step_size: Any
+    decay: Any
+    suspects: list[Suspects] = field(default_factory=list)
+
+    def run(self, buckets: Sequence[Bucket]) -> Tensor:
+        """Update every block; how many blocks of this rank went wrong (0-dim fp32, not waited for)."""
+        pipeline.run(buckets, self.wire, self._gradient_of, self._compute, self._apply)
+        flags = [flag for one in self.suspects for flag in one.reasons.values()]
+        if not flags:
+            return torch.zeros((), device=self.wire.carrier)
+        return torch.cat(flags).sum(dtype=torch.float32)
+
+    def _gradient_of(self, piece: Piece) -> Tensor | None:
+        return None if piece.parameter in self.idle[piece.tensor] else self.grads[piece.tensor]
+
+    def _compute(self, bucket: Bucket, work: Tensor) -> None:
+        for blocks, grads in self._stacks(bucket, work):
+            self._update_stack(blocks, grads)
+
+    def _stacks(self, bucket: Bucket, work: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Neighbours of equal shape, whose state lies in one piece; few enough for a cache."""
+
+        def likeness(one: Owned) -> tuple[tuple[int, ...], int]:
+            block = self.plan.blocks[one.block]
+            return block.tile.shape, -1 if self.plan.stateless else block.tensor
+
+        start = 0
+        for (shape, _), equal in groupby(bucket.owned, likeness):
+            listed = [one.block for one in equal]
+            numel = math.prod(shape)
+            most = max(_STACK_ELEMENTS.get(work.device.type, work.numel()) // max(numel, max(shape) ** 2), 1)
+            for first in range(0, len(listed), most):
+                blocks = tuple(listed[first : first + most])
+                yield blocks, work.narrow(0, start, len(blocks) * numel).view(len(blocks), *shape)
+                start += len(blocks) * numel
+
+    def _update_stack(self, blocks: tuple[int, ...], grads: Tensor) -> None:
+        first = self.plan.blocks[blocks[0]]
+        good = torch.linalg.vector_norm(grads.flatten(1), float("inf"), dim=1).isfinite()
+        _withhold(grads, good)
+        stored = self._stored(blocks)
+        working = {name: _working(kept, grads.device) for name, kept in stored.items()}
+        offsets = tuple(self.plan.blocks[block].offset for block in blocks)
+        failed = self.update(Stack((id(self.plan), blocks), first.tile.shape, grads, working, good, self.step, offsets))
+        for name, kept in stored.items():
+            if working[name] is not kept:
+                kept.copy_(working[name])
+        reasons = {"its gradient is not finite": ~good, **failed}
+        _withhold(grads, ~torch.stack(list(reasons.values())).any(0))
+        grads.mul_(self.step_size)
+        self.suspects.append(Suspects(blocks, reasons))
+
+    def _stored(self, blocks: Sequence[int]) -> dict[str, Tensor]:
+        """The state of consecutive equal blocks: views, (B, *shape per block)."""
+        first = self.plan.blocks[blocks[0]]
+        found = {}
+        for name, (shape, _) in self.block_state(first.tile.shape).items():
+            begin = self.begins[first.tensor][blocks[0]][name]
+            flat: Tensor = self.state[first.tensor][name]
+            found[name] = flat.narrow(0, begin, len(blocks) * math.prod(shape)).view(len(blocks), *shape)
+        return found
+
+    def _apply(self, piece: Piece, update: Tensor) -> None:
+        """Decay what a piece covers and subtract its update, each with one rounding, wherever the piece is cut."""
+        flat = self.flat[piece.tensor]
+        targets = pipeline.views(flat, piece)
+        updates = [part.to(flat.device, torch.float32) for part in pipeline.parts(update, piece)]
+        if flat.dtype != torch.float32:
+            for target, part in zip(targets, updates, strict=True):
+                target.copy_(target.float().mul_(self.decay).sub_(part))
+            return
+        if not (isinstance(self.decay, float | int) and self.decay == 1):
+            torch._foreach_mul_(targets, self.decay)
+        torch._foreach_sub_(targets, updates)
+
+
+def _working(kept: Tensor, device: torch.device) -> Tensor:
+    """State where and as a rule computes with it: the tensor itself wherever possible."""
+    return kept.to(device=device, dtype=torch.float32 if kept.is_floating_point() else kept.dtype)
+
+
+def _withhold(values: Tensor, good: Tensor) -> None:
+    """Zero the blocks that are not good. Only a CPU may look first whether there are any."""
+    if values.device.type != "cpu" or not bool(good.all()):
+        values.masked_fill_(~good.view(-1, *(1 for _ in values.shape[1:])), 0)

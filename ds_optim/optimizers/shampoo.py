@@ -1,0 +1,320 @@
+r"""Shampoo: preconditioning by Kronecker factors, with its roots amortised and its step length grafted from Adam.
+
+Gupta, Koren & Singer, "Shampoo: Preconditioned Stochastic Tensor Optimization", https://arxiv.org/abs/1802.09568
+(algorithms 1 and 2), with what made it train large models: Anil et al., "Scalable Second Order Optimization for Deep
+Learning", https://arxiv.org/abs/2002.09018, and Shi et al., "A Distributed Data-Parallel PyTorch Implementation of the
+Distributed Shampoo Optimizer", https://arxiv.org/abs/2309.06497. For every block :math:`G` of order :math:`k` (2 for a
+matrix) of a fixed grid over a parameter, and every axis :math:`i`:
+
+.. math::
+    F_i &\leftarrow \beta_2 F_i + (1-\beta_2)\, G_{(i)} G_{(i)}^\top \qquad (\beta_2 = 1: \text{the sum}) \\
+    M &\leftarrow \beta_1 M + (1-\beta_1)\, G \qquad V \leftarrow \beta_{2g} V + (1-\beta_{2g})\, G^2 \\
+    X_i &\leftarrow \bigl(\hat F_i + \epsilon\,\lambda_{\max} I\bigr)^{-1/(2k)} \quad\text{every } f \text{ steps} \\
+    U &= \hat M \times_1 X_1 \times_2 \dots \times_k X_k, \qquad
+    U_g = \hat M / (\sqrt{\hat V} + \epsilon_g) \\
+    W &\leftarrow (1 - \eta\lambda)\,W - \eta\, U\,\lVert U_g\rVert / \lVert U\rVert
+
+:math:`G_{(i)}` is the block unfolded along its axis :math:`i`; hats are bias-corrected. A block's :math:`f`-th steps
+are its own, so that no step has all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.linalg.inverse_roots import Method, inverse_roots, method_for
+from ds_optim.linalg.products import apply_along, block_norms, gram
+from ds_optim.optimizers.adamw import adam_scalars
+from ds_optim.optimizers.block_step import Stack
+from ds_optim.optimizers.launch import Scalars, StateSpec
+from ds_optim.optimizers.matrix_roles import is_preconditioned, true_matrices
+from ds_optim.optimizers.whole_matrix import BUCKET_SIZE, WholeMatrixOptimizer
+from ds_optim.role import Role
+from ds_optim.sharding.assignment import Tile, Work
+from ds_optim.sharding.boxes import tiles
+from ds_optim.sharding.exchange import HostCopy
+
+TOLERATED_FAILURES = 3  # root computations of one block in a row, the last root kept, before all ranks are told
+_ROOT_FLOPS = 20.0  # of a root, in units of n^3: what an eigendecomposition takes, in flops of a matrix product
+
+
+class Shampoo(WholeMatrixOptimizer):
+    """Shampoo with Adam's step length; embeddings, output heads, norms and biases are stepped by Adam itself.
+
+    State of a d1 x d2 block: ``momentum`` and ``graft`` (fp32 per element), and per axis ``factor`` and ``root``
+    (fp32, d_i x d_i): 24 bytes per parameter for square blocks, each kept once, by its owner.
+
+    The paper's algorithm is ``betas=(0, 1), graft=None, precondition_frequency=1, ridge="absolute"``.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups of either.
+        lr: learning rate, or a tensor that holds it. With the Adam graft AdamW's value.
+        betas: decay of the momentum (0 for none) and of the factors; 1 accumulates them for ever, as in the paper.
+        eps: added to the root of the second moment, in the Adam graft and in the Adam for what is no matrix.
+        weight_decay: decoupled, multiplied by the learning rate.
+        matrix_eps: ridge before a root is taken. Unset: 1e-6 if relative, 1e-12 if absolute.
+        ridge: "relative" to a factor's largest eigenvalue, or "absolute".
+        max_preconditioner_dim: blocks are at most this long along every axis.
+        precondition_frequency: steps from one root of a block to its next.
+        start_preconditioning_step: before it every block takes its graft's step. Unset: ``precondition_frequency``, or
+            1 without a graft, which needs a root from the start.
+        graft: "adam", or None for the preconditioned momentum as it is.
+        graft_beta2: decay of the second moment of the graft and of that Adam. Unset: ``betas[1]``, or 0.999 if that
+            is 1.
+        exponent: of every axis's factor. Unset: -1/(2 k) for blocks with k axes.
+        refresh: "staggered" gives every block steps of its own, so that the work of a step is even. "together" takes
+            all roots in the same step, as others do.
+        exchange_bucket_size: elements that travel at a time, see `WholeMatrixOptimizer`.
+        exchange_dtype: fp32, or bf16 to halve what travels; gradients and updates are rounded to it.
+        roles: what each parameter is: the model itself, the result of `infer_roles`, or ``{pattern: role}``. Inside a
+            DeepSpeed engine the model is known and patterns only override. Stacked experts and the parts of a fused
+            weight never share a block.
+        state_dtype: of ``momentum``, ``graft`` and that Adam's state.
+
+    Raises:
+        ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
+    """
+
+    structure = (
+        "max_preconditioner_dim",
+        "precondition_frequency",
+        "start_preconditioning_step",
+        "graft",
+        "refresh",
+    )
+    accumulates = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        matrix_eps: float | None = None,
+        ridge: str = "relative",
+        max_preconditioner_dim: int = 1024,
+        precondition_frequency: int = 10,
+        start_preconditioning_step: int | None = None,
+        graft: str | None = "adam",
+        graft_beta2: float | None = None,
+        exponent: float | None = None,
+        refresh: str = "staggered",
+        exchange_bucket_size: int = BUCKET_SIZE,
+        exchange_dtype: torch.dtype | str = torch.float32,
+        roles: Any = None,
+        state_dtype: torch.dtype | str = torch.float32,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "matrix_eps": matrix_eps,
+            "ridge": ridge,
+            "max_preconditioner_dim": max_preconditioner_dim,
+            "precondition_frequency": precondition_frequency,
+            "start_preconditioning_step": start_preconditioning_step,
+            "graft": graft,
+            "graft_beta2": graft_beta2,
+            "exponent": exponent,
+            "refresh": refresh,
+        }
+        super().__init__(
+            params,
+            defaults,
+            roles=roles,
+            state_dtype=state_dtype,
+            exchange_bucket_size=exchange_bucket_size,
+            exchange_dtype=exchange_dtype,
+        )
+
+    def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
+        super()._start(roles, state_dtype)
+        self._retries: dict[Any, HostCopy] = {}
+
+    # -- settings ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def setting_problems(cls, settings: Mapping[str, Any]) -> list[str]:
+        problems = super().setting_problems(settings)
+
+        def judge(key: str, kinds: type | tuple[type, ...], good: Any, wanted: str) -> None:
+            value = settings.get(key)
+            if value is None:
+                return
+            if isinstance(value, bool) or not isinstance(value, kinds) or not good(value):
+                problems.append(f"{key} must be {wanted}, not {value!r}")
+
+        real = (int, float)
+        judge("matrix_eps", real, lambda value: 0 < value < math.inf, "a finite number > 0")
+        judge("ridge", str, lambda value: value in ("relative", "absolute"), '"relative" or "absolute"')
+        judge("max_preconditioner_dim", int, lambda value: value >= 1, "a whole number >= 1")
+        judge("precondition_frequency", int, lambda value: value >= 1, "a whole number >= 1")
+        judge("start_preconditioning_step", int, lambda value: value >= 1, "a whole number >= 1")
+        judge("graft", str, lambda value: value == "adam", '"adam" or null')
+        judge("graft_beta2", real, lambda value: 0 <= value < 1, "in [0, 1)")
+        judge("exponent", real, lambda value: -1 <= value < 0, "in [-1, 0)")
+        judge("refresh", str, lambda value: value in ("staggered", "together"), '"staggered" or "together"')
+        for key in ("ridge", "max_preconditioner_dim", "precondition_frequency", "refresh"):
+            if key in settings and settings[key] is None:
+                problems.append(f"{key} must be given")
+        start = settings.get("start_preconditioning_step")
+        if "graft" in settings and settings["graft"] is None and isinstance(start, int) and start > 1:
+            problems.append(
+                f"without a graft there is no step to take before start_preconditioning_step {start}: make it 1, or "
+                'graft "adam"'
+            )
+        return problems
+
+    @property
+    def frequency(self) -> int:
+        return int(self.defaults["precondition_frequency"])
+
+    @property
+    def staggered(self) -> bool:
+        return bool(self.defaults["refresh"] == "staggered")
+
+    @property
+    def start(self) -> int:
+        """The first step at which roots may be taken."""
+        stated = self.defaults["start_preconditioning_step"]
+        if stated is not None:
+            return int(stated)
+        return self.frequency if self.defaults["graft"] else 1
+
+    def scalars(self, group: dict[str, Any], step: int) -> Scalars:
+        return adam_scalars({**group, "betas": (group["betas"][0], _graft_beta2(group))}, step)
+
+    # -- blocks -----------------------------------------------------------------------------------------------------
+
+    def tiles(self, role: Role, shape: tuple[int, ...]) -> list[Tile]:
+        if not is_preconditioned(role, shape):
+            return []
+        axes = [axis for axis in range(role.batch_dims, len(shape)) if shape[axis] > 1] or [len(shape) - 1]
+        largest = [self.defaults["max_preconditioner_dim"]] * len(shape)
+        return [
+            Tile(tile, tuple(tile.shape[axis] for axis in axes))
+            for matrix in true_matrices(role, shape)
+            for tile in tiles(matrix, largest)
+        ]
+
+    def block_state(self, shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        state: dict[str, StateSpec] = {"momentum": (shape, self.state_dtype)}
+        if self.defaults["graft"]:
+            state["graft"] = (shape, self.state_dtype)
+        for axis, size in enumerate(shape):
+            state[f"factor_{axis}"] = ((size, size), torch.float32)
+            state[f"root_{axis}"] = ((size, size), torch.float32)
+        state["rooted"] = ((), torch.int32)  # 1 from the first root on; until then the block takes its graft's step
+        state["failures"] = ((), torch.int32)  # root computations in a row that failed
+        return state
+
+    def work(self, shape: tuple[int, ...]) -> Work:
+        numel = math.prod(shape)
+        spec = self.block_state(shape).values()
+        return Work(
+            step_flops=4.0 * numel * sum(shape),  # statistics and application, 2 numel d_i each
+            refresh_flops=_ROOT_FLOPS * sum(size**3 for size in shape),
+            state_bytes=sum(math.prod(one) * dtype.itemsize for one, dtype in spec),
+        )
+
+    # -- the update -------------------------------------------------------------------------------------------------
+
+    def update(self, group: dict[str, Any], stack: Stack) -> Mapping[str, Tensor]:
+        beta1, beta2 = group["betas"]
+        state, step, axes = stack.state, stack.step, range(len(stack.shape))
+        for axis in axes:
+            stack.average_(state[f"factor_{axis}"], gram(stack.grads, axis), beta2)
+        direction = stack.average_(state["momentum"], stack.grads, beta1) / (1 - beta1**step)
+        if group["graft"]:
+            graft_beta2 = _graft_beta2(group)
+            mean_square = stack.average_(state["graft"], stack.grads.square(), graft_beta2)
+            torch.div(mean_square, 1 - graft_beta2**step, out=stack.grads).sqrt_().add_(group["eps"])
+            torch.div(direction, stack.grads, out=stack.grads)  # Adam's step, which the graft's length is taken from
+        failed = self._refresh(group, stack)
+        if step < self.start:
+            return {}
+        for axis in axes:
+            direction = apply_along(state[f"root_{axis}"], direction, axis)
+        if group["graft"]:
+            lengths = block_norms(stack.grads) / (block_norms(direction) + 1e-16)
+            direction = direction * stack.per_block(lengths)
+            rooted = stack.per_block(state["rooted"] > 0)
+            torch.where(rooted, direction, stack.grads, out=stack.grads)
+        else:
+            stack.grads.copy_(direction)
+        return {f"{TOLERATED_FAILURES} root computations in a row failed": failed}
+
+    def _refresh(self, group: dict[str, Any], stack: Stack) -> Tensor:
+        """Take the roots of the blocks whose step it is; flags (B,) of those that failed once too often.
+
+        What an accelerator's iteration could not do is decomposed in fp64 in the next step, block by block: only then
+        is it known on the host, without waiting.
+        """
+        exponent = group["exponent"] or -0.5 / len(stack.shape)
+        method = method_for(stack.grads.device) if float(-1 / exponent).is_integer() else "eigh"
+        flags = torch.zeros_like(stack.good)
+        last = self._retries.pop(stack.identity, None)
+        for index in [] if last is None else [index for index, failed in enumerate(last.read()) if failed]:
+            single = slice(index, index + 1)
+            flags[single] = _count(stack, single, _take_roots(group, stack, single, exponent, "eigh"))
+        due = self._due(stack)
+        if due.start < due.stop:
+            failed = _take_roots(group, stack, due, exponent, method)
+            if method == "eigh":
+                flags[due] = _count(stack, due, failed)
+            else:
+                waiting = torch.zeros_like(stack.good)
+                waiting[due] = failed
+                self._retries[stack.identity] = HostCopy(waiting)
+        return flags
+
+    def _due(self, stack: Stack) -> slice:
+        """The blocks whose roots are taken in this step; neighbours, since a stack is in the order of its refreshes."""
+        everything, nothing = slice(0, len(stack)), slice(0, 0)
+        if stack.step < self.start:
+            return nothing
+        if stack.step == self.start and not (self.staggered and self.defaults["graft"]):
+            return everything  # without a graft every block needs a root from the start
+        due = [index for index, offset in enumerate(stack.offsets) if (stack.step + offset) % self.frequency == 0]
+        return slice(due[0], due[-1] + 1) if due else nothing
+
+
+def _graft_beta2(group: Mapping[str, Any]) -> float:
+    """Decay of the second moment of the graft and of the Adam that steps what is no matrix."""
+    if group["graft_beta2"] is not None:
+        return float(group["graft_beta2"])
+    return float(group["betas"][1]) if group["betas"][1] < 1 else 0.999
+
+
+def _take_roots(group: Mapping[str, Any], stack: Stack, which: slice, exponent: float, method: Method) -> Tensor:
+    """New roots of some of a stack's blocks along all axes; (n,) flags of the blocks that keep their last ones."""
+    beta2, relative = group["betas"][1], group["ridge"] == "relative"
+    correction = 1.0 if beta2 == 1 else 1 - beta2**stack.step
+    eps = group["matrix_eps"] or (1e-6 if relative else 1e-12)
+    failed = torch.zeros_like(stack.good[which])
+    found = []
+    for axis in range(len(stack.shape)):
+        factors = stack.state[f"factor_{axis}"][which] / correction
+        roots, failed_here = inverse_roots(factors, exponent, eps=eps, relative=relative, method=method)
+        failed = failed | failed_here
+        found.append(roots)
+    for axis, roots in enumerate(found):
+        kept = stack.state[f"root_{axis}"][which]
+        torch.where(failed.view(-1, 1, 1), kept, roots, out=kept)
+    stack.state["rooted"][which] |= (~failed).to(torch.int32)
+    return failed
+
+
+def _count(stack: Stack, which: slice, failed: Tensor) -> Tensor:
+    """Count failures in a row; (n,) flags of the blocks that reached what is tolerated."""
+    failures = stack.state["failures"][which]
+    failures.add_(1).mul_(failed)
+    return failures >= TOLERATED_FAILURES

@@ -1,0 +1,190 @@
+r"""SWAN: stochastic gradients, normalized and whitened, without state for matrices.
+
+Ma et al., "SWAN: SGD with Normalization and Whitening Enables Stateless LLM Training",
+https://arxiv.org/abs/2412.13148 (algorithm 1; the operators as its authors restate them in later work). There is no
+official code. For the gradient :math:`G` of a matrix:
+
+.. math::
+    \tilde G &= \frac{G - \operatorname{mean}(G)}{\operatorname{std}(G)}
+        \quad\text{(GradNorm: of every neuron over its inputs, or of every input over the neurons)} \\
+    X_0 &= \tilde G / \lVert \tilde G \rVert_F, \qquad X \leftarrow \beta\,(3X - X X^\top X)
+        \quad k \text{ times} \quad\text{(GradWhitening: } (\tilde G\tilde G^\top)^{-1/2}\tilde G\text{)} \\
+    W &\leftarrow (1 - \eta\lambda)\,W - \eta\,\alpha\,\frac{\lVert \tilde G \rVert_F}{\lVert X \rVert_F}\,X
+
+so that an update has a root mean square of one. The default :math:`\beta = 0.8` does not converge to the polar factor:
+singular values end between 0.56 and 1.6, and small ones grow fast. 0.5 converges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.linalg.polar import newton_schulz
+from ds_optim.optimizers.block_step import Stack
+from ds_optim.optimizers.launch import StateSpec
+from ds_optim.optimizers.matrix_roles import is_matrix, true_matrices
+from ds_optim.optimizers.whole_matrix import BUCKET_SIZE, WholeMatrixOptimizer
+from ds_optim.role import Role, matrix_view
+from ds_optim.sharding.assignment import Tile, Work
+
+NORM_AXES = ("in", "out", "long")
+_DEAD = 1e-6  # a row whose deviation is below this part of the largest has none: rounding would be blown up
+
+
+def grad_norm_(grads: Tensor, dim: int) -> Tensor:
+    """GradNorm, in place: subtract the mean along ``dim`` and divide by the (population) standard deviation.
+
+    Scale-invariant down to the smallest gradients: everything is divided by the largest element first, so that no
+    epsilon is needed. Rows without deviation become zero.
+
+    Args:
+        grads: (B, m, n) fp32, finite.
+        dim: 1 or 2.
+    """
+    grads.div_(grads.abs().amax((1, 2), keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny))
+    grads.sub_(grads.mean(dim, keepdim=True))
+    deviation = grads.square().mean(dim, keepdim=True).sqrt_()
+    alive = deviation > _DEAD * deviation.amax((1, 2), keepdim=True)
+    return grads.mul_(torch.where(alive, deviation.reciprocal(), 0))
+
+
+def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float) -> Tensor:
+    """GradNorm along ``dim``, GradWhitening and rescaling of a stack of matrices, in place.
+
+    Args:
+        grads: (B, m, n) fp32, finite; zero matrices stay zero.
+        dim: 1 or 2, along which GradNorm takes its statistics.
+        steps: of the Newton-Schulz iteration.
+        beta: its step, 0.8 in SWAN; 0.5 converges.
+    """
+    grad_norm_(grads, dim)
+    length = _frobenius(grads)
+    wide = grads.mT if grads.shape[1] > grads.shape[2] else grads
+    whitened = newton_schulz(wide / length.clamp_min(1), steps, beta)  # a norm is 0, or about the root of the elements
+    scale = length / _frobenius(whitened).clamp_min_(torch.finfo(torch.float32).tiny)
+    wide.copy_(whitened.mul_(scale))
+    return grads
+
+
+def _frobenius(stack: Tensor) -> Tensor:
+    """(B, 1, 1) norms, row by row first: with several threads one long sum would depend on how many matrices there are."""
+    return stack.square().sum(2).sum(1).sqrt_().view(-1, 1, 1)
+
+
+class SWAN(WholeMatrixOptimizer):
+    """SWAN: no state at all for matrices; embeddings, output heads, norms and biases are stepped by Adam.
+
+    State: none for matrices, ``exp_avg`` and ``exp_avg_sq`` (8 bytes per parameter) for the rest. An update has a root
+    mean square of ``alpha``, about what Adam's has, so that one learning rate serves both.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups of either.
+        lr: learning rate, or a tensor that holds it. AdamW's value, or a little more.
+        betas: of the Adam that steps what is no matrix.
+        eps: of that Adam.
+        weight_decay: decoupled, multiplied by the learning rate. Published runs use none.
+        roles: what each parameter is, and so whether it is a matrix: the model itself, the result of `infer_roles`, or
+            ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Stacked
+            experts and the parts of a fused weight are whitened one by one.
+        state_dtype: of the Adam's state.
+        alpha: multiplies the updates of matrices.
+        ns_steps: Newton-Schulz steps, at 4 s^2 l floating-point operations each for a matrix of sides s <= l.
+        ns_beta: their step size; see the module.
+        norm_axis: what GradNorm takes its statistics over: "in" a neuron's inputs, "out" the neurons of an input,
+            "long" whichever are more. The paper leaves it open for a transposed weight; the default is the one that
+            trained best here (docs/swan.md).
+        exchange_bucket_size: elements that travel at a time, see `WholeMatrixOptimizer`.
+        exchange_dtype: fp32, or bf16 to halve what travels; gradients and updates are rounded to it.
+
+    Raises:
+        ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
+    """
+
+    structure = ("norm_axis",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        alpha: float = 1.0,
+        ns_steps: int = 10,
+        ns_beta: float = 0.8,
+        norm_axis: str = "in",
+        exchange_bucket_size: int = BUCKET_SIZE,
+        exchange_dtype: torch.dtype | str = torch.float32,
+        roles: Any = None,
+        state_dtype: torch.dtype | str = torch.float32,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "alpha": alpha,
+            "ns_steps": ns_steps,
+            "ns_beta": ns_beta,
+            "norm_axis": norm_axis,
+        }
+        super().__init__(
+            params,
+            defaults,
+            roles=roles,
+            state_dtype=state_dtype,
+            exchange_bucket_size=exchange_bucket_size,
+            exchange_dtype=exchange_dtype,
+        )
+
+    @classmethod
+    def setting_problems(cls, settings: Mapping[str, Any]) -> list[str]:
+        problems = super().setting_problems(settings)
+        alpha, steps, beta = settings.get("alpha", 1.0), settings.get("ns_steps", 10), settings.get("ns_beta", 0.8)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
+            problems.append(f"alpha must be a finite number >= 0, not {alpha!r}")
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            problems.append(f"ns_steps must be a whole number >= 1, not {steps!r}")
+        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 < beta < 1:
+            problems.append(f"ns_beta must lie in (0, 1), not {beta!r}")
+        axis = settings.get("norm_axis", "in")
+        if axis not in NORM_AXES:
+            problems.append(f"norm_axis must be one of {', '.join(NORM_AXES)}, not {axis!r}")
+        return problems
+
+    def tiles(self, role: Role, shape: tuple[int, ...]) -> list[Tile]:
+        if not is_matrix(role, shape):
+            return []
+        found = []
+        for box in true_matrices(role, shape):
+            _, inputs_before, outputs, inputs_behind = matrix_view(role, box.shape)
+            found.append(Tile(box, (inputs_before, outputs, inputs_behind)))
+        return found
+
+    def block_state(self, shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        return {}
+
+    def work(self, shape: tuple[int, ...]) -> Work:
+        short, long = sorted((shape[0] * shape[2], shape[1]))
+        return Work(step_flops=4.0 * self.defaults["ns_steps"] * short * short * long)
+
+    def step_size(self, group: dict[str, Any]) -> Any:
+        return group["lr"] * group["alpha"]
+
+    def update(self, group: dict[str, Any], stack: Stack) -> Mapping[str, Tensor]:
+        before, outputs, behind = stack.shape  # outputs, with inputs on either side
+        over_inputs = group["norm_axis"] == "in" or (group["norm_axis"] == "long" and before * behind >= outputs)
+        steps, beta = group["ns_steps"], group["ns_beta"]
+        if before == 1:
+            swan_update_(stack.grads.view(-1, outputs, behind), 2 if over_inputs else 1, steps=steps, beta=beta)
+        else:
+            matrices = stack.grads.movedim(2, 1).reshape(-1, outputs, before * behind)
+            swan_update_(matrices, 2 if over_inputs else 1, steps=steps, beta=beta)
+            stack.grads.movedim(2, 1).copy_(matrices.view(-1, outputs, before, behind))
+        return {}

@@ -1,0 +1,420 @@
+"""Where a whole-matrix rule meets a plan: blocks belong to owners, which keep their state; the rest is Adam's.
+
+`WholeMatrixOptimizer` steps what a rule calls blocks through the exchange of `ds_optim.sharding`, and every other
+element (embeddings, output heads, norms, biases) by Adam, whose state lies where the elements lie. A subclass says what
+the blocks of a parameter are, what it keeps for one, what one costs and how a stack of equal ones is updated.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_optim.optimizers.adamw import adam_scalars, adamw_update
+from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, state_begins, state_spec
+from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, idle_parameters, row_major
+from ds_optim.optimizers.sharded import ShardedOptimizer, Together, dtype_of, raise_all
+from ds_optim.role import Role
+from ds_optim.sharding import pipeline
+from ds_optim.sharding.assignment import Tile, Work
+from ds_optim.sharding.exchange import PendingSum, Verdict
+from ds_optim.sharding.plan import Plan, make_plans
+from ds_optim.sharding.runs import held_spans
+from ds_optim.sharding.schedule import Bucket
+
+BUCKET_SIZE = 1 << 24
+"""Default ``exchange_bucket_size``, elements: 64 MiB of fp32 per buffer."""
+
+_BLOCKS = "blocks"
+"""State: (blocks, 2) int64, the (parameter, index) of every block with state here, so that no other rank loads it."""
+
+
+class WholeMatrixOptimizer(ShardedOptimizer):
+    """Base of Shampoo and SWAN.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups of either.
+        defaults: per-group settings; those in ``structure`` decide blocks, state or schedule and hold for all groups.
+        roles: what each parameter is, and so whether it is a matrix.
+        state_dtype: dtype of the state per element.
+        exchange_bucket_size: elements; no rank has more than four such buckets in flight or in work, unless a single
+            block is larger.
+        exchange_dtype: of gradients and updates between holders and owners, fp32 or bf16. bf16 rounds what an owner
+            holds itself as well, so that the result does not depend on who holds what.
+
+    Raises:
+        ValueError: every setting out of range, all in one message.
+    """
+
+    rule = Rule("adamw", adamw_update, element_state=("exp_avg", "exp_avg_sq"))
+    structure: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        roles: Any,
+        state_dtype: torch.dtype | str,
+        exchange_bucket_size: int,
+        exchange_dtype: torch.dtype | str,
+    ) -> None:
+        exchange = {"exchange_bucket_size": exchange_bucket_size, "exchange_dtype": exchange_dtype}
+        raise_all(self.setting_problems({**defaults, **exchange, "state_dtype": state_dtype}), type(self).__name__)
+        self.exchange_bucket_size = exchange_bucket_size
+        self.exchange_dtype = dtype_of(exchange_dtype) or torch.float32
+        super().__init__(params, defaults, roles=roles, state_dtype=state_dtype)
+
+    def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
+        super()._start(roles, state_dtype)
+        self._plans: list[Plan] = []
+        self._planned: dict[Tensor, tuple[Plan, int]] = {}
+        self._begins: dict[Tensor, dict[int, dict[str, int]]] = {}
+        self._schedules: dict[tuple[int, ...], list[Bucket]] = {}
+        self._verdicts: dict[tuple[int, ...], tuple[Verdict, Plan, list[Suspects], dist.ProcessGroup | None]] = {}
+        self.traffic = pipeline.Traffic()
+
+    # -- what a rule says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tiles(self, role: Role, shape: tuple[int, ...]) -> list[Tile]:
+        """The blocks of a parameter of this role and logical shape; none if Adam steps it."""
+
+    @abstractmethod
+    def block_state(self, shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        """What is kept for one block: shape and dtype by name."""
+
+    @abstractmethod
+    def work(self, shape: tuple[int, ...]) -> Work:
+        """What one block costs its owner."""
+
+    @abstractmethod
+    def update(self, group: dict[str, Any], stack: Stack) -> Mapping[str, Tensor]:
+        """Turn a stack's gradients into updates; see `ds_optim.optimizers.block_step.Update`."""
+
+    @property
+    def frequency(self) -> int:
+        """Steps between two refreshes of a block."""
+        return 1
+
+    @property
+    def staggered(self) -> bool:
+        """Whether blocks refresh in different steps."""
+        return False
+
+    def step_size(self, group: dict[str, Any]) -> Any:
+        """What updates are multiplied by."""
+        return group["lr"]
+
+    def scalars(self, group: dict[str, Any], step: int) -> Scalars:
+        """Constants of the Adam that steps what is no matrix."""
+        return adam_scalars(group, step)
+
+    # -- settings ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def setting_problems(cls, settings: Mapping[str, Any]) -> list[str]:
+        problems = super().setting_problems(settings)
+        size = settings.get("exchange_bucket_size", 1)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            problems.append(f"exchange_bucket_size must be a whole number of elements >= 1, not {size!r}")
+        if dtype_of(settings.get("exchange_dtype", torch.float32)) is None:
+            problems.append(f"exchange_dtype must be fp32 or bf16, not {settings['exchange_dtype']!r}")
+        return problems
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        others = [
+            f"{key} is a setting of the whole optimizer: {self.defaults[key]!r}, not {param_group[key]!r} for one group"
+            for key in self.structure
+            if key in param_group and param_group[key] != self.defaults[key]
+        ]
+        raise_all(others, f"{type(self).__name__}: a parameter group")
+        super().add_param_group(param_group)
+        self._forget_plans()
+
+    # -- the plan ---------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Who owns which block; ``print(optimizer.plan.explain())``. Of the first shard group if there are several."""
+        self._make_plans()
+        return self._plans[0]
+
+    def _forget_plans(self) -> None:
+        self._plans.clear()
+        self._planned.clear()
+        self._begins.clear()
+        self._schedules.clear()
+        self._verdicts.clear()
+
+    def _on_bind(self) -> str:
+        super()._on_bind()
+        self._warn_unclaimed()
+        self._forget_plans()
+        self._make_plans()
+        return "".join(plan.digest for plan in self._plans)
+
+    def _make_plans(self) -> None:
+        if self._plans:
+            return
+        tensors = list(self._bound) or [tensor for group in self.param_groups for tensor in group["params"]]
+        bounds = [self._bound_tensor(tensor) for tensor in tensors]
+        roles = self._roles_of_parameters()
+        specs = {spec.name: spec.shape for bound in bounds for spec in bound.layout.parameters}
+        tiles = {name: self.tiles(roles[name], shape) for name, shape in specs.items()}
+        stateless = not any(self.block_state(tile.shape) for of_one in tiles.values() for tile in of_one)
+        layouts = [(bound.layout, bound.group) for bound in bounds]
+        for plan, members in make_plans(layouts, tiles, self.work, self.frequency, self.staggered, stateless):
+            self._plans.append(plan)
+            self._planned.update({tensors[member]: (plan, index) for index, member in enumerate(members)})
+
+    def _plan_of(self, tensor: Tensor) -> tuple[Plan, int]:
+        """The plan of a tensor's shard group, and the tensor's index there."""
+        self._make_plans()
+        self._bound_tensor(tensor)  # refuses a tensor that an engine made later
+        return self._planned[tensor]
+
+    def _owned(self, tensor: Tensor) -> list[int]:
+        plan, index = self._plan_of(tensor)
+        return plan.owned(index, self._rank(tensor))
+
+    def _rank(self, tensor: Tensor) -> int:
+        """This process's rank among the owners (a replicated tensor's own rank is always 0)."""
+        group = self._bound_tensor(tensor).group
+        return 0 if group is None else dist.get_rank(group)
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def _fallback_spans(self, tensor: Tensor, idle: frozenset[int] = frozenset()) -> list[tuple[int, int, int]]:
+        """What Adam steps of a tensor, as ``(start, length, has_grad)``."""
+        plan, index = self._plan_of(tensor)
+        bound = self._bound_tensor(tensor)
+        matrices = frozenset(plan.blocks[block].parameter for block in plan.of_tensor(index))
+        return held_spans(bound.layout, bound.rank, idle, matrices)
+
+    def _state_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
+        plan, _ = self._plan_of(tensor)
+        return {**self._fallback_spec(tensor), **self._blocks_spec(plan, self._owned(tensor))}
+
+    def _fallback_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
+        numel = sum(length for _, length, _ in self._fallback_spans(tensor))
+        shape = tuple(tensor.shape) if numel == tensor.numel() else (numel,)
+        return dict.fromkeys(self.rule.element_state, (shape, self.state_dtype))
+
+    def _blocks_spec(self, plan: Plan, blocks: Sequence[int]) -> dict[str, StateSpec]:
+        spec = state_spec(plan, blocks, self.block_state)
+        return {**spec, _BLOCKS: ((len(blocks), 2), torch.int64)} if not plan.stateless else {}
+
+    def _state_of(self, tensor: Tensor) -> dict[str, Any]:
+        fresh = not self.state[tensor]
+        state = super()._state_of(tensor)
+        if fresh and _BLOCKS in state:
+            state[_BLOCKS].copy_(_identities(self._plan_of(tensor)[0], self._owned(tensor)))
+        return state
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def _call(self, tensors: list[Tensor], scalars: Scalars) -> Call:
+        stretches = []
+        for index, tensor in enumerate(tensors):
+            begin = 0
+            for start, length, has_grad in self._fallback_spans(tensor, idle_parameters(self._bound_tensor(tensor))):
+                stretches.append((index, start, length, has_grad, begin))
+                begin += length
+        return super()._call(tensors, scalars).narrowed(stretches)
+
+    def _prepare(
+        self, together: Mapping[Together, list[Tensor]], groups: Mapping[int, dict[str, Any]]
+    ) -> list[Callable[[], None]]:
+        sets = [tuple(id(tensor) for tensor in tensors) for tensors in together.values()]
+        self._raise_if_failed(sets if self.is_bound else list(self._verdicts))
+        launches = super()._prepare(together, groups)
+        for key, tensors in together.items():
+            launches.append(partial(self._step_blocks, tensors, groups[key.group_id], key))
+        return launches
+
+    def _step_blocks(self, tensors: list[Tensor], group: dict[str, Any], key: Together) -> None:
+        plan, _ = self._plan_of(tensors[0])
+        by_index = {self._planned[tensor][1]: tensor for tensor in tensors}
+        together = tuple(id(tensor) for tensor in tensors)
+        if together not in self._schedules:
+            rank = self._rank(tensors[0])
+            self._schedules[together] = plan.schedule(list(by_index), rank, self.exchange_bucket_size)
+        buckets = self._schedules[together]
+        if not buckets:
+            return
+        flat = {index: row_major(tensor) for index, tensor in by_index.items()}
+        for tensor in tensors:
+            if tensor not in self._begins:
+                self._begins[tensor] = state_begins(plan, self._owned(tensor), self.block_state)
+        step = BlockStep(
+            plan=plan,
+            wire=pipeline.Wire(key.ranks, key.device, self.exchange_dtype, plan.replicated, self.traffic),
+            flat=flat,
+            grads={index: None if t.grad is None else row_major(t.grad) for index, t in by_index.items()},
+            idle={index: idle_parameters(self._bound_tensor(tensor)) for index, tensor in by_index.items()},
+            state={index: self.state[tensor] for index, tensor in by_index.items()},
+            begins={index: self._begins[tensor] for index, tensor in by_index.items()},
+            block_state=self.block_state,
+            update=partial(self.update, group),
+            step=key.step,
+            step_size=self.step_size(group),
+            decay=1 - group["lr"] * group["weight_decay"],
+        )
+        failures = step.run(buckets)
+        for index, tensor in by_index.items():
+            if not tensor.is_contiguous():
+                tensor.copy_(flat[index].view(tensor.shape))
+        self._verdicts[together] = (Verdict(failures, key.ranks), plan, step.suspects, key.ranks)
+
+    def _raise_if_failed(self, sets: Sequence[tuple[int, ...]]) -> None:
+        """Raise on all ranks of a shard group if any of them withheld an update in these tensors' previous step.
+
+        Raises:
+            RuntimeError: names every block, its owner and the reason. Nothing of this step has happened; the next call
+                goes on.
+        """
+        for key in sets:
+            if key not in self._verdicts:
+                continue
+            verdict, plan, suspects, group = self._verdicts.pop(key)
+            if not verdict.read():
+                continue
+            mine = [
+                f"{plan.name(block)}: {reason}"
+                for one in suspects
+                for reason, flags in one.reasons.items()
+                for block, failed in zip(one.blocks, flags.tolist(), strict=True)
+                if failed
+            ]
+            found = [mine]
+            if group is not None:
+                found = found * dist.get_world_size(group)
+                dist.all_gather_object(found, mine, group)
+            listed = [f"rank {rank}: {entry}" for rank, entries in enumerate(found) for entry in entries]
+            raise RuntimeError(
+                f"{type(self).__name__} withheld updates in the previous step, and the state of these blocks is as it "
+                "was before that step. Remedy: find out why (loss scale, learning rate, data) and resume from the last "
+                "checkpoint; gradient clipping and bf16 instead of fp16 help most.\n- " + "\n- ".join(listed)
+            )
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
+        problems = super().state_problems(state_dict)
+        for group in state_dict["param_groups"]:
+            problems += [
+                f"{key} was {group[key]!r} and is {self.defaults[key]!r} here: the state belongs to other blocks or "
+                "another schedule"
+                for key in self.structure
+                if key in group and _plain(group[key]) != _plain(self.defaults[key])
+            ]
+        if problems:
+            return list(dict.fromkeys(problems))
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for key, tensor in zip(keys, tensors, strict=False):
+            kept = state_dict["state"].get(key, {}).get(_BLOCKS)
+            if kept is not None and not torch.equal(
+                kept.cpu(), _identities(self._plan_of(tensor)[0], self._owned(tensor))
+            ):
+                problems.append(f"the state of {self._names[tensor]} holds another rank's blocks, or of other blocks")
+        return problems
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`.
+
+        Where parameters are replicated over ranks (ZeRO-0), every owner's blocks are gathered, so that whichever rank
+        saves has all of them: all ranks must call it, as DeepSpeed's ``save_checkpoint`` does. Elsewhere it holds what
+        this rank owns.
+        """
+        found: dict[str, Any] = super().state_dict()
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        keys = [key for group in found["param_groups"] for key in group["params"]]
+        for key, tensor in zip(keys, tensors, strict=True):
+            if key in found["state"] and self._is_spread(tensor):
+                found["state"][key] = self._gathered(tensor, found["state"][key])
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `ShardedOptimizer.load_state_dict`; of a gathered state every owner takes its blocks."""
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        states = dict(state_dict["state"])
+        for key, tensor in zip(keys, tensors, strict=False):
+            if states.get(key) and self._is_spread(tensor):
+                states[key] = self._taken(tensor, states[key])
+        super().load_state_dict({**state_dict, "state": states})
+        self._verdicts.clear()
+
+    def _is_spread(self, tensor: Tensor) -> bool:
+        """Whether the blocks of a tensor that all ranks hold have different owners."""
+        plan, _ = self._plan_of(tensor)
+        return plan.replicated and plan.world_size > 1 and not plan.stateless
+
+    def _gathered(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of a tensor with all owners' blocks, in the order in which one process would keep them."""
+        plan, index = self._plan_of(tensor)
+        group = self._bound_tensor(tensor).group
+        assert group is not None
+        everything = plan.of_tensor(index)
+        begins = state_begins(plan, everything, self.block_state)
+        mine = self._owned(tensor)
+        my_begins = state_begins(plan, mine, self.block_state)
+        whole = dict(state)
+        for name, (shape, dtype) in self._blocks_spec(plan, everything).items():
+            if name == _BLOCKS:
+                whole[name] = _identities(plan, everything)
+                continue
+            gathered = torch.zeros(shape, dtype=dtype, device=tensor.device)
+            for block in mine:
+                size = self._size(plan, block, name)
+                if size:
+                    part = state[name].narrow(0, my_begins[block][name], size)
+                    gathered.narrow(0, begins[block][name], size).copy_(part)
+            PendingSum(gathered, group).wait()
+            whole[name] = gathered
+        return whole
+
+    def _taken(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """This rank's blocks of a gathered state; anything else is returned as it is, for `state_problems` to judge."""
+        plan, index = self._plan_of(tensor)
+        everything = plan.of_tensor(index)
+        spec = self._blocks_spec(plan, everything)
+        if any(name not in state or tuple(state[name].shape) != shape for name, (shape, _) in spec.items()):
+            return state
+        mine = self._owned(tensor)
+        begins = state_begins(plan, everything, self.block_state)
+        taken = {name: value for name, value in state.items() if name not in spec}
+        for name, (shape, dtype) in self._blocks_spec(plan, mine).items():
+            if name == _BLOCKS:
+                rows = [everything.index(block) for block in mine]
+                taken[name] = state[name][rows]
+                continue
+            parts = [
+                state[name].narrow(0, begins[b][name], self._size(plan, b, name)) for b in mine if name in begins[b]
+            ]
+            taken[name] = torch.cat(parts) if parts else torch.zeros(shape, dtype=dtype)
+        return taken
+
+    def _size(self, plan: Plan, block: int, name: str) -> int:
+        """Elements of one kind of state of a block."""
+        spec = state_spec(plan, [block], self.block_state)
+        return spec[name][0][0] if name in spec else 0
+
+
+def _identities(plan: Plan, blocks: Sequence[int]) -> Tensor:
+    """(parameter, index) of blocks, (B, 2) int64."""
+    entries = [(plan.blocks[block].parameter, plan.blocks[block].index) for block in blocks]
+    return torch.tensor(entries, dtype=torch.int64).reshape(-1, 2)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as it compares after a JSON or a checkpoint: tuples as lists."""
+    return list(value) if isinstance(value, tuple) else value

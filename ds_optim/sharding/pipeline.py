@@ -1,0 +1,240 @@
+"""Whole blocks at their owners: gradients in, updates out, bucket by bucket, the next bucket under way meanwhile.
+
+Per bucket: pack what others own, one all-to-all, unpack; the caller turns gradients into updates in place; then the
+same way back. Parameters that every rank holds need no way in, and updates are gathered by all. Knows tensors and
+process groups, nothing of optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_optim.sharding.exchange import carrier_of
+from ds_optim.sharding.schedule import Bucket, Piece
+
+Compute = Callable[[Bucket, Tensor], None]
+"""Turns the flat fp32 gradients of a bucket's owned blocks, one behind the other, into their updates, in place."""
+
+Apply = Callable[[Piece, Tensor], None]
+"""Takes the flat update of one piece to where the parameter lies."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Elements that this rank sent to and received from others, both ways, since it was last reset."""
+
+    sent: int = 0
+    received: int = 0
+    messages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How buckets travel.
+
+    Attributes:
+        group: the shard group; None for a process on its own.
+        device: of the local tensors.
+        dtype: of everything that travels, and so of what an owner sees, also of what it holds itself: fp32 or bf16.
+        replicated: all ranks hold all gradients; updates are gathered.
+        traffic: counted as it goes.
+    """
+
+    group: dist.ProcessGroup | None
+    device: torch.device
+    dtype: torch.dtype
+    replicated: bool
+    traffic: Traffic
+
+    @property
+    def carrier(self) -> torch.device:
+        """Where buckets and matrix algebra live: an accelerator, if the group's backend cannot carry this device."""
+        return self.device if self.group is None else carrier_of(self.device, self.group)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+
+def views(flat: Tensor, piece: Piece) -> list[Tensor]:
+    """A piece of a flat local tensor, as strided views in the block's row-major order."""
+    base = flat.storage_offset()
+    return [flat.as_strided(part.shape, piece.strides, base + part.offset) for part in piece.rectangles]
+
+
+def parts(flat: Tensor, piece: Piece) -> list[Tensor]:
+    """A piece's elements in a buffer, shaped like its `views`."""
+    split = flat.split([part.numel for part in piece.rectangles])
+    return [values.view(part.shape) for values, part in zip(split, piece.rectangles, strict=True)]
+
+
+def run(
+    buckets: Sequence[Bucket],
+    wire: Wire,
+    gradient_of: Callable[[Piece], Tensor | None],
+    compute: Compute,
+    apply: Apply,
+) -> None:
+    """Run all buckets of one step.
+
+    Args:
+        buckets: this rank's part, in the same order on every rank.
+        wire: how they travel.
+        gradient_of: the flat local gradient that holds a piece; None counts as zero.
+        compute: what owners do.
+        apply: what holders do; also called for what owners hold themselves.
+    """
+    incoming = _Incoming(buckets[0], wire, gradient_of) if buckets else None
+    outgoing: _Outgoing | None = None
+    for index, bucket in enumerate(buckets):
+        assert incoming is not None
+        work = incoming.unpack()
+        incoming = _Incoming(buckets[index + 1], wire, gradient_of) if index + 1 < len(buckets) else None
+        compute(bucket, work)
+        if outgoing is not None:
+            outgoing.finish(apply)
+        outgoing = _Outgoing(bucket, wire, work, apply)
+        del work
+    if outgoing is not None:
+        outgoing.finish(apply)
+
+
+class _Incoming:
+    """Gradients of one bucket on their way to its owners."""
+
+    def __init__(self, bucket: Bucket, wire: Wire, gradient_of: Callable[[Piece], Tensor | None]) -> None:
+        self._bucket, self._wire, self._gradient_of = bucket, wire, gradient_of
+        self._received: Tensor | None = None
+        self._sent: Tensor | None = None
+        self._work: Any = None
+        if bucket.travels and not wire.replicated:
+            self._sent = torch.empty(sum(bucket.to_ranks), dtype=wire.dtype, device=wire.carrier)
+            _read(self._sent, bucket.others, gradient_of)
+            self._received, self._work = _all_to_all(self._sent, bucket.to_ranks, bucket.from_ranks, wire)
+
+    def unpack(self) -> Tensor:
+        """The flat gradients of the owned blocks, one behind the other, fp32; waits for the others' parts."""
+        bucket, wire = self._bucket, self._wire
+        work = torch.empty(bucket.numel, dtype=torch.float32, device=wire.carrier)
+        own = [
+            (segment, one)
+            for segment, one in zip(work.split([one.numel for one in bucket.owned]), bucket.owned, strict=True)
+        ]
+        for block, one in own:
+            if one.local is not None:
+                _read(block[one.local.start : one.local.start + one.local.numel], [one.local], self._gradient_of)
+        if self._work is not None:
+            self._work.wait()
+        if self._received is not None:
+            received = self._received
+            pairs = [
+                (block.narrow(0, part.block_start, part.numel), received.narrow(0, part.buffer_start, part.numel))
+                for block, one in own
+                for part in one.remote
+            ]
+            _copy(pairs)
+        self._sent = self._received = None
+        return _as_sent(work, wire)
+
+
+class _Outgoing:
+    """Updates of one bucket on their way to whoever holds the parameters; the owner's own part is applied at once."""
+
+    def __init__(self, bucket: Bucket, wire: Wire, work: Tensor, apply: Apply) -> None:
+        self._bucket = bucket
+        self._received: Tensor | None = None
+        self._sent: Tensor | None = None
+        self._work: Any = None
+        work = _as_sent(work, wire)
+        blocks = work.split([one.numel for one in bucket.owned])
+        if bucket.travels and wire.replicated:
+            self._sent, self._received, self._work = _gather_by_all(work, bucket, wire)
+        elif bucket.travels:
+            self._sent = torch.empty(sum(bucket.from_ranks), dtype=wire.dtype, device=wire.carrier)
+            sent = self._sent
+            _copy(
+                (sent.narrow(0, part.buffer_start, part.numel), block.narrow(0, part.block_start, part.numel))
+                for block, one in zip(blocks, bucket.owned, strict=True)
+                for part in one.remote
+            )
+            self._received, self._work = _all_to_all(sent, bucket.from_ranks, bucket.to_ranks, wire)
+        for block, one in zip(blocks, bucket.owned, strict=True):
+            if one.local is not None:
+                apply(one.local, block.narrow(0, one.local.start, one.local.numel))
+
+    def finish(self, apply: Apply) -> None:
+        """Wait for what other ranks computed, and apply it."""
+        if self._work is not None:
+            self._work.wait()
+        if self._received is not None:
+            for piece in self._bucket.others:
+                apply(piece, self._received.narrow(0, piece.start, piece.numel))
+        self._sent = self._received = None
+
+
+def _read(buffer: Tensor, pieces: Iterable[Piece], gradient_of: Callable[[Piece], Tensor | None]) -> None:
+    """Fill a buffer with pieces of gradients, one behind the other."""
+    start = 0
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for piece in pieces:
+        target = buffer.narrow(0, start, piece.numel)
+        start += piece.numel
+        flat = gradient_of(piece)
+        if flat is None:
+            target.zero_()
+        else:
+            pairs += zip(parts(target, piece), views(flat, piece), strict=True)
+    _copy(pairs)
+
+
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    listed = list(pairs)
+    if listed:
+        torch._foreach_copy_([target for target, _ in listed], [source for _, source in listed])
+
+
+def _as_sent(work: Tensor, wire: Wire) -> Tensor:
+    """Round as the wire does, whoever holds what: otherwise the result would depend on the number of ranks."""
+    return work if wire.dtype == torch.float32 else work.copy_(work.to(wire.dtype))
+
+
+def _all_to_all(sent: Tensor, to_ranks: Sequence[int], from_ranks: Sequence[int], wire: Wire) -> tuple[Tensor, Any]:
+    received = torch.empty(sum(from_ranks), dtype=wire.dtype, device=wire.carrier)
+    # Bytes: every backend carries them, not every one carries bf16.
+    size = wire.dtype.itemsize
+    work = dist.all_to_all_single(
+        received.view(torch.uint8),
+        sent.view(torch.uint8),
+        [count * size for count in from_ranks],
+        [count * size for count in to_ranks],
+        group=wire.group,
+        async_op=True,
+    )
+    wire.traffic.sent += sent.numel()
+    wire.traffic.received += received.numel()
+    wire.traffic.messages += 1
+    return received, work
+
+
+def _gather_by_all(work: Tensor, bucket: Bucket, wire: Wire) -> tuple[Tensor, Tensor, Any]:
+    """Every owner's updates to every rank: a broadcast if there is one owner, else an all-gather of equal shares."""
+    width = max(bucket.shares)
+    owners = [rank for rank, share in enumerate(bucket.shares) if share]
+    wire.traffic.messages += 1
+    wire.traffic.sent += work.numel() * (len(bucket.shares) - 1)
+    wire.traffic.received += sum(bucket.shares) - work.numel()
+    if len(owners) == 1:
+        buffer = work.to(wire.dtype) if work.numel() else torch.empty(width, dtype=wire.dtype, device=wire.carrier)
+        pending = dist.broadcast(buffer.view(torch.uint8), group_src=owners[0], group=wire.group, async_op=True)
+        return buffer, buffer, pending
+    sent = torch.zeros(width, dtype=wire.dtype, device=wire.carrier)
+    sent.narrow(0, 0, work.numel()).copy_(work)
+    received = torch.empty(width * len(bucket.shares), dtype=wire.dtype, device=wire.carrier)
+    pending = dist.all_gather_single(received.view(torch.uint8), sent.view(torch.uint8), wire.group, async_op=True)
+    return sent, received, pending

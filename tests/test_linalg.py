@@ -1,0 +1,388 @@
+"""Inverse roots and polar factors: against fp64, at every scale, and each matrix as if it were alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_optim.linalg import inverse_roots as module
+from ds_optim.linalg.inverse_roots import Method, inverse_roots, method_for, schedule
+from ds_optim.linalg.polar import newton_schulz
+
+METHODS: tuple[Method, ...] = ("eigh", "newton")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def spectral(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+    """A symmetric fp64 matrix with these eigenvalues and random eigenvectors."""
+    n = len(eigenvalues)
+    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+    a = (q * eigenvalues.double()) @ q.T
+    return (a + a.T) / 2
+
+
+def conditioned(n: int, condition: float, seed: int = 0) -> Tensor:
+    """(n, n) fp32 with eigenvalues from one down to 1 / condition, evenly in the logarithm."""
+    return spectral(torch.logspace(0, -math.log10(condition), n, dtype=torch.float64), seed).float()
+
+
+def random_stack(count: int, n: int, seed: int = 0) -> Tensor:
+    """(count, n, n) fp32: what a statistic looks like after a few gradients, no two of one scale."""
+    g = torch.randn(count, n, n + 3, generator=torch.Generator().manual_seed(seed))
+    return torch.bmm(g, g.mT) * torch.logspace(-6, 2, count)[:, None, None]
+
+
+def meta_root(a: Tensor, exponent: float, eps: float) -> Tensor:
+    """Meta's root with an absolute ridge, in fp64."""
+    eigenvalues, q = torch.linalg.eigh(a.double() + eps * torch.eye(len(a), dtype=torch.float64))
+    if eigenvalues.min() < eps:
+        eigenvalues = eigenvalues + (eps - eigenvalues.min())
+    return (q * eigenvalues**exponent) @ q.T
+
+
+def relative_root(a: Tensor, exponent: float, eps: float) -> Tensor:
+    """The same with the ridge in units of the largest eigenvalue."""
+    return meta_root(a, exponent, eps * float(torch.linalg.eigvalsh(a.double())[-1]))
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """The relative error in the Frobenius norm."""
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def root_of(a: Tensor, exponent: float, *, eps: float, relative: bool, method: Method = "eigh") -> Tensor:
+    roots, failed = inverse_roots(a[None], exponent, eps=eps, relative=relative, method=method)
+    assert not failed.any()
+    return roots[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inverse roots: right
+
+
+@pytest.mark.parametrize("exponent", [-1 / 2, -1 / 4, -1 / 6, -1 / 8, -0.3, -1.0])
+@pytest.mark.parametrize("relative", [True, False])
+def test_eigh_is_the_root_of_the_ridged_matrix(exponent: float, relative: bool) -> None:
+    reference = relative_root if relative else meta_root
+    for a in random_stack(5, 24):
+        wanted = reference(a, exponent, 1e-3)
+        assert error(root_of(a, exponent, eps=1e-3, relative=relative), wanted) <= 1e-7
+
+
+def test_eigh_shifts_eigenvalues_up_to_the_ridge() -> None:
+    a = spectral(torch.tensor([2.0, 0.5, 0.1, -0.25])).float()
+    found = torch.linalg.eigvalsh(root_of(a, -1 / 2, eps=0.01, relative=False).double()) ** -2
+    torch.testing.assert_close(found, torch.tensor([2.26, 0.76, 0.36, 0.01]).double(), rtol=1e-5, atol=0)
+    found = torch.linalg.eigvalsh(root_of(a, -1 / 2, eps=0.01, relative=True).double()) ** -2
+    torch.testing.assert_close(found, torch.tensor([2.27, 0.77, 0.37, 0.02]).double(), rtol=1e-5, atol=0)
+
+
+def test_a_ridge_is_added_once_to_a_matrix_that_needs_no_shift() -> None:
+    a = torch.diag(torch.tensor([4.0, 1.0, 0.25]))
+    torch.testing.assert_close(
+        root_of(a, -1 / 2, eps=0.25, relative=False), torch.diag(torch.tensor([4.25, 1.25, 0.5]) ** -0.5)
+    )
+    torch.testing.assert_close(
+        root_of(a, -1 / 2, eps=0.25, relative=True), torch.diag(torch.tensor([5.0, 2.0, 1.25]) ** -0.5)
+    )
+
+
+@pytest.mark.parametrize("condition", [1e3, 1e6, 1e9, 1e12])
+@pytest.mark.parametrize("relative", [True, False])
+def test_eigh_is_right_at_every_condition_number(condition: float, relative: bool) -> None:
+    # fp32 elements keep small eigenvalues only where they are diagonal; the first matrix asks for all twelve digits.
+    for a in (torch.diag(torch.logspace(0, -math.log10(condition), 32)), conditioned(32, condition)):
+        wanted = (relative_root if relative else meta_root)(a, -1 / 4, 1e-12)
+        assert error(root_of(a, -1 / 4, eps=1e-12, relative=relative), wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-7, 1.0, 1e10, 1e30])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_relative_ridge_makes_the_root_homogeneous(scale: float, method: Method) -> None:
+    a = conditioned(32, 1e4)
+    scaled = a * scale
+    wanted = relative_root(scaled, -1 / 4, 1e-6)
+    tolerance = 1e-6 if method == "eigh" else 1e-3
+    assert error(root_of(scaled, -1 / 4, eps=1e-6, relative=True, method=method), wanted) <= tolerance
+    power_of_two = root_of(a * 2.0**-80, -1 / 4, eps=1e-6, relative=True, method=method)
+    assert error(power_of_two, root_of(a, -1 / 4, eps=1e-6, relative=True, method=method) * 2.0**20) <= tolerance
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e30])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_absolute_ridge_is_absolute_at_every_scale(scale: float, method: Method) -> None:
+    a = conditioned(32, 1e4) * scale
+    tolerance = 1e-6 if method == "eigh" else 1e-3
+    found = root_of(a, -1 / 2, eps=1e-6, relative=False, method=method)
+    assert error(found, meta_root(a, -1 / 2, 1e-6)) <= tolerance
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_zero_matrix_has_the_identity_or_the_root_of_the_ridge(method: Method) -> None:
+    zeros = torch.zeros(2, 5, 5)
+    roots, failed = inverse_roots(zeros, -1 / 4, eps=1e-6, relative=True, method=method)
+    assert not failed.any()
+    assert torch.equal(roots, torch.eye(5).expand(2, 5, 5))
+    roots, failed = inverse_roots(zeros, -1 / 4, eps=1e-12, relative=False, method=method)
+    assert not failed.any()
+    torch.testing.assert_close(roots, 1e3 * torch.eye(5).expand(2, 5, 5), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_matrices_of_one_element_and_stacks_of_none(method: Method) -> None:
+    torch.testing.assert_close(
+        root_of(torch.tensor([[16.0]]), -1 / 4, eps=1e-9, relative=True, method=method), torch.tensor([[0.5]])
+    )
+    roots, failed = inverse_roots(torch.empty(0, 3, 3), -1 / 4, eps=1e-6, relative=True, method=method)
+    assert (roots.shape, failed.shape) == ((0, 3, 3), (0,))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inverse roots: each matrix by itself
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_matrix_that_is_not_finite_fails_alone(method: Method, bad: float) -> None:
+    stack = random_stack(5, 16)
+    roots, failed = inverse_roots(stack, -1 / 4, eps=1e-6, relative=True, method=method)
+    assert not failed.any()
+    spoiled = stack.clone()
+    spoiled[2, 3, 7] = bad
+    found, failed = inverse_roots(spoiled, -1 / 4, eps=1e-6, relative=True, method=method)
+    assert failed.tolist() == [False, False, True, False, False]
+    assert torch.equal(found[2], torch.eye(16))
+    others = [0, 1, 3, 4]
+    assert torch.equal(found[others], roots[others])
+
+
+def test_a_decomposition_that_does_not_converge_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = random_stack(3, 8)
+    roots, _ = inverse_roots(stack, -1 / 4, eps=1e-6, relative=True, method="eigh")
+    eigh, calls = torch.linalg.eigh, []
+
+    def flaky(a: Tensor) -> object:
+        calls.append(a)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+        return eigh(a)
+
+    monkeypatch.setattr(module.torch.linalg, "eigh", flaky)
+    found, failed = inverse_roots(stack, -1 / 4, eps=1e-6, relative=True, method="eigh")
+    assert failed.tolist() == [False, True, False]
+    assert torch.equal(found[1], torch.eye(8))
+    assert torch.equal(found[::2], roots[::2])
+
+
+def test_a_root_that_overflows_fails() -> None:
+    a = torch.stack([torch.eye(4) * 1e-30, torch.eye(4)])
+    roots, failed = inverse_roots(a, -2.0, eps=1e-6, relative=True, method="eigh")
+    assert failed.tolist() == [True, False]
+    assert torch.equal(roots[0], torch.eye(4))
+
+
+@pytest.mark.parametrize(("method", "count"), [("eigh", 1), ("eigh", 2), ("newton", 1)])
+@pytest.mark.parametrize("n", [1, 5, 33, 130])
+def test_a_root_is_bitwise_the_same_in_any_stack(method: Method, count: int, n: int) -> None:
+    stack = random_stack(5, n)
+    with threads(count):
+        whole, _ = inverse_roots(stack, -1 / 4, eps=1e-6, relative=True, method=method)
+        for chosen in ([0], [3], [4, 1], [1, 2, 3]):
+            part, _ = inverse_roots(stack[chosen], -1 / 4, eps=1e-6, relative=True, method=method)
+            assert torch.equal(part, whole[chosen])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("relative", [True, False])
+def test_roots_are_symmetric_and_the_stack_is_left_alone(method: Method, relative: bool) -> None:
+    stack = random_stack(4, 20)
+    before = stack.clone()
+    roots, _ = inverse_roots(stack, -1 / 4, eps=1e-6, relative=relative, method=method)
+    assert torch.equal(stack, before)
+    assert torch.equal(roots, roots.mT)
+    strided = torch.empty(4, 20, 40)[:, :, ::2].copy_(stack)
+    again, _ = inverse_roots(strided, -1 / 4, eps=1e-6, relative=relative, method=method)
+    assert again.is_contiguous()
+    torch.testing.assert_close(again, roots, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Newton
+
+
+@pytest.mark.parametrize("p", [2, 4, 6, 8])
+def test_newton_agrees_with_eigh_on_moderately_conditioned_matrices(p: int) -> None:
+    for condition, tolerance in [(1e1, 1e-5), (1e3, 1e-5), (1e4, 1e-4), (1e6, 1e-2)]:
+        stack = torch.stack([conditioned(96, condition, seed) * 10.0**seed for seed in range(3)])
+        for relative in (True, False):
+            found, failed = inverse_roots(stack, -1 / p, eps=1e-6, relative=relative, method="newton")
+            wanted, _ = inverse_roots(stack, -1 / p, eps=1e-6, relative=relative, method="eigh")
+            assert not failed.any()
+            worst = max(error(a, b) for a, b in zip(found, wanted, strict=True))
+            assert worst <= tolerance, (p, condition, relative)
+
+
+@pytest.mark.parametrize("p", [2, 4, 6, 8])
+def test_newton_takes_singular_and_clustered_spectra_under_the_usual_ridge(p: int) -> None:
+    g = torch.randn(96, 6, generator=torch.Generator().manual_seed(1))
+    low_rank = g @ g.T
+    half = spectral(torch.cat([torch.ones(48), torch.full((48,), 1e-6)])).float()
+    flat = torch.eye(96)
+    for a in (low_rank, half, flat):
+        found = root_of(a, -1 / p, eps=1e-6, relative=True, method="newton")
+        assert error(found, relative_root(a, -1 / p, 1e-6)) <= 3e-2
+
+
+@pytest.mark.parametrize("p", [2, 4, 8])
+def test_newton_flags_what_it_cannot_do(p: int) -> None:
+    hopeless = spectral(torch.cat([torch.ones(48), torch.full((48,), -1e-3)])).float()  # not semidefinite
+    stack = torch.stack([conditioned(96, 1e2), hopeless, conditioned(96, 1e3)])
+    roots, failed = inverse_roots(stack, -1 / p, eps=1e-12, relative=False, method="newton")
+    assert failed.tolist() == [False, True, False]
+    assert torch.equal(roots[1], torch.eye(96))
+    assert roots.isfinite().all()
+
+
+@pytest.mark.parametrize("p", [2, 4, 8])
+@pytest.mark.parametrize("condition", [1e5, 1e7, 1e9, 1e12])
+def test_what_newton_does_not_flag_is_right(p: int, condition: float) -> None:
+    for seed in range(3):
+        a = conditioned(64, condition, seed)
+        roots, failed = inverse_roots(a[None], -1 / p, eps=1e-12, relative=False, method="newton")
+        assert failed.all() or error(roots[0], meta_root(a, -1 / p, 1e-12)) <= 0.1
+
+
+def test_newton_takes_exponents_of_an_integer_root_only() -> None:
+    for exponent in (-0.3, -2.0, -0.75):
+        with pytest.raises(ValueError, match=r"is not -1/p .* use \"eigh\""):
+            inverse_roots(torch.eye(2)[None], exponent, eps=1e-6, relative=True, method="newton")
+    inverse_roots(torch.eye(2)[None], -1 / 3, eps=1e-6, relative=True, method="newton")
+
+
+@pytest.mark.parametrize("p", [2, 4, 6, 8])
+@pytest.mark.parametrize("smallest", [1e-7, 1e-6, 1e-3, 0.5])
+def test_the_schedule_brings_every_eigenvalue_to_one(p: int, smallest: float) -> None:
+    x = torch.logspace(math.log10(smallest), 0, 2001, dtype=torch.float64)
+    for a, b in schedule(p, smallest):
+        x = x * (a - b * x) ** p
+        assert x.min() > 0
+        assert x.max() < 1 + 1e-9
+    assert float((x - 1).abs().max()) < 1e-6
+    assert len(schedule(p, smallest)) <= 14
+
+
+def test_newton_multiplies_in_full_precision_and_puts_the_setting_back() -> None:
+    before = torch.get_float32_matmul_precision()
+    a = conditioned(64, 1e4)[None]
+    wanted, _ = inverse_roots(a, -1 / 4, eps=1e-6, relative=True, method="newton")
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found, _ = inverse_roots(a, -1 / 4, eps=1e-6, relative=True, method="newton")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found, wanted)
+
+
+def test_the_method_follows_the_device_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_OPTIM_ROOTS", raising=False)
+    assert method_for(torch.device("cpu")) == "eigh"
+    assert method_for(torch.device("cuda")) == "newton"
+    for forced in METHODS:
+        monkeypatch.setenv("DS_OPTIM_ROOTS", forced)
+        assert method_for(torch.device("cpu")) == method_for(torch.device("cuda")) == forced
+    monkeypatch.setenv("DS_OPTIM_ROOTS", "svd")
+    with pytest.raises(ValueError, match="DS_OPTIM_ROOTS='svd' is not one of eigh, newton"):
+        method_for(torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Polar factors
+
+
+def wide_stack(count: int, short: int, long: int, seed: int = 0) -> Tensor:
+    """(count, short, long) fp32 of norm one."""
+    x = torch.randn(count, short, long, generator=torch.Generator().manual_seed(seed))
+    return x / x.norm(dim=(1, 2), keepdim=True)
+
+
+def coupled(x: Tensor, steps: int, beta: float) -> Tensor:
+    """SWAN's form: Y to (X X^T)^(1/2) and Z to its inverse, then Z X."""
+    identity = torch.eye(len(x), dtype=x.dtype)
+    y, z = x @ x.T, identity
+    for _ in range(steps):
+        t = 3 * identity - z @ y
+        y, z = beta * y @ t, beta * t @ z
+    return z @ x
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.8])
+def test_the_polar_form_is_the_coupled_form(beta: float) -> None:
+    for x in wide_stack(3, 12, 40).double():
+        found = newton_schulz(x[None], 10, beta)[0]
+        assert error(found, coupled(x, 10, beta)) <= 1e-10
+
+
+def test_beta_of_a_half_converges_to_the_polar_factor() -> None:
+    stack = wide_stack(3, 16, 48)
+    u, _, vt = torch.linalg.svd(stack.double(), full_matrices=False)
+    for found, wanted in zip(newton_schulz(stack, 20, 0.5), u @ vt, strict=True):
+        assert error(found, wanted) <= 1e-5
+
+
+def test_swans_beta_leaves_singular_values_within_its_bounds() -> None:
+    values = torch.linalg.svdvals(newton_schulz(wide_stack(8, 24, 96), 10, 0.8).double())
+    assert values.min() >= 0.563
+    assert values.max() <= 1.6 + 1e-5
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 10])
+def test_steps_are_steps_and_the_stack_is_left_alone(steps: int) -> None:
+    stack = wide_stack(3, 5, 9)
+    before = stack.clone()
+    wanted = stack.double()
+    for _ in range(steps):
+        wanted = 0.8 * (3 * wanted - wanted @ wanted.mT @ wanted)
+    found = newton_schulz(stack, steps, 0.8)
+    assert torch.equal(stack, before)
+    assert found.data_ptr() != stack.data_ptr()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_zero_matrix_stays_zero_and_a_transposed_stack_is_taken_as_it_is() -> None:
+    assert not newton_schulz(torch.zeros(2, 3, 4), 10, 0.8).any()
+    stack = wide_stack(3, 6, 11)
+    transposed = stack.mT.contiguous().mT
+    torch.testing.assert_close(newton_schulz(transposed, 10, 0.8), newton_schulz(stack, 10, 0.8), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (17, 40), (64, 64), (64, 1000), (129, 1025)])
+def test_a_polar_factor_is_bitwise_the_same_in_any_stack(count: int, shape: tuple[int, int]) -> None:
+    stack = wide_stack(6, *shape)
+    with threads(count):
+        whole = newton_schulz(stack, 10, 0.8)
+        for chosen in ([0], [5], [2, 4], [1, 2, 3], [0, 1, 2, 3, 5]):
+            assert torch.equal(newton_schulz(stack[chosen], 10, 0.8), whole[chosen])
+        assert torch.equal(newton_schulz(stack[3:5], 10, 0.8), whole[3:5])  # where they are in memory
+
+
+def test_a_matrix_that_is_not_finite_spoils_no_other_polar_factor() -> None:
+    stack = wide_stack(3, 8, 12)
+    spoiled = stack.clone()
+    spoiled[1, 2, 3] = math.nan
+    assert torch.equal(newton_schulz(spoiled, 10, 0.8)[::2], newton_schulz(stack, 10, 0.8)[::2])
