@@ -5,7 +5,7 @@ parameters are empty until they are gathered.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -140,17 +140,26 @@ def _by_name(roles: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]], r
     return found
 
 
-def warn_unclaimed(roles: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One warning that names every matrix whose blocks are only a fallback, one per output row; returns the names.
+def warn_unclaimed(
+    roles: Mapping[str, Role],
+    shapes: Mapping[str, tuple[int, ...]],
+    is_understood: Callable[[Role], bool],
+    consequence: str,
+) -> list[str]:
+    """One warning that names every matrix which an optimizer can only guess about; returns the names.
 
-    For blockwise optimizers to call once per model. Vectors are not a matter of rows.
+    For optimizers whose result depends on roles to call once per model. Vectors are not a matter of rows.
+
+    Args:
+        is_understood: whether a role says what the optimizer needs.
+        consequence: what it does with the others.
     """
-    unclaimed = [name for name, role in roles.items() if not role.is_understood and not is_vector(shapes[name])]
+    unclaimed = [name for name, role in roles.items() if not is_understood(role) and not is_vector(shapes[name])]
     if unclaimed:
         listed = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))} ({roles[name].kind})" for name in unclaimed)
         warnings.warn(
-            f"ds_optim does not know how to split {len(unclaimed)} parameter(s) into blocks and uses one block per "
-            f"output row: {listed}. Pass roles=model (or infer_roles(model)) if you have not, or say what they are: "
+            f"ds_optim does not know what {len(unclaimed)} parameter(s) are and {consequence}: {listed}. Pass "
+            "roles=model (or infer_roles(model)) if you have not, or say what they are: "
             'roles={"*.q_proj.weight": {"kind": "query", "head_dim": 64}, "*.my_matrix": "linear"}.',
             stacklevel=3,
         )

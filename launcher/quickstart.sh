@@ -2,7 +2,7 @@
 # Installs everything and trains a small Llama on two processes, with ZeRO-2, bf16 and Adam-mini:
 #
 #     bash launcher/quickstart.sh                                       about five minutes on two cores, after installation
-#     bash launcher/quickstart.sh --optimizer lion                      adamw, lion, adan or adam_mini
+#     bash launcher/quickstart.sh --optimizer lion                      adamw, lion, adan, adam_mini, shampoo or swan
 #     bash launcher/quickstart.sh --text my_notes/ --steps 500          anything else goes to launcher/train.py (see --help)
 #
 # Needs python3, pip and g++. NUM_PROCESSES, MASTER_PORT, OMP_NUM_THREADS and DS_ACCELERATOR may be set from outside.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-OPTIMIZERS = ("adamw", "lion", "adan", "adam_mini")  # configs/<name>_zero2.json
+OPTIMIZERS = ("adamw", "lion", "adan", "adam_mini", "shampoo", "swan")  # configs/<name>_zero2.json
 STAGES = (0, 1, 2, 3)
 
 

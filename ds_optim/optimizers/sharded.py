@@ -223,14 +223,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _on_bind(self) -> str:
         """Make what depends on the binding, on all ranks alike; what ranks must agree on beyond layouts, as a hash."""
         if self.rule.block_state:
-            self._warn_unclaimed()
+            shapes = {spec.name: spec.shape for one in self._bound.values() for spec in one.layout.parameters}
+            self._warn_unclaimed({name: self._roles[name] for name in shapes}, shapes)
             for tensor in self._bound:
                 self._runs_of(tensor)
         return ""
 
-    def _warn_unclaimed(self) -> None:
-        shapes = {spec.name: spec.shape for one in self._bound.values() for spec in one.layout.parameters}
-        warn_unclaimed({name: self._roles[name] for name in shapes}, shapes)
+    def _warn_unclaimed(self, roles: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Warn of parameters whose blocks are a guess."""
+        warn_unclaimed(roles, shapes, lambda role: role.is_understood, "makes every output row of them a block")
 
     @property
     def is_bound(self) -> bool:
@@ -260,7 +261,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not self._roles:
             shapes = {name: logical_shape(parameter) for parameter, name in self._names.items()}
             self._roles = resolve_roles(self._roles_given, shapes, dict(self._names))
-            warn_unclaimed(self._roles, shapes)
+            self._warn_unclaimed(self._roles, shapes)
         return self._roles
 
     def _runs_of(self, tensor: Tensor) -> Runs:

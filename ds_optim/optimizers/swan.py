@@ -72,7 +72,7 @@ def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float) -> Tensor:
 
 
 def _frobenius(stack: Tensor) -> Tensor:
-    """(B, 1, 1) norms, row by row first: with several threads one long sum would depend on how many matrices there are."""
+    """(B, 1, 1) norms, row by row first: with several threads a single long sum is split as the stack is large."""
     return stack.square().sum(2).sum(1).sqrt_().view(-1, 1, 1)
 
 

@@ -21,9 +21,11 @@ from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, state_beg
 from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, idle_parameters, row_major
 from ds_optim.optimizers.sharded import ShardedOptimizer, Together, dtype_of, raise_all
 from ds_optim.role import Role
+from ds_optim.roles import warn_unclaimed
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.exchange import PendingSum, Verdict
+from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan, make_plans
 from ds_optim.sharding.runs import held_spans
 from ds_optim.sharding.schedule import Bucket
@@ -146,6 +148,12 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._make_plans()
         return self._plans[0]
 
+    def _warn_unclaimed(self, roles: Mapping[str, Role], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        def is_understood(role: Role) -> bool:
+            return role.kind != "other" and not (role.kind == "fused" and not role.parts)
+
+        warn_unclaimed(roles, shapes, is_understood, "takes them for single (out, in) matrices, not for embeddings")
+
     def _forget_plans(self) -> None:
         self._plans.clear()
         self._planned.clear()
@@ -154,23 +162,35 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._verdicts.clear()
 
     def _on_bind(self) -> str:
-        super()._on_bind()
-        self._warn_unclaimed()
+        shapes = {spec.name: spec.shape for one in self._bound.values() for spec in one.layout.parameters}
+        self._warn_unclaimed({name: self._roles[name] for name in shapes}, shapes)
         self._forget_plans()
         self._make_plans()
         return "".join(plan.digest for plan in self._plans)
+
+    def plan_over(self, layouts: Sequence[Layout]) -> Plan:
+        """The plan for other ranks or another strategy, from shapes alone (see `ds_optim.sharding.predict`).
+
+        Args:
+            layouts: of the parameters that this optimizer was given, by the names that it was given.
+        """
+        return self._plans_over([(layout, None) for layout in layouts])[0][0]
+
+    def _plans_over(
+        self, layouts: Sequence[tuple[Layout, dist.ProcessGroup | None]]
+    ) -> list[tuple[Plan, tuple[int, ...]]]:
+        roles = self._roles_of_parameters()
+        specs = {spec.name: spec.shape for layout, _ in layouts for spec in layout.parameters}
+        tiles = {name: self.tiles(roles[name], shape) for name, shape in specs.items()}
+        stateless = not any(self.block_state(tile.shape) for of_one in tiles.values() for tile in of_one)
+        return make_plans(layouts, tiles, self.work, self.frequency, self.staggered, stateless)
 
     def _make_plans(self) -> None:
         if self._plans:
             return
         tensors = list(self._bound) or [tensor for group in self.param_groups for tensor in group["params"]]
         bounds = [self._bound_tensor(tensor) for tensor in tensors]
-        roles = self._roles_of_parameters()
-        specs = {spec.name: spec.shape for bound in bounds for spec in bound.layout.parameters}
-        tiles = {name: self.tiles(roles[name], shape) for name, shape in specs.items()}
-        stateless = not any(self.block_state(tile.shape) for of_one in tiles.values() for tile in of_one)
-        layouts = [(bound.layout, bound.group) for bound in bounds]
-        for plan, members in make_plans(layouts, tiles, self.work, self.frequency, self.staggered, stateless):
+        for plan, members in self._plans_over([(bound.layout, bound.group) for bound in bounds]):
             self._plans.append(plan)
             self._planned.update({tensors[member]: (plan, index) for index, member in enumerate(members)})
 

@@ -1,9 +1,9 @@
 """Who owns which block, and when its root is refreshed: decided from shapes, layouts and a cost model alone.
 
 Longest first: a block goes to the rank that holds most of it while that rank is at most at its share, otherwise to the
-rank that ends least loaded. "Loaded" is the worst of three: mean flops per step, bytes of state, and flops of the steps
-that share the block's refresh residue, so that staggered refreshes make no spike on any rank. Pure arithmetic, the same
-on every rank.
+rank that ends least loaded; afterwards the worst ranks exchange blocks with the least loaded ones. "Loaded" means the
+worst of mean flops per step, bytes of state, and flops of the steps that share a refresh residue, so that staggered
+refreshes make no spike on any rank. Pure arithmetic, the same on every rank.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from ds_optim.sharding.boxes import Box, Ints, elements_before
 from ds_optim.sharding.layout import Layout, Replicated
 
 Floats = NDArray[np.float64]
+
+_EVEN = 1.03  # of a fair share: good enough
+_EXCHANGES = 2000  # tries to get there
+_PARTNERS = 8  # ranks to exchange blocks with, the least loaded first
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,34 +132,36 @@ def assign(blocks: Sequence[Block], held: Sequence[Holding], world_size: int, fr
     """
     if world_size == 1 or not blocks:
         return [0] * len(blocks)
-    residues = frequency if any(block.work.refresh_flops for block in blocks) else 1
-    flops = np.array([block.work.step_flops + block.work.refresh_flops / residues for block in blocks])
-    peaks = np.array([block.work.refresh_flops for block in blocks])
-    state = np.array([float(block.work.state_bytes) for block in blocks])
-    offsets = np.array([block.offset for block in blocks])
-    # Shares: what every rank would have of each if nothing were lumpy. A share of 0 means that there is nothing to do.
-    share_flops = flops.sum() / world_size
-    share_state = state.sum() / world_size
-    share_peak = np.array([peaks[offsets == residue].sum() for residue in range(residues)]) / world_size
-
-    load_flops, load_state = np.zeros(world_size), np.zeros(world_size)
-    load_peak = np.zeros((residues, world_size))
-    owners = [0] * len(blocks)
-    for block in sorted(range(len(blocks)), key=lambda index: (-flops[index], -state[index], index)):
-        residue = offsets[block]
-        after_flops = (load_flops + flops[block]) / share_flops
-        after_state = (load_state + state[block]) / share_state if share_state else np.zeros(world_size)
-        base = share_flops + share_peak[residue]
-        after_peak = (load_flops + load_peak[residue] + flops[block] + peaks[block]) / base
-        worst = np.maximum(np.maximum(after_flops, after_state), after_peak)
-        owner = int(_best_holder(held[block], worst))
+    burden = _burdens([block.work for block in blocks], [block.offset for block in blocks], frequency, world_size)
+    loads = np.zeros((burden.shape[1], world_size))
+    owners = np.zeros(len(blocks), dtype=np.int64)
+    for block in sorted(range(len(blocks)), key=lambda index: (-burden[index, 0], -burden[index, 1], index)):
+        rows = [0, 1, 2 + blocks[block].offset % frequency]
+        after = loads[rows] + burden[block, rows][:, None]
+        worst = after.max(axis=0)
+        owner = _best_holder(held[block], worst)
         if owner < 0:
-            owner = int(np.lexsort((after_flops + after_state + after_peak, worst))[0])
+            owner = int(np.lexsort((after.sum(axis=0), worst))[0])
         owners[block] = owner
-        load_flops[owner] += flops[block]
-        load_state[owner] += state[block]
-        load_peak[residue, owner] += peaks[block]
-    return owners
+        loads[:, owner] += burden[block]
+    _even_out(burden, owners, loads)
+    return owners.tolist()  # type: ignore[no-any-return]
+
+
+def _burdens(works: Sequence[Work], offsets: Sequence[int], frequency: int, world_size: int) -> Floats:
+    """(blocks, 2 + frequency): every block's part of mean flops, of state, and of the flops of each residue's steps.
+
+    In units of a rank's fair share, so that a rank's worst sum tells how far it is from it. A share of nothing is 0.
+    """
+    steady = np.array([work.step_flops for work in works])
+    refresh = np.array([work.refresh_flops for work in works])
+    burden = np.zeros((len(works), 2 + frequency))
+    burden[:, 0] = steady + refresh / frequency
+    burden[:, 1] = [work.state_bytes for work in works]
+    burden[:, 2:] = steady[:, None]
+    burden[np.arange(len(works)), 2 + np.array(offsets) % frequency] += refresh
+    shares = burden.sum(axis=0) / world_size
+    return np.divide(burden, shares, out=np.zeros_like(burden), where=shares > 0)
 
 
 def _best_holder(held: Holding, load: Floats) -> int:
@@ -165,3 +171,37 @@ def _best_holder(held: Holding, load: Floats) -> int:
     counts = np.where(load[held.ranks] <= 1.0 + 1e-9, held.counts, 0)
     best = int(counts.argmax())
     return int(held.ranks[best]) if counts[best] else -1
+
+
+def _even_out(burden: Floats, owners: Ints, loads: Floats) -> None:
+    """Exchange blocks of the worst rank, or move them, while that makes the worse of two ranks better. In place."""
+    stuck: set[int] = set()
+    for _ in range(_EXCHANGES):
+        worst = loads.max(axis=0)
+        worst[list(stuck)] = 0
+        rank = int(worst.argmax())
+        if worst[rank] <= _EVEN:
+            return
+        row = int(loads[:, rank].argmax())
+        mine = np.flatnonzero(owners == rank)
+        for other in np.argsort(loads[row], kind="stable")[:_PARTNERS].tolist():
+            if other == rank:
+                continue
+            theirs = np.append(np.flatnonzero(owners == other), -1)  # -1: nothing comes back
+            back = np.vstack([burden[theirs[:-1]], np.zeros_like(burden[:1])])
+            change = back[None, :, :] - burden[mine][:, None, :]
+            after = np.maximum((loads[:, rank] + change).max(axis=2), (loads[:, other] - change).max(axis=2))
+            best = int(after.argmin())
+            if after.flat[best] < worst[rank] - 1e-6:
+                give, take = np.unravel_index(best, after.shape)
+                owners[mine[give]] = other
+                if theirs[take] >= 0:
+                    owners[theirs[take]] = rank
+                loads[:, rank] += change[give, take]
+                loads[:, other] -= change[give, take]
+                stuck.clear()
+                break
+        else:
+            stuck.add(rank)
+            if len(stuck) >= _PARTNERS:
+                return

@@ -1,0 +1,36 @@
+"""What DeepSpeed's ZeRO will make of parameter groups, from shapes alone: the layouts of a training that has not begun.
+
+What a running engine really has is read by `ds_optim.sharding.zero`, and a test holds the two against each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
+
+_START_ALIGNMENT = 2
+"""Elements per rank that ZeRO-1/2 pads a group to (`nccl_start_alignment_factor` in stage_1_and_2.py)."""
+
+
+def predicted_layouts(groups: Sequence[Sequence[ParameterSpec]], stage: int, world_size: int) -> list[Layout]:
+    """One layout per local tensor of a ZeRO stage, with DeepSpeed's default settings.
+
+    Args:
+        groups: the parameters of each parameter group, in order; empty groups are left out.
+        stage: 0 (every parameter whole on every rank), 1, 2 or 3 (one sub-group per parameter group).
+        world_size: data-parallel ranks.
+    """
+    filled = [tuple(group) for group in groups if group]
+    if stage == 0:
+        return [Replicated(spec, world_size) for group in filled for spec in group]
+    if stage == 3:
+        return [SlicedParameters(group, world_size) for group in filled]
+    layouts: list[Layout] = []
+    for group in filled:
+        ends = list(accumulate(spec.numel for spec in group))
+        alignment = _START_ALIGNMENT * world_size
+        padded = -(-ends[-1] // alignment) * alignment
+        layouts.append(FlatPartition(group, (0, *ends[:-1]), padded // world_size, world_size))
+    return layouts
