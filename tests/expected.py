@@ -13,6 +13,8 @@ from reference.adam_mini import adam_mini
 from reference.adamw import adamw
 from reference.adan import adan
 from reference.lion import lion
+from reference.shampoo import shampoo
+from reference.swan import swan
 
 HEAD_DIM = 6  # of OddLlama
 
@@ -50,8 +52,55 @@ def gradient(case: Case, name: str, shape: tuple[int, ...], step: int) -> Tensor
     return case.accumulation * constant_gradient(name, shape, step, case.seed)
 
 
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter of OddLlama is one for Shampoo and SWAN, by its name alone."""
+    adams = ("embed_tokens", "lm_head", "norm", "bias", "gain")
+    return len(shape) == 2 and not any(part in name for part in adams)
+
+
+def by_matrix_oracle(case: Case) -> dict[str, Tensor]:
+    """As `by_oracle` for a whole-matrix rule: Adam where there is no matrix."""
+    model = build_model(case)
+    params = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in params.items() if is_matrix(name, tuple(p.shape))}
+    others = {name: p for name, p in params.items() if name not in matrices}
+    decay = weight_decays(model, case)
+    options = {key: value for key, value in case.options.items() if not key.startswith("exchange_")}
+    if case.optimizer == "Shampoo":
+        betas = options.get("betas", (0.9, 0.95))
+        made = ds_optim.Shampoo(
+            [(name, nn.Parameter(p.float())) for name, p in matrices.items()], roles={"*": "linear"}, **case.options
+        )
+        offsets: dict[str, list[int]] = {}
+        for block in made.plan.blocks:  # in the order of the grid
+            offsets.setdefault(made.plan.layouts[block.tensor].parameters[0].name, []).append(block.offset)
+    state: dict[str, dict[str, Tensor]] = {}
+    adam_state: dict[str, dict[str, Tensor]] = {}
+    for step in range(1, case.steps + 1):
+        lr = learning_rate(step)
+        grads = {name: gradient(case, name, tuple(p.shape), step).double() for name, p in params.items()}
+        if case.optimizer == "Shampoo":
+            settings = {
+                "ridge": "relative",
+                "matrix_eps": 1e-6,
+                "start_preconditioning_step": options["precondition_frequency"],
+                "refresh": "staggered",
+                "offsets": offsets,
+                **options,
+                "weight_decay": decay,
+            }
+            shampoo(matrices, grads, state, step, lr=lr, **settings)
+        else:
+            betas = (0.9, 0.999)
+            swan(matrices, grads, state, step, lr=lr, axis="in", weight_decay=decay)
+        adamw(others, grads, adam_state, step, lr=lr, betas=betas, weight_decay=decay)
+    return {name: (matrices | others)[name].reshape(-1) for name in params}
+
+
 def by_oracle(case: Case) -> dict[str, Tensor]:
     """Flat fp64 parameters after the case's steps, by the textbook."""
+    if case.optimizer in ("Shampoo", "SWAN"):
+        return by_matrix_oracle(case)
     model = build_model(case)
     params = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}
     shapes = {name: tuple(p.shape) for name, p in params.items()}

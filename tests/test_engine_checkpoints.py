@@ -14,6 +14,7 @@ from engines import Case, engine_for, masters, train
 from pool import Pools
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+SHAMPOO = {"max_preconditioner_dim": 8, "precondition_frequency": 3}
 
 
 def interrupted(case: Case, folder: str) -> tuple[bool, set[str], list[int], list[int]]:
@@ -57,6 +58,12 @@ CASES = [
     Case("Adan", {}, stage=2, precision="bf16", zero=OFFLOAD),
     Case("AdamMini", {"weight_decay": 0.1}, stage=3, precision="bf16", zero={"sub_group_size": 300}),
     Case("ds_optim.Lion", {"weight_decay": 0.1}, stage=3, precision="fp32"),
+    Case("Shampoo", SHAMPOO, stage=0, precision="fp32"),
+    Case("Shampoo", SHAMPOO, stage=1, precision="bf16"),
+    Case("Shampoo", SHAMPOO, stage=2, precision="fp32", zero=OFFLOAD),
+    Case("Shampoo", SHAMPOO, stage=3, precision="bf16", zero={"sub_group_size": 300}),
+    Case("SWAN", {}, stage=2, precision="bf16"),
+    Case("SWAN", {}, stage=3, precision="fp32", zero=OFFLOAD),
 ]
 
 
@@ -67,6 +74,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(pool: Pools, case: Case,
         for entry in dtypes:
             key, dtype = entry.split()
             bf16 = "state_dtype" in case.options and key != "step"
-            assert dtype == ("torch.bfloat16" if bf16 else "torch.float32"), entry
+            whole = {"blocks": "torch.int64", "rooted": "torch.int32", "failures": "torch.int32"}
+            assert dtype == whole.get(key, "torch.bfloat16" if bf16 else "torch.float32"), entry
         assert set(counts) == {case.steps // 2}
         assert left_out == []

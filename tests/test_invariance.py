@@ -21,7 +21,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ds_optim.Lion": {"betas": [0.95, 0.98], "weight_decay": 0.1},
     "Adan": {"weight_decay": 0.02},
     "AdamMini": {"betas": [0.9, 0.95], "weight_decay": 0.1},
+    # Blocks of 8 straddle every boundary of these shapes; the buckets are small, so that there are several.
+    "Shampoo": {
+        "weight_decay": 0.05,
+        "max_preconditioner_dim": 8,
+        "precondition_frequency": 4,
+        "exchange_bucket_size": 300,
+    },
+    "SWAN": {"weight_decay": 0.05, "exchange_bucket_size": 600},
 }
+STEPS = {"Shampoo": 30}  # several refreshes of every block
+TOLERANCE = {"SWAN": 3e-6}  # of the fp64 textbook; ten steps of an iteration that lets small singular values grow
 STRATEGIES = ["0 fp32", "0 bf16", "1 fp32", "1 bf16", "1 bf16_optimizer", "2 fp32", "2 bf16", "3 fp32", "3 bf16"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -82,6 +92,7 @@ def case_of(row: list[Any], seed: int = 0) -> tuple[Case, int]:
         tied=values["tied"],
         frozen=values["frozen"],
         accumulation=values["accumulation"],
+        steps=STEPS.get(values["optimizer"], 10),
         seed=seed,
     )
     return case, values["ranks"]
@@ -94,7 +105,7 @@ def check(pool: Pools, case: Case, ranks: int) -> None:
     """The case on real ranks: against the oracle, against one process, and the model's weights against the masters."""
     reports = pool(ranks).run(run, case)
     found = assembled(reports)
-    assert distance(found, by_oracle(case)) <= 1e-6
+    assert distance(found, by_oracle(case)) <= TOLERANCE.get(case.optimizer, 1e-6)
     twin = by_one_process(case)
     if case.optimizer == "AdamMini":
         assert distance(found, twin) <= 1e-6

@@ -181,7 +181,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             name, parameter = entry if isinstance(entry, tuple) else (None, entry)
             if not isinstance(parameter, Tensor):
                 continue  # torch says so better
-            self._names[parameter] = canonical_name(name) if name else f"parameter {len(self._names)}"
+            self._names[parameter] = canonical_name(name) if name else self._name_of(parameter)
             if parameter.is_sparse or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 kind = "sparse" if parameter.is_sparse else str(parameter.dtype)
                 problems.append(f"{self._names[parameter]} is {kind}, not a dense fp32, bf16 or fp16 tensor")
@@ -193,6 +193,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise_all(problems, f"{type(self).__name__}")
         super().add_param_group(group)
         self._roles = {}
+
+    def _name_of(self, parameter: Tensor) -> str:
+        """What a parameter without a name is called: as in the model, if that was given as ``roles``."""
+        if isinstance(self._roles_given, torch.nn.Module):
+            for name, one in self._roles_given.named_parameters():
+                if one is parameter:
+                    return canonical_name(name)
+        return f"parameter {len(self._names)}"
 
     # -- binding ----------------------------------------------------------------------------------------------------
 

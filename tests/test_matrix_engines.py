@@ -1,0 +1,281 @@
+"""Shampoo and SWAN in real engines, where inputs are hard and where something goes wrong on one rank."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ds_optim
+from ds_optim.roles import canonical_name, logical_shape
+from engines import (
+    Case,
+    assembled,
+    build_model,
+    constant_gradient,
+    engine_for,
+    learning_rate,
+    masters,
+    state_bytes,
+    train,
+)
+from pool import Pools
+from test_invariance import OPTIONS
+
+BROKEN = "llama.model.layers.1.mlp.up_proj.weight"
+
+
+def hard(kind: str, name: str, grad: Tensor) -> Tensor:
+    """A gradient as training sometimes has it, in place of an ordinary one."""
+    if kind == "zero":
+        return torch.zeros_like(grad)
+    if kind == "tiny":
+        return grad * 2.0**-23
+    if kind == "huge":
+        return grad * 2.0**20
+    if kind == "zero row" and grad.dim() > 1:
+        return torch.cat([torch.zeros_like(grad[:1]), grad[1:]])
+    if kind == "rank one" and grad.dim() > 1:
+        return grad[:1] * (1 + torch.arange(len(grad)).view(-1, *(1 for _ in grad.shape[1:])) % 4)
+    if kind == "condition 1e12" and grad.dim() == 2:
+        return grad * 2.0 ** -(40 * torch.arange(len(grad)).view(-1, 1) // len(grad))
+    return grad
+
+
+KINDS = ["zero", "tiny", "huge", "zero row", "rank one", "condition 1e12"]
+
+
+def train_hard(case: Case, kind: str) -> dict[str, Any]:
+    with engine_for(case) as (engine, model, clock):
+        for name, parameter in model.named_parameters():
+            key, shape = canonical_name(name), logical_shape(parameter)
+
+            def replaced(grad: Tensor, key: str = key, shape: tuple[int, ...] = shape) -> Tensor:
+                return hard(kind, key, constant_gradient(key, shape, clock["step"], case.seed))
+
+            parameter.register_hook(replaced)
+        train(engine, case, clock, range(1, case.steps + 1))
+        return {"masters": masters(engine)}
+
+
+def by_one_process(case: Case, kind: str) -> dict[str, Tensor]:
+    model = build_model(case)
+    optimizer = getattr(ds_optim, case.optimizer)(ds_optim.param_groups(model, 0.0), roles=model, **case.options)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for step in range(1, case.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        for name, parameter in model.named_parameters():
+            parameter.grad = hard(kind, name, constant_gradient(name, tuple(parameter.shape), step, case.seed))
+        optimizer.step()
+    return {name: p.detach().reshape(-1) for name, p in model.named_parameters()}
+
+
+def plain(optimizer: str, **changes: Any) -> Case:
+    options = {key: value for key, value in OPTIONS[optimizer].items() if key != "weight_decay"}
+    return Case(optimizer, options, precision="fp32", **changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", ["Shampoo", "SWAN"])
+def test_hard_gradients_stay_finite_and_the_same_on_three_ranks(pool: Pools, optimizer: str, kind: str) -> None:
+    case = plain(optimizer, stage=3 if KINDS.index(kind) % 2 else 2, steps=13)
+    found = assembled(pool(3).run(train_hard, case, kind))
+    wanted = by_one_process(case, kind)
+    for name, values in wanted.items():
+        assert torch.isfinite(values).all(), name
+        assert torch.equal(values, found[name]), name
+    if kind == "zero":
+        start = {name: p.detach().reshape(-1) for name, p in build_model(case).named_parameters()}
+        assert all(torch.equal(start[name], values) for name, values in found.items())
+
+
+def change_gradient(engine: Any, change: Callable[[Tensor], None]) -> None:
+    """Let ``change`` edit this rank's part of the broken matrix's gradient in every step, behind DeepSpeed's back.
+
+    DeepSpeed would skip a step in which any rank has a NaN (docs/limits.md).
+    """
+    optimizer = engine.basic_optimizer
+
+    def edit(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                bound = optimizer._bound[tensor]
+                for fragment in bound.layout.fragments(bound.rank):
+                    if bound.layout.parameters[fragment.parameter].name == BROKEN and tensor.grad is not None:
+                        change(tensor.grad.view(-1).narrow(0, fragment.offset, fragment.numel))
+
+    optimizer.register_step_pre_hook(edit)
+
+
+def train_broken(case: Case, broken_rank: int) -> tuple[str, int, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """One rank gets a NaN for its last element of one matrix in step 6: the error, its step, the masters around it."""
+    with engine_for(case) as (engine, _, clock):
+
+        def breaks(grad: Tensor) -> None:
+            if clock["step"] == 6 and torch.distributed.get_rank() == broken_rank:
+                grad[-1] = float("nan")
+
+        change_gradient(engine, breaks)
+        train(engine, case, clock, range(1, 6))
+        before = masters(engine)
+        train(engine, case, clock, range(6, 7))
+        after = masters(engine)
+        message = "nothing was raised"
+        try:
+            train(engine, case, clock, range(7, 8))
+        except RuntimeError as error:
+            message = str(error)
+        raised_at = clock["step"]
+        if case.stage == 0:  # ZeRO's own wrappers do not survive an error in the middle of their step
+            train(engine, case, clock, range(8, 13))
+        return message, raised_at, before, after, masters(engine)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "stage", "ranks", "broken_rank"),
+    [("Shampoo", 0, 2, 1), ("Shampoo", 2, 3, 2), ("Shampoo", 3, 2, 0), ("SWAN", 3, 4, 1), ("SWAN", 1, 2, 1)],
+)
+def test_a_nan_on_one_rank_raises_on_all_one_step_later_and_its_block_stays(
+    pool: Pools, optimizer: str, stage: int, ranks: int, broken_rank: int
+) -> None:
+    case = plain(optimizer, stage=stage)
+    if stage == 0:  # the owner's copy counts, whoever it is
+        reports = next(
+            reports
+            for reports in (pool(ranks).run(train_broken, case, rank) for rank in range(ranks))
+            if reports[0][0] != "nothing was raised"
+        )
+    else:
+        reports = pool(ranks).run(train_broken, case, broken_rank)
+    messages = {report[0] for report in reports}
+    assert len(messages) == 1, messages
+    message = messages.pop()
+    assert BROKEN in message
+    assert "its gradient is not finite" in message
+    assert message.count("\n- ") == 1, "one block, named once, by its owner"
+    assert {report[1] for report in reports} == {7}
+    before, after, end = (assembled([{"masters": report[which]} for report in reports]) for which in (2, 3, 4))
+    shape = build_model(case).get_parameter(BROKEN).shape
+    ranges = re.search(r"\[(\d+):(\d+), (\d+):(\d+)\]", message)
+    assert ranges is not None
+    top, bottom, left, right = map(int, ranges.groups())
+    was, stayed, last = (found[BROKEN].view(shape) for found in (before, after, end))
+    assert torch.equal(was[top:bottom, left:right], stayed[top:bottom, left:right]), "the update was withheld"
+    assert (was != stayed).sum() == (0 if optimizer == "SWAN" else was.numel() - (bottom - top) * (right - left))
+    for values in end.values():
+        assert torch.isfinite(values).all(), "nothing of the NaN was kept"
+    if stage == 0:
+        assert not torch.equal(last[top:bottom, left:right], stayed[top:bottom, left:right]), "training goes on"
+
+
+def enlarge(grad: Tensor) -> None:
+    grad.mul_(1e25)
+
+
+def train_overflowing(case: Case) -> tuple[str, int]:
+    """Gradients whose squares overflow: factors are infinite, so that roots of this block fail at every refresh."""
+    with engine_for(case) as (engine, _, clock):
+        change_gradient(engine, enlarge)
+        for step in range(1, 30):
+            try:
+                train(engine, case, clock, range(step, step + 1))
+            except RuntimeError as error:
+                return str(error), step
+        return "nothing was raised", 0
+
+
+def test_three_failed_roots_in_a_row_are_an_error_on_all_ranks_that_names_the_blocks(pool: Pools) -> None:
+    case = plain("Shampoo", stage=2)
+    reports = pool(2).run(train_overflowing, case)
+    assert len(set(reports)) == 1
+    message, step = reports[0]
+    assert "3 root computations in a row failed" in message
+    assert f"{BROKEN}, block" in message
+    assert 12 <= step <= 4 + 3 * 4 + 1, "after the third refresh, every four steps"
+
+
+def kept_state(case: Case) -> dict[str, Any]:
+    with engine_for(case) as (engine, _, clock):
+        train(engine, case, clock, range(1, 6))
+        plan = engine.basic_optimizer.plan
+        blocks = [
+            (plan.layouts[tensor].parameters[parameter].name, index)
+            for tensor, state in enumerate(engine.basic_optimizer.state.values())
+            for parameter, index in state["blocks"].tolist()
+        ]
+        return {"blocks": blocks, "bytes": state_bytes(engine), "total": len(plan.blocks)}
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 4), (3, 3)])
+def test_every_block_has_its_state_on_one_rank_and_nothing_is_kept_twice(pool: Pools, stage: int, ranks: int) -> None:
+    case = plain("Shampoo", stage=stage)
+    reports = pool(ranks).run(kept_state, case)
+    alone = pool(1).run(kept_state, case)[0]
+    listed = [block for report in reports for block in report["blocks"]]
+    assert sorted(listed) == sorted(alone["blocks"])
+    assert len(set(listed)) == len(listed) == alone["total"]
+    keys = [key for key in alone["bytes"] if key not in ("step", "exp_avg", "exp_avg_sq")]
+    for key in keys:
+        assert sum(report["bytes"].get(key, 0) for report in reports) == alone["bytes"][key], key
+    owned = [sum(report["bytes"].get(key, 0) for key in keys) for report in reports]
+    assert max(owned) <= 1.10 * sum(owned) / ranks
+
+
+def full_state(case: Case, folder: str) -> tuple[dict[str, Any], bool]:
+    """The state dict of every rank at ZeRO-0, and whether a resumed run is the uninterrupted one."""
+    with engine_for(case) as (engine, _, clock):
+        train(engine, case, clock, range(1, 8))
+        state = copy.deepcopy(engine.basic_optimizer.state_dict())
+        engine.save_checkpoint(folder)
+        train(engine, case, clock, range(8, 13))
+        wanted = masters(engine)
+    with engine_for(case) as (engine, _, clock):
+        engine.load_checkpoint(folder)
+        train(engine, case, clock, range(8, 13))
+        found = masters(engine)
+    same = all(torch.equal(a[2], b[2]) for name in wanted for a, b in zip(wanted[name], found[name], strict=True))
+    return state["state"], same
+
+
+def test_at_zero_0_a_state_dict_has_every_owners_blocks_as_one_process_would(pool: Pools, tmp_path: Path) -> None:
+    case = plain("Shampoo", stage=0)
+    for ranks in (1, 3):
+        (tmp_path / str(ranks)).mkdir()
+    reports = pool(3).run(full_state, case, str(tmp_path / "3"))
+    alone = pool(1).run(full_state, case, str(tmp_path / "1"))[0][0]
+    for state, same in reports:
+        assert same, "resumed"
+        assert state.keys() == alone.keys()
+        for key, values in state.items():
+            assert values.keys() == alone[key].keys()
+            for name, value in values.items():
+                assert torch.equal(value, alone[key][name]), (key, name)
+
+
+def load_anothers(case: Case, folder: str) -> str:
+    with engine_for(case) as (engine, _, clock):
+        train(engine, case, clock, range(1, 3))
+        optimizer = engine.basic_optimizer
+        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        torch.save(optimizer.state_dict(), Path(folder) / f"{rank}.pt")
+        torch.distributed.barrier()
+        other = torch.load(Path(folder) / f"{(rank + 1) % ranks}.pt", weights_only=False)
+        try:
+            optimizer.load_state_dict(other)
+        except ValueError as error:
+            return str(error)
+        return "loaded"
+
+
+def test_another_ranks_blocks_are_refused(pool: Pools, tmp_path: Path) -> None:
+    case = plain("Shampoo", stage=1)
+    for message in pool(2).run(load_anothers, case, str(tmp_path)):
+        assert "another rank's blocks" in message or "another number of ranks" in message, message
