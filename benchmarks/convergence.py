@@ -128,7 +128,7 @@ RECIPES = {
         aim="<= 0.7",
         limits=(0.0, 0.7),
     ),
-    "SWAN": Recipe((3e-3, 6e-3, 1.2e-2), 0.0, {"alpha": 1.0}, aim="<= 0.5", limits=(0.0, 0.5)),
+    "SWAN": Recipe((1.5e-3, 3e-3, 6e-3), 0.0, {"alpha": 1.0}, aim="<= 0.5", limits=(0.0, 0.5)),
 }
 AXES = ("in", "out", "long")
 

@@ -3,8 +3,8 @@
     python benchmarks/full_matrix.py [--markdown docs/results/full_matrix.md]
 
 The suite runs a covering array of more factors (tests/test_invariance.py); this is the full matrix of the four that
-matter most, each on real DeepSpeed engines: ten steps (Shampoo thirty, over several refreshes) with a changing learning
-rate on constant gradients. Exit status 1 if a case is off by more than 1e-6 of the textbook in fp64 (SWAN 3e-6), or if a
+matter most, each on real DeepSpeed engines: ten steps (Shampoo thirty, over several refreshes) with a changing
+learning rate on constant gradients. Exit status 1 if a case is off by more than 1e-6 of the textbook in fp64 (SWAN 3e-6), or if a
 rule other than Adam-mini is not bitwise what one process computes.
 """
 
@@ -51,7 +51,9 @@ def main() -> int:
         found = assembled(_pools(ranks).run(run, case))
         gap, twin = distance(found, by_oracle(case)), by_one_process(case)
         bitwise = all(torch.equal(values, found[name]) for name, values in twin.items())
-        good = gap <= TOLERANCE.get(optimizer, 1e-6) and (bitwise or (optimizer == "AdamMini" and distance(found, twin) <= 1e-6))
+        good = gap <= TOLERANCE.get(optimizer, 1e-6) and (
+            bitwise or (optimizer == "AdamMini" and distance(found, twin) <= 1e-6)
+        )
         failures += not good
         rows.setdefault((optimizer, strategy), {})[ranks] = (
             f"{'=' if bitwise else '~'} {gap:.0e}{'' if good else ' FAIL'}"

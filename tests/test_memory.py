@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import ds_optim
 from engines import Case, state_bytes
 from pool import Pools
 
@@ -102,3 +104,46 @@ def test_the_measurement_sees_temporaries(pool: Pools) -> None:
     """Plain torch operations allocate a piece at a time: the same measurement must notice."""
     for report in pool(1).run(measure_eager, Case("ds_optim.AdamW", stage=2, precision="bf16")):
         assert report["peak"] > 0.01 * report["partition"]
+
+
+MATRICES: dict[str, dict[str, Any]] = {
+    "Shampoo": {"max_preconditioner_dim": 64, "exchange_bucket_size": 40_000},
+    "SWAN": {"exchange_bucket_size": 60_000},
+}
+
+
+def measure_matrices(case: Case) -> dict[str, Any]:
+    """As `measure`, with the elements of the largest stack and block that this rank computed."""
+    cls = getattr(ds_optim, case.optimizer)
+    largest = [0]
+    update = cls.update
+
+    def watched(self: Any, group: Any, stack: Any) -> Any:
+        largest.append(len(stack) * max(math.prod(stack.shape), max(stack.shape) ** 2))
+        return update(self, group, stack)
+
+    cls.update = watched
+    try:
+        report = measure(case)
+    finally:
+        cls.update = update
+    return {**report, "stack": max(largest)}
+
+
+@pytest.mark.parametrize("optimizer", list(MATRICES))
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 4), (0, 3)])
+def test_a_matrix_step_takes_four_buckets_and_four_stacks(pool: Pools, optimizer: str, stage: int, ranks: int) -> None:
+    case = Case(optimizer, MATRICES[optimizer], stage=stage, precision="fp32")
+    largest_block = 64 * 64 if optimizer == "Shampoo" else 128 * 344
+    for report in pool(ranks).run(measure_matrices, case):
+        bucket = max(MATRICES[optimizer]["exchange_bucket_size"], largest_block)
+        allowed = 4 * 4 * bucket + 4 * 4 * report["stack"]
+        print(report["peak"], allowed, report["stack"])
+        assert 0 < report["peak"] <= allowed
+        assert allowed < 4 * report["total"], "the bound must be able to fail"
+
+
+def test_swan_keeps_nothing_for_matrices(pool: Pools) -> None:
+    reports = pool(2).run(measure, Case("SWAN", stage=2, precision="bf16"))
+    kept = sum(size for report in reports for key, size in report["state"].items() if key != "step")
+    assert kept == 8 * (2 * 1000 * 128 + (2 * 4 + 1) * 128), "Adam's two values for each element that is no matrix"

@@ -5,11 +5,10 @@ The "update" of a block is its gradient plus the block's number, so that a block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -227,8 +226,7 @@ def one_owner(world_size: int) -> list[list[float]]:
             def apply(piece: Piece, update: Tensor, result: Tensor = result) -> None:
                 result.copy_(update)
 
-            gradient_of: Callable[[Piece], Any] = lambda piece: torch.arange(4.0)  # noqa: E731
-            pipeline.run(moved.schedule([0], rank, 100), wire, gradient_of, compute, apply)
+            pipeline.run(moved.schedule([0], rank, 100), wire, lambda piece: torch.arange(4.0), compute, apply)
             found.append(result.tolist())
     return found
 
