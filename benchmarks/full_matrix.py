@@ -4,8 +4,8 @@
 
 The suite runs a covering array of more factors (tests/test_invariance.py); this is the full matrix of the four that
 matter most, each on real DeepSpeed engines: ten steps (Shampoo thirty, over several refreshes) with a changing
-learning rate on constant gradients. Exit status 1 if a case is off by more than 1e-6 of the textbook in fp64 (SWAN 3e-6), or if a
-rule other than Adam-mini is not bitwise what one process computes.
+learning rate on constant gradients. Exit status 1 if a case is off by more than 1e-6 of the textbook in fp64 (SWAN
+3e-6), or if a rule other than Adam-mini is not bitwise what one process computes.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def main() -> int:
         arguments.markdown.write_text(
             "# The full matrix\n\n"
             "`=`: bitwise what one process computes on whole parameters; `~`: within 1e-6 of it. The number: largest "
-            "difference from the textbook oracle in fp64, in units of 1 + |parameter|, after ten steps (Shampoo: thirty).\n\n"
+            "difference from the textbook oracle in fp64, in units of 1 + |parameter|, after ten steps (Shampoo: "
+            "thirty).\n\n"
             + "\n".join(table)
             + f"\n\n{len(cases) - failures} of {len(cases)} cases hold. `python benchmarks/full_matrix.py`, "
             f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "

@@ -274,9 +274,9 @@ REFUSALS = (
         "checkpoint.load_universal knows Adam's state only: set it to false",
     ),
     Refusal(
-        lambda config, cls: bool(cls.rule.block_state) and config.tensor_parallel_config.autotp_size > 1,
-        "a blockwise optimizer needs whole heads and rows, tensor parallelism (AutoTP) hands out slices of them: "
-        "use AdamW, Lion or Adan, or set tensor_parallel.autotp_size to 1",
+        lambda config, cls: not cls.is_elementwise and config.tensor_parallel_config.autotp_size > 1,
+        "an optimizer of blocks needs whole heads, rows and matrices, tensor parallelism (AutoTP) hands out slices "
+        "of them: use AdamW, Lion or Adan, or set tensor_parallel.autotp_size to 1",
     ),
 )
 

@@ -73,6 +73,7 @@ class AdamMini(ShardedOptimizer):
     """
 
     rule = Rule("adam_mini", adam_mini_update, element_state=("exp_avg",), block_state=("exp_avg_sq",))
+    is_elementwise = False
 
     def __init__(
         self,

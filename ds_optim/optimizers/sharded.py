@@ -91,6 +91,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
+    is_elementwise = True  # otherwise it needs whole rows, heads or matrices
     num_betas = 2
     accumulates = False  # whether the last beta may be 1
 

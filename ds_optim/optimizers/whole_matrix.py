@@ -55,6 +55,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     """
 
     rule = Rule("adamw", adamw_update, element_state=("exp_avg", "exp_avg_sq"))
+    is_elementwise = False
     structure: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -77,6 +78,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         super()._start(roles, state_dtype)
         self._plans: list[Plan] = []
         self._planned: dict[Tensor, tuple[Plan, int]] = {}
+        self._matrices: dict[Tensor, frozenset[int]] = {}
         self._begins: dict[Tensor, dict[int, dict[str, int]]] = {}
         self._schedules: dict[tuple[int, ...], list[Bucket]] = {}
         self._verdicts: dict[tuple[int, ...], tuple[Verdict, Plan, list[Suspects], dist.ProcessGroup | None]] = {}
@@ -157,6 +159,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     def _forget_plans(self) -> None:
         self._plans.clear()
         self._planned.clear()
+        self._matrices.clear()
         self._begins.clear()
         self._schedules.clear()
         self._verdicts.clear()
@@ -213,10 +216,11 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     def _fallback_spans(self, tensor: Tensor, idle: frozenset[int] = frozenset()) -> list[tuple[int, int, int]]:
         """What Adam steps of a tensor, as ``(start, length, has_grad)``."""
-        plan, index = self._plan_of(tensor)
+        if tensor not in self._matrices:
+            plan, index = self._plan_of(tensor)
+            self._matrices[tensor] = frozenset(plan.blocks[block].parameter for block in plan.of_tensor(index))
         bound = self._bound_tensor(tensor)
-        matrices = frozenset(plan.blocks[block].parameter for block in plan.of_tensor(index))
-        return held_spans(bound.layout, bound.rank, idle, matrices)
+        return held_spans(bound.layout, bound.rank, idle, self._matrices[tensor])
 
     def _state_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
         plan, _ = self._plan_of(tensor)

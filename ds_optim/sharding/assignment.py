@@ -161,7 +161,7 @@ def _burdens(works: Sequence[Work], offsets: Sequence[int], frequency: int, worl
     burden[:, 2:] = steady[:, None]
     burden[np.arange(len(works)), 2 + np.array(offsets) % frequency] += refresh
     shares = burden.sum(axis=0) / world_size
-    return np.divide(burden, shares, out=np.zeros_like(burden), where=shares > 0)
+    return burden / np.where(shares > 0, shares, 1.0)
 
 
 def _best_holder(held: Holding, load: Floats) -> int:
