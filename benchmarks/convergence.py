@@ -467,6 +467,8 @@ def _summary(tables: dict[str, list[Record]], base: Record) -> list[str]:
         share = math.inf if reached is None else reached / base.tokens
         low, high = RECIPES[name].limits
         verdict = ("met" if low <= share <= high else "missed") if RECIPES[name].aim else ""
+        if verdict and len(runs) < 3:
+            verdict += " so far"
         lines.append(
             f"| {name} | {chosen.run.lr:g}{'' if is_bracketed(runs) else ' (edge)'} | {chosen.final_loss:.4f} | "
             f"{chosen.final_loss - base.final_loss:+.4f} | {_count(reached)} | "
@@ -507,10 +509,13 @@ def _reading(records: dict[Run, Record], tables: dict[str, list[Record]], base: 
         f"The best learning rate lies between worse ones for {', '.join(bracketed) or 'none'}."
         + (f" It is the smallest or largest one tried for {', '.join(edges)}: better ones may exist." if edges else "")
     )
+    few = [f"{name} ({len(tables.get(name, []))})" for name in RECIPES if len(tables.get(name, [])) < 3]
+    if few:
+        sentences.append(f"Not finished: fewer than three learning rates (how many) of {', '.join(few)}.")
     sentences.append(
-        f"{len(tables[BASE])} learning rates, a factor of two apart, and one weight decay: {BASE} could be tuned "
-        "further (betas, decay, schedule), and so could the others. The model is tiny, the training short and the "
-        "batches are small; nothing here says that the shares hold at the size of real models."
+        f"{BASE} had {len(tables[BASE])} learning rates, a factor of two apart, and one weight decay: it could be "
+        "tuned further (betas, decay, schedule), and so could the others. The model is tiny, the training short and "
+        "the batches are small; nothing here says that the shares hold at the size of real models."
     )
     sources = sorted({record.content["source"] for record in records.values()})
     if len(sources) > 1:
@@ -593,7 +598,7 @@ def draw(records: dict[Run, Record], path: Path) -> None:
     for name, runs in tables.items():
         record = best(runs)
         points = [(tokens / 1e6, loss) for tokens, _, loss in record.curve[1:]]
-        highest = max(highest, points[1][1] if len(points) > 1 else target)
+        highest = max(highest, points[len(points) // 6][1])
         curves.plot(
             *zip(*points, strict=True), color=colors[name], label=f"{name}, lr {record.run.lr:g}", linewidth=1.8
         )

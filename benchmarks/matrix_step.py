@@ -165,6 +165,8 @@ def theirs(module: str, name: str, **settings: Any) -> Callable[[dict[str, torch
         if module == "heavyball":
             imported.utils.compile_mode = HEAVYBALL_MODE[0]
         kind = getattr(imported, name)
+        if (module, name) == ("pytorch_optimizer", "Muon"):
+            return kind([{"params": list(parameters.values()), "use_muon": True}], **settings).step
         return kind(list(parameters.values()), **settings).step
 
     return build

@@ -74,7 +74,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(pool: Pools, case: Case,
         for entry in dtypes:
             key, dtype = entry.split()
             bf16 = "state_dtype" in case.options and key != "step"
-            whole = {"blocks": "torch.int64", "rooted": "torch.int32", "failures": "torch.int32"}
+            whole = {"blocks": "torch.int64", **dict.fromkeys(("rooted", "failures", "waiting"), "torch.int32")}
             assert dtype == whole.get(key, "torch.bfloat16" if bf16 else "torch.float32"), entry
         assert set(counts) == {case.steps // 2}
         assert left_out == []

@@ -31,6 +31,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -98,34 +99,65 @@ def inverse_roots(
 
 
 def _eigh(stack: Tensor, exponent: float, eps: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """By eigendecomposition in fp64; the workspace is that of one matrix."""
+    """By eigendecomposition in fp64, matrix by matrix: the workspace is that of one matrix per thread.
+
+    On CPU every matrix has one thread, several matrices at a time: a decomposition of these sizes gains nothing from a
+    second thread, suffers from a busy one, and would round differently.
+    """
     roots = torch.empty_like(stack, memory_format=torch.contiguous_format)
-    failed = torch.empty(len(stack), dtype=torch.bool, device=stack.device)
-    identity = torch.eye(stack.shape[-1], dtype=torch.float64, device=stack.device)
-    for index, single in enumerate(stack):
-        a = single.double()
-        a = (a + a.mT).mul_(0.5)
-        valid = a.isfinite().all()
-        zero = (a == 0).all() & relative
-        a = torch.where(valid & ~zero, a, identity)
-        if not relative:
-            a.diagonal().add_(eps)
-        try:
-            eigenvalues, q = torch.linalg.eigh(a)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            roots[index], failed[index] = identity, True
-            continue
-        ridge = torch.full_like(eigenvalues[-1], eps)
-        if relative:
-            ridge = eps * eigenvalues[-1]
-            eigenvalues = eigenvalues + ridge
-        eigenvalues = eigenvalues + (ridge - eigenvalues[0]).clamp_min(0)
-        root = torch.matmul(q * eigenvalues.pow(exponent), q.mT, out=a)
-        root = (root + root.mT).mul_(0.5).to(stack.dtype)
-        valid &= root.isfinite().all()
-        roots[index] = torch.where(valid & ~zero, root, identity.to(stack.dtype))
-        failed[index] = ~valid
+    largest = stack.abs().amax((-2, -1)) if stack.numel() else stack.new_zeros(len(stack))
+    failed = ~largest.isfinite()
+    trivial = failed | ((largest == 0) & relative)
+    identity = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+
+    def decompose(index: int) -> None:
+        roots[index], overflowed = _eigh_root(
+            torch.where(trivial[index], identity, stack[index]), exponent, eps, relative
+        )
+        failed[index] |= overflowed
+        roots[index] = torch.where(trivial[index] | overflowed, identity, roots[index])
+
+    threads = torch.get_num_threads()
+    if stack.device.type != "cpu" or threads == 1:
+        for index in range(len(stack)):
+            decompose(index)
+        return roots, failed
+
+    def alone(index: int) -> None:
+        torch.set_num_threads(1)  # of this worker; the linear algebra library's is everybody's, and restored below
+        decompose(index)
+
+    try:
+        torch.set_num_threads(1)
+        list(_workers(threads).map(alone, range(len(stack))))
+    finally:
+        torch.set_num_threads(threads)
     return roots, failed
+
+
+@functools.cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "ds_optim roots")
+
+
+def _eigh_root(a: Tensor, exponent: float, eps: float, relative: bool) -> tuple[Tensor, Tensor]:
+    """The root of one finite matrix, fp32, and whether there is none: no convergence, or an element overflows."""
+    n = len(a)
+    matrix = a.double()  # one triangle is read
+    if not relative:
+        matrix.diagonal().add_(eps)
+    try:
+        eigenvalues, q = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return a, torch.ones((), dtype=torch.bool, device=a.device)
+    ridge = torch.full_like(eigenvalues[-1], eps)
+    if relative:
+        ridge = eps * eigenvalues[-1]
+        eigenvalues = eigenvalues + ridge
+    eigenvalues = eigenvalues + (ridge - eigenvalues[0]).clamp_min(0)
+    product = torch.mm(q * eigenvalues.pow(exponent), q.mT, out=matrix.view(n, n)).to(a.dtype)
+    root = (product + product.mT).mul_(0.5)
+    return root, ~root.abs().amax().isfinite() if n else torch.zeros((), dtype=torch.bool)
 
 
 def _newton(stack: Tensor, p: int, eps: float, relative: bool) -> tuple[Tensor, Tensor]:

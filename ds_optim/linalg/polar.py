@@ -46,8 +46,8 @@ def newton_schulz(stack: Tensor, steps: int, beta: float) -> Tensor:
         x_BSL, y_BSL = (spare, other) if steps % 2 else (other, spare)  # the last step writes to `other`
         x_BSL.copy_(stack[begin : begin + size])
         for _ in range(steps):
-            torch.bmm(x_BSL, x_BSL.mT, out=w_BSS)
-            w_BSS.mul_(-beta).diagonal(dim1=-2, dim2=-1).add_(3 * beta)
+            torch.baddbmm(w_BSS, x_BSL, x_BSL.mT, beta=0, alpha=-beta, out=w_BSS)  # what is in w counts for nothing
+            w_BSS.diagonal(dim1=-2, dim2=-1).add_(3 * beta)
             torch.bmm(w_BSS, x_BSL, out=y_BSL)
             x_BSL, y_BSL = y_BSL, x_BSL
         if other is not result:

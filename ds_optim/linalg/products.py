@@ -51,7 +51,7 @@ def apply_along(matrices: Tensor, stack: Tensor, axis: int) -> Tensor:
 
 def block_norms(stack: Tensor) -> Tensor:
     """(B,) Euclidean norms of blocks, axis by axis: one long sum would be split differently for different B."""
-    squares = stack.square()
-    while squares.dim() > 1:
-        squares = squares.sum(-1)
-    return squares.sqrt_()
+    norms: Tensor = torch.linalg.vector_norm(stack, dim=-1)
+    while norms.dim() > 1:
+        norms = torch.linalg.vector_norm(norms, dim=-1)
+    return norms

@@ -63,7 +63,8 @@ class Shampoo(WholeMatrixOptimizer):
         precondition_frequency: steps from one root of a block to its next.
         start_preconditioning_step: before it every block takes its graft's step. Unset: ``precondition_frequency``, or
             1 without a graft, which needs a root from the start.
-        graft: "adam", or None for the preconditioned momentum as it is.
+        graft: "adam", or None for the preconditioned momentum as it is. Without it a block whose gradient is zero in
+            the first step has the root of the ridge alone until its next refresh: refresh in every step, as the paper.
         graft_beta2: decay of the second moment of the graft and of that Adam. Unset: ``betas[1]``, or 0.999 if that
             is 1.
         exponent: of every axis's factor. Unset: -1/(2 k) for blocks with k axes.
@@ -138,6 +139,10 @@ class Shampoo(WholeMatrixOptimizer):
     def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
         super()._start(roles, state_dtype)
         self._retries: dict[Any, HostCopy] = {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._retries.clear()
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
@@ -214,6 +219,7 @@ class Shampoo(WholeMatrixOptimizer):
             state[f"root_{axis}"] = ((size, size), torch.float32)
         state["rooted"] = ((), torch.int32)  # 1 from the first root on; until then the block takes its graft's step
         state["failures"] = ((), torch.int32)  # root computations in a row that failed
+        state["waiting"] = ((), torch.int32)  # 1 if the root is to be decomposed in the next step
         return state
 
     def work(self, shape: tuple[int, ...]) -> Work:
@@ -261,19 +267,22 @@ class Shampoo(WholeMatrixOptimizer):
         exponent = group["exponent"] or -0.5 / len(stack.shape)
         method = method_for(stack.grads.device) if float(-1 / exponent).is_integer() else "eigh"
         flags = torch.zeros_like(stack.good)
-        last = self._retries.pop(stack.identity, None)
-        for index in [] if last is None else [index for index, failed in enumerate(last.read()) if failed]:
-            single = slice(index, index + 1)
-            flags[single] = _count(stack, single, _take_roots(group, stack, single, exponent, "eigh"))
-        due = self._due(stack)
+        due, waiting = self._due(stack), stack.state["waiting"]
+        if method == "newton":
+            last = self._retries.get(stack.identity) or HostCopy(waiting)  # a fresh or resumed run looks once
+            for index in [index for index, is_waiting in enumerate(last.read()) if is_waiting]:
+                single = slice(index, index + 1)
+                flags[single] = _count(stack, single, _take_roots(group, stack, single, exponent, "eigh"))
+                waiting[single] = 0
         if due.start < due.stop:
             failed = _take_roots(group, stack, due, exponent, method)
             if method == "eigh":
                 flags[due] = _count(stack, due, failed)
             else:
-                waiting = torch.zeros_like(stack.good)
-                waiting[due] = failed
-                self._retries[stack.identity] = HostCopy(waiting)
+                stack.state["failures"][due] *= failed  # a root that was found ends the row of failures
+                waiting[due] = failed.to(waiting.dtype)
+        if method == "newton":
+            self._retries[stack.identity] = HostCopy(waiting)
         return flags
 
     def _due(self, stack: Stack) -> slice:
@@ -300,13 +309,14 @@ def _take_roots(group: Mapping[str, Any], stack: Stack, which: slice, exponent: 
     correction = 1.0 if beta2 == 1 else 1 - beta2**stack.step
     eps = group["matrix_eps"] or (1e-6 if relative else 1e-12)
     failed = torch.zeros_like(stack.good[which])
-    found = []
-    for axis in range(len(stack.shape)):
-        factors = stack.state[f"factor_{axis}"][which] / correction
+    found: dict[int, Tensor] = {}
+    for size in dict.fromkeys(stack.shape):  # axes of one length share a stack
+        axes = [axis for axis, its in enumerate(stack.shape) if its == size]
+        factors = torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction)
         roots, failed_here = inverse_roots(factors, exponent, eps=eps, relative=relative, method=method)
-        failed = failed | failed_here
-        found.append(roots)
-    for axis, roots in enumerate(found):
+        failed = failed | failed_here.view(len(axes), -1).any(0)
+        found.update(zip(axes, roots.chunk(len(axes)), strict=True))
+    for axis, roots in found.items():
         kept = stack.state[f"root_{axis}"][which]
         torch.where(failed.view(-1, 1, 1), kept, roots, out=kept)
     stack.state["rooted"][which] |= (~failed).to(torch.int32)

@@ -166,7 +166,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 for position, beta in enumerate(betas):
                     highest = cls.accumulates and position == cls.num_betas - 1 and beta == 1
                     if isinstance(beta, bool) or not isinstance(beta, Real) or not (0 <= float(beta) < 1 or highest):
-                        problems.append(f"every beta must lie in [0, 1), not {beta!r}")
+                        last = ", the last in [0, 1]" if cls.accumulates else ""
+                        problems.append(f"every beta must lie in [0, 1){last}, not {beta!r}")
         return problems
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

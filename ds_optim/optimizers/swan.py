@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.linalg.polar import newton_schulz
+from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.block_step import Stack
 from ds_optim.optimizers.launch import StateSpec
 from ds_optim.optimizers.matrix_roles import is_matrix, true_matrices
@@ -33,7 +34,7 @@ from ds_optim.role import Role, matrix_view
 from ds_optim.sharding.assignment import Tile, Work
 
 NORM_AXES = ("in", "out", "long")
-_DEAD = 1e-6  # a row whose deviation is below this part of the largest has none: rounding would be blown up
+_DEAD = 1e-6  # a deviation below this part of the largest one, or of its own mean, is rounding
 
 
 def grad_norm_(grads: Tensor, dim: int) -> Tensor:
@@ -47,9 +48,9 @@ def grad_norm_(grads: Tensor, dim: int) -> Tensor:
         dim: 1 or 2.
     """
     grads.div_(grads.abs().amax((1, 2), keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny))
-    grads.sub_(grads.mean(dim, keepdim=True))
-    deviation = grads.square().mean(dim, keepdim=True).sqrt_()
-    alive = deviation > _DEAD * deviation.amax((1, 2), keepdim=True)
+    mean = grads.mean(dim, keepdim=True)
+    deviation = grads.sub_(mean).square().mean(dim, keepdim=True).sqrt_()
+    alive = deviation > _DEAD * torch.maximum(mean.abs_(), deviation.amax((1, 2), keepdim=True))
     return grads.mul_(torch.where(alive, deviation.reciprocal(), 0))
 
 
@@ -63,17 +64,12 @@ def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float) -> Tensor:
         beta: its step, 0.8 in SWAN; 0.5 converges.
     """
     grad_norm_(grads, dim)
-    length = _frobenius(grads)
+    length = block_norms(grads).view(-1, 1, 1)
     wide = grads.mT if grads.shape[1] > grads.shape[2] else grads
     whitened = newton_schulz(wide / length.clamp_min(1), steps, beta)  # a norm is 0, or about the root of the elements
-    scale = length / _frobenius(whitened).clamp_min_(torch.finfo(torch.float32).tiny)
-    wide.copy_(whitened.mul_(scale))
+    scale = length / block_norms(whitened).clamp_min_(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
+    torch.mul(whitened, scale, out=wide)
     return grads
-
-
-def _frobenius(stack: Tensor) -> Tensor:
-    """(B, 1, 1) norms, row by row first: with several threads a single long sum is split as the stack is large."""
-    return stack.square().sum(2).sum(1).sqrt_().view(-1, 1, 1)
 
 
 class SWAN(WholeMatrixOptimizer):
@@ -179,12 +175,18 @@ class SWAN(WholeMatrixOptimizer):
 
     def update(self, group: dict[str, Any], stack: Stack) -> Mapping[str, Tensor]:
         before, outputs, behind = stack.shape  # outputs, with inputs on either side
-        over_inputs = group["norm_axis"] == "in" or (group["norm_axis"] == "long" and before * behind >= outputs)
-        steps, beta = group["ns_steps"], group["ns_beta"]
+        inputs = before * behind
+        wanted = group["norm_axis"]
+        over_inputs = wanted == "in" or (wanted == "long" and inputs >= outputs)
+        if min(inputs, outputs) == 1:  # a fused part of one row: there is no deviation along the other axis
+            over_inputs = inputs > 1
+        settings = {"steps": group["ns_steps"], "beta": group["ns_beta"]}
         if before == 1:
-            swan_update_(stack.grads.view(-1, outputs, behind), 2 if over_inputs else 1, steps=steps, beta=beta)
+            swan_update_(stack.grads.view(-1, outputs, behind), 2 if over_inputs else 1, **settings)
+        elif behind == 1:
+            swan_update_(stack.grads.view(-1, before, outputs), 1 if over_inputs else 2, **settings)
         else:
-            matrices = stack.grads.movedim(2, 1).reshape(-1, outputs, before * behind)
-            swan_update_(matrices, 2 if over_inputs else 1, steps=steps, beta=beta)
-            stack.grads.movedim(2, 1).copy_(matrices.view(-1, outputs, before, behind))
+            moved = stack.grads.movedim(2, 1)
+            matrices = moved.reshape(-1, outputs, inputs)  # a copy
+            moved.copy_(swan_update_(matrices, 2 if over_inputs else 1, **settings).view(moved.shape))
         return {}

@@ -33,6 +33,8 @@ from ds_optim.sharding.schedule import Bucket
 BUCKET_SIZE = 1 << 24
 """Default ``exchange_bucket_size``, elements: 64 MiB of fp32 per buffer."""
 
+_SCHEDULES_KEPT = 64  # sets of tensors whose buckets are remembered: a training run has a few
+
 _BLOCKS = "blocks"
 """State: (blocks, 2) int64, the (parameter, index) of every block with state here, so that no other rank loads it."""
 
@@ -73,6 +75,15 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self.exchange_bucket_size = exchange_bucket_size
         self.exchange_dtype = dtype_of(exchange_dtype) or torch.float32
         super().__init__(params, defaults, roles=roles, state_dtype=state_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_exchange": (self.exchange_bucket_size, self.exchange_dtype)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_exchange" in state:  # absent where torch's load_state_dict hands over what it loaded
+            self.exchange_bucket_size, self.exchange_dtype = state.pop("_exchange")
+        super().__setstate__(state)
 
     def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
         super()._start(roles, state_dtype)
@@ -162,12 +173,12 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._matrices.clear()
         self._begins.clear()
         self._schedules.clear()
-        self._verdicts.clear()
 
     def _on_bind(self) -> str:
         shapes = {spec.name: spec.shape for one in self._bound.values() for spec in one.layout.parameters}
         self._warn_unclaimed({name: self._roles[name] for name in shapes}, shapes)
         self._forget_plans()
+        self._verdicts.clear()
         self._make_plans()
         return "".join(plan.digest for plan in self._plans)
 
@@ -196,6 +207,17 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         for plan, members in self._plans_over([(bound.layout, bound.group) for bound in bounds]):
             self._plans.append(plan)
             self._planned.update({tensors[member]: (plan, index) for index, member in enumerate(members)})
+        for tensor in tensors:
+            if _BLOCKS in self.state.get(tensor, {}):
+                self._reorder(tensor)
+
+    def _reorder(self, tensor: Tensor) -> None:
+        """Bring the state of a tensor's blocks into the order of a new plan: new parameters shift the refreshes."""
+        plan, index = self._plan_of(tensor)
+        state = self.state[tensor]
+        by_identity = {(plan.blocks[b].parameter, plan.blocks[b].index): b for b in plan.of_tensor(index)}
+        kept = [by_identity[tuple(identity)] for identity in state[_BLOCKS].tolist()]
+        state.update(self._selected(plan, state, kept, self._owned(tensor)))
 
     def _plan_of(self, tensor: Tensor) -> tuple[Plan, int]:
         """The plan of a tensor's shard group, and the tensor's index there."""
@@ -268,6 +290,8 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         by_index = {self._planned[tensor][1]: tensor for tensor in tensors}
         together = tuple(id(tensor) for tensor in tensors)
         if together not in self._schedules:
+            if len(self._schedules) >= _SCHEDULES_KEPT:
+                self._schedules.clear()
             rank = self._rank(tensors[0])
             self._schedules[together] = plan.schedule(list(by_index), rank, self.exchange_bucket_size)
         buckets = self._schedules[together]
@@ -304,7 +328,8 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             RuntimeError: names every block, its owner and the reason. Nothing of this step has happened; the next call
                 goes on.
         """
-        for key in sets:
+        listed = []
+        for key in dict.fromkeys(sets):
             if key not in self._verdicts:
                 continue
             verdict, plan, suspects, group = self._verdicts.pop(key)
@@ -321,11 +346,12 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             if group is not None:
                 found = found * dist.get_world_size(group)
                 dist.all_gather_object(found, mine, group)
-            listed = [f"rank {rank}: {entry}" for rank, entries in enumerate(found) for entry in entries]
+            listed += [f"rank {rank}: {entry}" for rank, entries in enumerate(found) for entry in entries]
+        if listed:
             raise RuntimeError(
-                f"{type(self).__name__} withheld updates in the previous step, and the state of these blocks is as it "
-                "was before that step. Remedy: find out why (loss scale, learning rate, data) and resume from the last "
-                "checkpoint; gradient clipping and bf16 instead of fp16 help most.\n- " + "\n- ".join(listed)
+                f"{type(self).__name__} withheld the updates of these blocks in the previous step. Remedy: find out "
+                "why (data, learning rate, loss scale) and resume from the last checkpoint; gradient clipping and bf16 "
+                "help most.\n- " + "\n- ".join(listed)
             )
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
@@ -413,19 +439,26 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         spec = self._blocks_spec(plan, everything)
         if any(name not in state or tuple(state[name].shape) != shape for name, (shape, _) in spec.items()):
             return state
-        mine = self._owned(tensor)
-        begins = state_begins(plan, everything, self.block_state)
-        taken = {name: value for name, value in state.items() if name not in spec}
-        for name, (shape, dtype) in self._blocks_spec(plan, mine).items():
+        others = {name: value for name, value in state.items() if name not in spec}
+        return {**others, **self._selected(plan, state, everything, self._owned(tensor))}
+
+    def _selected(
+        self, plan: Plan, state: Mapping[str, Tensor], kept: Sequence[int], wanted: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """The state of some blocks, in their order, out of that of others which is ordered as ``kept``."""
+        begins = state_begins(plan, kept, self.block_state)
+        found = {}
+        for name, (shape, dtype) in self._blocks_spec(plan, wanted).items():
             if name == _BLOCKS:
-                rows = [everything.index(block) for block in mine]
-                taken[name] = state[name][rows]
+                found[name] = _identities(plan, wanted)
                 continue
             parts = [
-                state[name].narrow(0, begins[b][name], self._size(plan, b, name)) for b in mine if name in begins[b]
+                state[name].narrow(0, begins[block][name], self._size(plan, block, name))
+                for block in wanted
+                if name in begins[block]
             ]
-            taken[name] = torch.cat(parts) if parts else torch.zeros(shape, dtype=dtype)
-        return taken
+            found[name] = torch.cat(parts) if parts else torch.zeros(shape, dtype=dtype)
+        return found
 
     def _size(self, plan: Plan, block: int, name: str) -> int:
         """Elements of one kind of state of a block."""

@@ -1,9 +1,9 @@
 """Who owns which block, and when its root is refreshed: decided from shapes, layouts and a cost model alone.
 
-Longest first: a block goes to the rank that holds most of it while that rank is at most at its share, otherwise to the
-rank that ends least loaded; afterwards the worst ranks exchange blocks with the least loaded ones. "Loaded" means the
-worst of mean flops per step, bytes of state, and flops of the steps that share a refresh residue, so that staggered
-refreshes make no spike on any rank. Pure arithmetic, the same on every rank.
+Longest first: of the ranks that hold something of a block and would stay within their share, the one that holds most
+gets it; if there is none, the rank that ends least loaded. Afterwards the worst ranks exchange blocks with the least
+loaded ones. "Loaded" means the worst of mean flops per step, bytes of state, and flops of the steps that share a
+refresh residue, so that staggered refreshes make no spike on any rank. Pure arithmetic, the same on every rank.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ def holdings(layout: Layout, parameter: int, boxes: Sequence[Box]) -> list[Holdi
     """Who holds the elements of each of these boxes of one parameter."""
     if isinstance(layout, Replicated):
         return [Holding(np.empty(0, np.int64), np.array([0, box.numel])) for box in boxes]
+    if not boxes:
+        return []
     spec = layout.parameters[parameter]
     positions = np.array([0, *layout.cuts(parameter), spec.numel], dtype=np.int64)
     first_rank = layout.first_rank(parameter)
@@ -135,7 +137,8 @@ def assign(blocks: Sequence[Block], held: Sequence[Holding], world_size: int, fr
     burden = _burdens([block.work for block in blocks], [block.offset for block in blocks], frequency, world_size)
     loads = np.zeros((burden.shape[1], world_size))
     owners = np.zeros(len(blocks), dtype=np.int64)
-    for block in sorted(range(len(blocks)), key=lambda index: (-burden[index, 0], -burden[index, 1], index)):
+    most = [int(one.counts.max()) for one in held]  # of equal blocks, those that lie on one rank choose first
+    for block in sorted(range(len(blocks)), key=lambda i: (-burden[i, 0], -burden[i, 1], -most[i], i)):
         rows = [0, 1, 2 + blocks[block].offset % frequency]
         after = loads[rows] + burden[block, rows][:, None]
         worst = after.max(axis=0)

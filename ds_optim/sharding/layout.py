@@ -129,7 +129,8 @@ class SlicedParameters:
         return found
 
     def cuts(self, parameter: int) -> list[int]:
-        return list(range(self.slice_numel(parameter), self.parameters[parameter].numel, self.slice_numel(parameter)))
+        width = self.slice_numel(parameter)
+        return list(range(width, self.parameters[parameter].numel, width)) if width else []
 
     def first_rank(self, parameter: int) -> int:
         return 0

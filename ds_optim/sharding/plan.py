@@ -179,10 +179,10 @@ class Plan:
             f"state {imbalance(costs.state_bytes):.3f}"
         )
         idle = int((costs.blocks == 0).sum())
-        if idle:
-            lines.append(
-                f"{idle} of {self.world_size} ranks own nothing: there are fewer blocks than ranks; their time is lost"
-            )
+        if not self.blocks:
+            lines.append("no matrices: every parameter is stepped by Adam where it lies")
+        elif idle:
+            lines.append(f"{idle} of {self.world_size} ranks own nothing and wait: blocks are too few or too unequal")
         return "\n".join(lines)
 
 

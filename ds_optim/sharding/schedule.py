@@ -187,7 +187,7 @@ class Tables:
                 if piece is not None:
                     others.append(piece)
                     start += piece.numel
-                    to_ranks[owner] += piece.numel
+                    to_ranks[owner] += 0 if self._replicated else piece.numel
         owned, from_ranks = self._owned(by_owner[self._rank])
         travels = self._replicated or any((self._held[block].ranks != self._owners[block]).any() for block in members)
         return Bucket(owned, tuple(others), from_ranks, tuple(to_ranks), shares, travels and self._world_size > 1)
