@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.optimizers.launch import StateSpec
+from ds_optim.optimizers.owner_state import BlockState
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.schedule import Bucket, Owned, Piece
-
-BlockState = Callable[[tuple[int, ...]], Mapping[str, StateSpec]]
-"""What a rule keeps for one block of a shape, by name."""
 
 _STACK_ELEMENTS = {"cpu": 1 << 20}
 """A stack's temporaries should fit the cache of a CPU; elsewhere only the bucket limits a stack."""
@@ -77,28 +74,6 @@ class Suspects:
 
     blocks: tuple[int, ...]
     reasons: Mapping[str, Tensor]
-
-
-def state_spec(plan: Plan, blocks: Sequence[int], block_state: BlockState) -> dict[str, StateSpec]:
-    """What is kept for these blocks: one flat tensor per kind."""
-    spec: dict[str, StateSpec] = {}
-    for block in blocks:
-        for name, (shape, dtype) in block_state(plan.blocks[block].tile.shape).items():
-            size = spec[name][0][0] if name in spec else 0
-            spec[name] = ((size + math.prod(shape),), dtype)
-    return spec
-
-
-def state_begins(plan: Plan, blocks: Sequence[int], block_state: BlockState) -> dict[int, dict[str, int]]:
-    """Where each block's state begins in those flat tensors."""
-    begins: dict[int, dict[str, int]] = {}
-    position: dict[str, int] = {}
-    for block in blocks:
-        spec = block_state(plan.blocks[block].tile.shape)
-        begins[block] = {name: position.get(name, 0) for name in spec}
-        for name, (shape, _) in spec.items():
-            position[name] = position.get(name, 0) + math.prod(shape)
-    return begins
 
 
 @dataclass(slots=True)

@@ -17,14 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim.optimizers.adamw import adam_scalars, adamw_update
-from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, state_begins, state_spec
+from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects
 from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, idle_parameters, row_major
+from ds_optim.optimizers.owner_state import BLOCKS, gathered, identities, selected, state_begins, state_spec
 from ds_optim.optimizers.sharded import ShardedOptimizer, Together, dtype_of, raise_all
 from ds_optim.role import Role
 from ds_optim.roles import warn_unclaimed
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.assignment import Tile, Work
-from ds_optim.sharding.exchange import PendingSum, Verdict
+from ds_optim.sharding.exchange import Verdict
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan, make_plans
 from ds_optim.sharding.runs import held_spans
@@ -34,9 +35,6 @@ BUCKET_SIZE = 1 << 24
 """Default ``exchange_bucket_size``, elements: 64 MiB of fp32 per buffer."""
 
 _SCHEDULES_KEPT = 64  # sets of tensors whose buckets are remembered: a training run has a few
-
-_BLOCKS = "blocks"
-"""State: (blocks, 2) int64, the (parameter, index) of every block with state here, so that no other rank loads it."""
 
 
 class WholeMatrixOptimizer(ShardedOptimizer):
@@ -208,7 +206,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             self._plans.append(plan)
             self._planned.update({tensors[member]: (plan, index) for index, member in enumerate(members)})
         for tensor in tensors:
-            if _BLOCKS in self.state.get(tensor, {}):
+            if BLOCKS in self.state.get(tensor, {}):
                 self._reorder(tensor)
 
     def _reorder(self, tensor: Tensor) -> None:
@@ -216,8 +214,8 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         plan, index = self._plan_of(tensor)
         state = self.state[tensor]
         by_identity = {(plan.blocks[b].parameter, plan.blocks[b].index): b for b in plan.of_tensor(index)}
-        kept = [by_identity[tuple(identity)] for identity in state[_BLOCKS].tolist()]
-        state.update(self._selected(plan, state, kept, self._owned(tensor)))
+        kept = [by_identity[tuple(identity)] for identity in state[BLOCKS].tolist()]
+        state.update(selected(plan, state, kept, self._owned(tensor), self.block_state))
 
     def _plan_of(self, tensor: Tensor) -> tuple[Plan, int]:
         """The plan of a tensor's shard group, and the tensor's index there."""
@@ -246,22 +244,18 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     def _state_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
         plan, _ = self._plan_of(tensor)
-        return {**self._fallback_spec(tensor), **self._blocks_spec(plan, self._owned(tensor))}
+        return {**self._fallback_spec(tensor), **state_spec(plan, self._owned(tensor), self.block_state)}
 
     def _fallback_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
         numel = sum(length for _, length, _ in self._fallback_spans(tensor))
         shape = tuple(tensor.shape) if numel == tensor.numel() else (numel,)
         return dict.fromkeys(self.rule.element_state, (shape, self.state_dtype))
 
-    def _blocks_spec(self, plan: Plan, blocks: Sequence[int]) -> dict[str, StateSpec]:
-        spec = state_spec(plan, blocks, self.block_state)
-        return {**spec, _BLOCKS: ((len(blocks), 2), torch.int64)} if not plan.stateless else {}
-
     def _state_of(self, tensor: Tensor) -> dict[str, Any]:
         fresh = not self.state[tensor]
         state = super()._state_of(tensor)
-        if fresh and _BLOCKS in state:
-            state[_BLOCKS].copy_(_identities(self._plan_of(tensor)[0], self._owned(tensor)))
+        if fresh and BLOCKS in state:
+            state[BLOCKS].copy_(identities(self._plan_of(tensor)[0], self._owned(tensor)))
         return state
 
     # -- the step ---------------------------------------------------------------------------------------------------
@@ -370,9 +364,9 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         for key, tensor in zip(keys, tensors, strict=False):
-            kept = state_dict["state"].get(key, {}).get(_BLOCKS)
+            kept = state_dict["state"].get(key, {}).get(BLOCKS)
             if kept is not None and not torch.equal(
-                kept.cpu(), _identities(self._plan_of(tensor)[0], self._owned(tensor))
+                kept.cpu(), identities(self._plan_of(tensor)[0], self._owned(tensor))
             ):
                 problems.append(f"the state of {self._names[tensor]} holds another rank's blocks, or of other blocks")
         return problems
@@ -389,7 +383,13 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         keys = [key for group in found["param_groups"] for key in group["params"]]
         for key, tensor in zip(keys, tensors, strict=True):
             if key in found["state"] and self._is_spread(tensor):
-                found["state"][key] = self._gathered(tensor, found["state"][key])
+                plan, index = self._plan_of(tensor)
+                group, kept = self._bound_tensor(tensor).group, found["state"][key]
+                assert group is not None
+                everyones = gathered(
+                    plan, kept, self._owned(tensor), plan.of_tensor(index), self.block_state, group, tensor.device
+                )
+                found["state"][key] = {**kept, **everyones}
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -399,7 +399,13 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         states = dict(state_dict["state"])
         for key, tensor in zip(keys, tensors, strict=False):
             if states.get(key) and self._is_spread(tensor):
-                states[key] = self._taken(tensor, states[key])
+                plan, index = self._plan_of(tensor)
+                everything, kept = plan.of_tensor(index), states[key]
+                spec = state_spec(plan, everything, self.block_state)
+                if all(name in kept and tuple(kept[name].shape) == shape for name, (shape, _) in spec.items()):
+                    mine = selected(plan, kept, everything, self._owned(tensor), self.block_state)
+                    others = {name: value for name, value in kept.items() if name not in spec}
+                    states[key] = {**others, **mine}
         super().load_state_dict({**state_dict, "state": states})
         self._verdicts.clear()
 
@@ -407,69 +413,6 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         """Whether the blocks of a tensor that all ranks hold have different owners."""
         plan, _ = self._plan_of(tensor)
         return plan.replicated and plan.world_size > 1 and not plan.stateless
-
-    def _gathered(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """The state of a tensor with all owners' blocks, in the order in which one process would keep them."""
-        plan, index = self._plan_of(tensor)
-        group = self._bound_tensor(tensor).group
-        assert group is not None
-        everything = plan.of_tensor(index)
-        begins = state_begins(plan, everything, self.block_state)
-        mine = self._owned(tensor)
-        my_begins = state_begins(plan, mine, self.block_state)
-        whole = dict(state)
-        for name, (shape, dtype) in self._blocks_spec(plan, everything).items():
-            if name == _BLOCKS:
-                whole[name] = _identities(plan, everything)
-                continue
-            gathered = torch.zeros(shape, dtype=dtype, device=tensor.device)
-            for block in mine:
-                size = self._size(plan, block, name)
-                if size:
-                    part = state[name].narrow(0, my_begins[block][name], size)
-                    gathered.narrow(0, begins[block][name], size).copy_(part)
-            PendingSum(gathered, group).wait()
-            whole[name] = gathered
-        return whole
-
-    def _taken(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """This rank's blocks of a gathered state; anything else is returned as it is, for `state_problems` to judge."""
-        plan, index = self._plan_of(tensor)
-        everything = plan.of_tensor(index)
-        spec = self._blocks_spec(plan, everything)
-        if any(name not in state or tuple(state[name].shape) != shape for name, (shape, _) in spec.items()):
-            return state
-        others = {name: value for name, value in state.items() if name not in spec}
-        return {**others, **self._selected(plan, state, everything, self._owned(tensor))}
-
-    def _selected(
-        self, plan: Plan, state: Mapping[str, Tensor], kept: Sequence[int], wanted: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """The state of some blocks, in their order, out of that of others which is ordered as ``kept``."""
-        begins = state_begins(plan, kept, self.block_state)
-        found = {}
-        for name, (shape, dtype) in self._blocks_spec(plan, wanted).items():
-            if name == _BLOCKS:
-                found[name] = _identities(plan, wanted)
-                continue
-            parts = [
-                state[name].narrow(0, begins[block][name], self._size(plan, block, name))
-                for block in wanted
-                if name in begins[block]
-            ]
-            found[name] = torch.cat(parts) if parts else torch.zeros(shape, dtype=dtype)
-        return found
-
-    def _size(self, plan: Plan, block: int, name: str) -> int:
-        """Elements of one kind of state of a block."""
-        spec = state_spec(plan, [block], self.block_state)
-        return spec[name][0][0] if name in spec else 0
-
-
-def _identities(plan: Plan, blocks: Sequence[int]) -> Tensor:
-    """(parameter, index) of blocks, (B, 2) int64."""
-    entries = [(plan.blocks[block].parameter, plan.blocks[block].index) for block in blocks]
-    return torch.tensor(entries, dtype=torch.int64).reshape(-1, 2)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,103 @@
+"""The state of owned blocks: one flat tensor per kind, block behind block, and how blocks move between such tensors.
+
+Beside a rule's own kinds there is ``blocks``, the identity of every block that has state here, so that nobody takes
+another rank's for its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_optim.optimizers.launch import StateSpec
+from ds_optim.sharding.exchange import PendingSum
+from ds_optim.sharding.plan import Plan
+
+BlockState = Callable[[tuple[int, ...]], Mapping[str, StateSpec]]
+"""What a rule keeps for one block of a shape, by name."""
+
+BLOCKS = "blocks"
+
+
+def state_spec(plan: Plan, blocks: Sequence[int], block_state: BlockState) -> dict[str, StateSpec]:
+    """What is kept for these blocks; nothing at all under a stateless rule."""
+    if plan.stateless:
+        return {}
+    spec: dict[str, StateSpec] = {}
+    for block in blocks:
+        for name, (shape, dtype) in block_state(plan.blocks[block].tile.shape).items():
+            size = spec[name][0][0] if name in spec else 0
+            spec[name] = ((size + math.prod(shape),), dtype)
+    return {**spec, BLOCKS: ((len(blocks), 2), torch.int64)}
+
+
+def state_begins(plan: Plan, blocks: Sequence[int], block_state: BlockState) -> dict[int, dict[str, int]]:
+    """Where each block's state begins in those flat tensors."""
+    begins: dict[int, dict[str, int]] = {}
+    position: dict[str, int] = {}
+    for block in blocks:
+        spec = block_state(plan.blocks[block].tile.shape)
+        begins[block] = {name: position.get(name, 0) for name in spec}
+        for name, (shape, _) in spec.items():
+            position[name] = position.get(name, 0) + math.prod(shape)
+    return begins
+
+
+def identities(plan: Plan, blocks: Sequence[int]) -> Tensor:
+    """(parameter, index) of blocks, (B, 2) int64."""
+    entries = [(plan.blocks[block].parameter, plan.blocks[block].index) for block in blocks]
+    return torch.tensor(entries, dtype=torch.int64).reshape(-1, 2)
+
+
+def selected(
+    plan: Plan, state: Mapping[str, Tensor], kept: Sequence[int], wanted: Sequence[int], block_state: BlockState
+) -> dict[str, Tensor]:
+    """The state of ``wanted`` blocks, in their order, out of that of others which is ordered as ``kept``."""
+    begins = state_begins(plan, kept, block_state)
+    found = {}
+    for name, (shape, dtype) in state_spec(plan, wanted, block_state).items():
+        if name == BLOCKS:
+            found[name] = identities(plan, wanted)
+            continue
+        parts = [
+            state[name].narrow(0, begins[block][name], _size(plan, block, name, block_state))
+            for block in wanted
+            if name in begins[block]
+        ]
+        found[name] = torch.cat(parts) if parts else torch.zeros(shape, dtype=dtype)
+    return found
+
+
+def gathered(
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    mine: Sequence[int],
+    wanted: Sequence[int],
+    block_state: BlockState,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The state of ``wanted`` blocks from all their owners, on every rank: a collective."""
+    begins, my_begins = (state_begins(plan, blocks, block_state) for blocks in (wanted, mine))
+    found = {}
+    for name, (shape, dtype) in state_spec(plan, wanted, block_state).items():
+        if name == BLOCKS:
+            found[name] = identities(plan, wanted)
+            continue
+        whole = torch.zeros(shape, dtype=dtype, device=device)
+        for block in mine:
+            if name in begins[block]:
+                size = _size(plan, block, name, block_state)
+                part = state[name].narrow(0, my_begins[block][name], size)
+                whole.narrow(0, begins[block][name], size).copy_(part)
+        PendingSum(whole, group).wait()  # zero where others own
+        found[name] = whole
+    return found
+
+
+def _size(plan: Plan, block: int, name: str, block_state: BlockState) -> int:
+    return math.prod(block_state(plan.blocks[block].tile.shape)[name][0])
