@@ -119,10 +119,10 @@ RECIPES = {
     "AdamW": Recipe((5e-4, 1e-3, 2e-3), 0.1, {"betas": (0.9, 0.95)}),
     # A fifth of AdamW's rate and five times its decay: the product is the same.
     "Lion": Recipe((2e-4, 4e-4, 8e-4), 0.5, {"betas": (0.95, 0.98)}),
-    "Adan": Recipe((1e-3, 2e-3, 4e-3), 0.02, aim="<= 1.0", limits=(0.0, 1.0)),
+    "Adan": Recipe((4e-3, 8e-3, 1.6e-2), 0.02, aim="<= 1.0", limits=(0.0, 1.0)),
     "AdamMini": Recipe((5e-4, 1e-3, 2e-3), 0.1, {"betas": (0.9, 0.95)}, aim="1.0 +- 0.03", limits=(0.97, 1.03)),
     "Shampoo": Recipe(
-        (5e-4, 1e-3, 2e-3),
+        (1e-3, 2e-3, 4e-3),
         0.1,
         {"betas": (0.9, 0.95), "max_preconditioner_dim": 256, "graft": "adam", "precondition_frequency": 10},
         aim="<= 0.7",

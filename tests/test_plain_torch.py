@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ds_optim
 
-CLASSES = [ds_optim.AdamW, ds_optim.Lion, ds_optim.Adan, ds_optim.AdamMini]
+CLASSES = [ds_optim.AdamW, ds_optim.Lion, ds_optim.Adan, ds_optim.AdamMini, ds_optim.Shampoo, ds_optim.SWAN]
 
 
 def small_model(seed: int) -> nn.Module:
@@ -67,9 +67,10 @@ def test_a_load_changes_no_dtype_and_shares_no_memory(cls: Any, seed: int) -> No
     for parameter in model.parameters():
         for key, value in optimizer.state[parameter].items():
             loaded = twin.state[parameter][key]
-            assert loaded.dtype == value.dtype == torch.float32
+            assert loaded.dtype == value.dtype
+            assert loaded.dtype == torch.float32 or not value.is_floating_point()  # counts and identities
             assert torch.equal(loaded, value)
-            assert loaded.data_ptr() != value.data_ptr()
+            assert loaded.data_ptr() != value.data_ptr() or not value.numel()
 
 
 def test_half_precision_state_keeps_its_dtype_through_a_load(seed: int) -> None:
@@ -270,7 +271,7 @@ def test_roles_that_match_nothing_are_an_error(seed: int) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_nan_stays_where_it_belongs(cls: Any) -> None:
-    """Under an elementwise rule in its element, under Adam-mini in its block (here a row)."""
+    """Elementwise rules: in its element. Adam-mini: in its block, here a row. Whole matrices: the update is withheld."""
     model = nn.Linear(4, 3, bias=False)
     optimizer = cls(model.named_parameters(), roles=model)
     model.weight.grad = torch.ones(3, 4)
@@ -280,7 +281,7 @@ def test_a_nan_stays_where_it_belongs(cls: Any) -> None:
     expected = torch.zeros(3, 4, dtype=torch.bool)
     if cls is ds_optim.AdamMini:
         expected[1] = True
-    else:
+    elif cls not in (ds_optim.Shampoo, ds_optim.SWAN):
         expected[1, 2] = True
     assert torch.equal(hurt, expected)
 
