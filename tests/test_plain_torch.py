@@ -271,7 +271,7 @@ def test_roles_that_match_nothing_are_an_error(seed: int) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_nan_stays_where_it_belongs(cls: Any) -> None:
-    """Elementwise rules: in its element. Adam-mini: in its block, here a row. Whole matrices: the update is withheld."""
+    """Elementwise: in its element. Adam-mini: in its block, here a row. Whole matrices: the update is withheld."""
     model = nn.Linear(4, 3, bias=False)
     optimizer = cls(model.named_parameters(), roles=model)
     model.weight.grad = torch.ones(3, 4)
