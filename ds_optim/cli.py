@@ -144,16 +144,16 @@ def estimate(
 
     Nothing is allocated and no process is started: one machine can plan for 1,024 ranks.
     """
-    from ds_optim.estimate import EstimateError, plans
+    from ds_optim.estimate import plans
 
     console = Console()
     try:
         content = json.loads(config.read_text(encoding="utf-8")) if config else {}
         shown = plans(json.loads(model.read_text(encoding="utf-8")), content, optimizer, stage, ranks)
-        for plan, exchange_bytes, title in shown:
+        for plan, exchange, title in shown:
             console.print(title, style="bold", highlight=False)
-            console.print(plan.explain(exchange_bytes=exchange_bytes, all_ranks=all_ranks), highlight=False)
-    except (EstimateError, ValueError) as error:
+            console.print(plan.explain(**exchange, all_ranks=all_ranks), highlight=False)
+    except ValueError as error:
         console.print(f"[bold red]problem:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import wrapt
+from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero import utils as zero_utils
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from ds_optim.optimizers.lion import Lion
 from ds_optim.optimizers.shampoo import Shampoo
 from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps, raise_all
 from ds_optim.optimizers.swan import SWAN
+from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.role import Role, is_decay_exempt
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
@@ -288,6 +290,11 @@ def refusals(config: Any, cls: type[ShardedOptimizer]) -> list[str]:
 
 def _engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, inferred: Mapping[str, Role]) -> list[str]:
     problems = refusals(engine._config, cls)
+    if issubclass(cls, WholeMatrixOptimizer) and isinstance(engine.module, PipelineModule):
+        problems.append(
+            f"{cls.__name__} under a PipelineModule would depend on the number of stages, and stop one stage alone "
+            "where a gradient is not finite: use ZeRO without pipeline parallelism"
+        )
     if engine.has_moe_layers:
         problems.append("DeepSpeed's expert parallelism is not supported: use the model's own (stacked) experts")
     try:

@@ -28,8 +28,8 @@ def plans(
     optimizer: str | None,
     stage: int | None,
     ranks: Sequence[int],
-) -> Iterator[tuple[Plan, int, str]]:
-    """One plan per number of ranks, with the bytes per element that travels and a title.
+) -> Iterator[tuple[Plan, dict[str, int], str]]:
+    """One plan per number of ranks, with what `Plan.explain` must know of the exchange, and a title.
 
     Args:
         model_config: a transformers ``config.json``.
@@ -58,7 +58,8 @@ def plans(
     specs = [[ParameterSpec(name, shapes[name]) for name in group] for group in groups]
     for world_size in ranks:
         plan = made.plan_over(predicted_layouts(specs, zero, world_size))
-        yield plan, made.exchange_dtype.itemsize, f"{cls.__name__}, ZeRO {zero}, {world_size} ranks"
+        exchange = {"bucket_size": made.exchange_bucket_size, "exchange_bytes": made.exchange_dtype.itemsize}
+        yield plan, exchange, f"{cls.__name__}, ZeRO {zero}, {world_size} ranks"
 
 
 def _optimizer(config: Mapping[str, Any], name: str | None) -> tuple[type[WholeMatrixOptimizer], dict[str, Any]]:
@@ -84,6 +85,10 @@ def _optimizer(config: Mapping[str, Any], name: str | None) -> tuple[type[WholeM
 def _meta_model(config: Mapping[str, Any]) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if "model_type" not in config:
+        raise EstimateError(
+            'the model config has no "model_type": it should be the config.json of a transformers model'
+        )
     made = AutoConfig.for_model(**config)
     with torch.device("meta"):
         model: torch.nn.Module = AutoModelForCausalLM.from_config(made)

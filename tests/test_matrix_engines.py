@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ds_optim
-from ds_optim.roles import canonical_name, logical_shape
+from ds_optim.roles import canonical_name, logical_shape, override_roles
 from engines import (
     Case,
     assembled,
@@ -279,3 +279,95 @@ def test_another_ranks_blocks_are_refused(pool: Pools, tmp_path: Path) -> None:
     case = plain("Shampoo", stage=1)
     for message in pool(2).run(load_anothers, case, str(tmp_path)):
         assert "another rank's blocks" in message or "another number of ranks" in message, message
+
+
+class ConvAndExperts(nn.Module):
+    """Blocks of four and three dimensions, none of whose sizes divides by anything, and a fused weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 13, (2, 3))
+        self.experts = nn.Parameter(torch.randn(3, 7, 11) / 4)
+        self.attention = nn.MultiheadAttention(14, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).square().mean() + torch.einsum("erc,c->er", self.experts, x.flatten()[:11]).square().mean()
+        z = x.flatten()[:28].view(2, 1, 14)
+        return y + self.attention(z, z, z)[0].square().mean()
+
+
+ROLES = {
+    "experts": {"kind": "mlp", "output_dim": 1, "batch_dims": 1},
+    "attention.in_proj_weight": {"parts": [["query", 14], ["key", 14], ["value", 14]], "head_dim": 7},
+}
+
+
+def odd_model() -> nn.Module:
+    torch.manual_seed(7)
+    return ConvAndExperts()
+
+
+def ordinary_gradient(name: str, shape: tuple[int, ...], step: int) -> Tensor:
+    """Numbers whose products round: sums of them in another order differ."""
+    generator = torch.Generator().manual_seed(1000 * step + sum(map(ord, name)))
+    return torch.randn(shape, generator=generator)
+
+
+def train_odd(optimizer: str, options: dict[str, Any], stage: int) -> dict[str, Any]:
+    import deepspeed
+
+    model, clock = odd_model(), {"step": 0}
+    for name, parameter in model.named_parameters():
+
+        def replaced(_: Tensor, name: str = name, shape: tuple[int, ...] = tuple(parameter.shape)) -> Tensor:
+            return ordinary_gradient(name, shape, clock["step"])
+
+        parameter.register_hook(replaced)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": optimizer, "params": options},
+        "ds_optim": {"roles": ROLES, "no_decay": []},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    x = torch.linspace(-1, 1, 3 * 5 * 6).view(1, 3, 5, 6)
+    for step in range(1, 10):
+        clock["step"] = step
+        engine.backward(engine(x))
+        engine.step()
+    report = {"masters": masters(engine)}
+    engine.destroy()
+    return report
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("Shampoo", {"max_preconditioner_dim": 5, "precondition_frequency": 3, "exchange_bucket_size": 80}),
+        ("Shampoo", {"betas": [0, 1], "graft": None, "precondition_frequency": 1, "ridge": "absolute"}),
+        ("Shampoo", {"exchange_dtype": "bf16", "max_preconditioner_dim": 8, "precondition_frequency": 2}),
+        ("SWAN", {"exchange_bucket_size": 80}),
+        ("SWAN", {"exchange_dtype": "bf16", "norm_axis": "out"}),
+    ],
+    ids=["Shampoo", "Shampoo-paper", "Shampoo-bf16", "SWAN", "SWAN-bf16"],
+)
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (2, 4), (3, 2), (3, 4)])
+def test_convolutions_experts_and_fused_weights_are_the_same_on_any_number_of_ranks(
+    pool: Pools, optimizer: str, options: dict[str, Any], stage: int, ranks: int
+) -> None:
+    found = assembled(pool(ranks).run(train_odd, optimizer, options, stage))
+    model = odd_model()
+    alone = getattr(ds_optim, optimizer)(
+        model.named_parameters(), roles=override_roles(ds_optim.infer_roles(model), ROLES, shapes(model)), **options
+    )
+    for step in range(1, 10):
+        for name, parameter in model.named_parameters():
+            parameter.grad = ordinary_gradient(name, tuple(parameter.shape), step)
+        alone.step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.detach().reshape(-1), found[name]), name
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

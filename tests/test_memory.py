@@ -138,7 +138,6 @@ def test_a_matrix_step_takes_four_buckets_and_four_stacks(pool: Pools, optimizer
     for report in pool(ranks).run(measure_matrices, case):
         bucket = max(MATRICES[optimizer]["exchange_bucket_size"], largest_block)
         allowed = 4 * 4 * bucket + 4 * 4 * report["stack"]
-        print(report["peak"], allowed, report["stack"])
         assert 0 < report["peak"] <= allowed
         assert allowed < 4 * report["total"], "the bound must be able to fail"
 

@@ -30,13 +30,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from ds_optim.linalg.precision import full_precision
 
 Method = Literal["eigh", "newton"]
 
@@ -94,7 +94,7 @@ def inverse_roots(
             f'the exponent {exponent} is not -1/p for an integer p, which the "newton" method needs: use "eigh" '
             "(environment: DS_OPTIM_ROOTS=eigh) or another exponent"
         )
-    with _full_precision():
+    with full_precision():
         return _newton(stack, p, eps, relative)
 
 
@@ -140,6 +140,9 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "ds_optim roots")
 
 
+os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork
+
+
 def _eigh_root(a: Tensor, exponent: float, eps: float, relative: bool) -> tuple[Tensor, Tensor]:
     """The root of one finite matrix, fp32, and whether there is none: no convergence, or an element overflows."""
     n = len(a)
@@ -148,7 +151,9 @@ def _eigh_root(a: Tensor, exponent: float, eps: float, relative: bool) -> tuple[
         matrix.diagonal().add_(eps)
     try:
         eigenvalues, q = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # LinAlgError, or what an accelerator's solver raises: the other ranks must not wait
         return a, torch.ones((), dtype=torch.bool, device=a.device)
     ridge = torch.full_like(eigenvalues[-1], eps)
     if relative:
@@ -253,17 +258,3 @@ def _power(stack: Tensor, k: int) -> Tensor:
             assert result is not None
             return result
         stack = torch.bmm(stack, stack)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products of fp32 matrices in fp32, though training may have allowed TF32 or bf16 for them: 1e-3 is too coarse."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

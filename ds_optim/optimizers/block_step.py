@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.linalg.precision import full_precision
 from ds_optim.optimizers.owner_state import BlockState
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.plan import Plan
@@ -122,8 +123,9 @@ class BlockStep:
         return None if piece.parameter in self.idle[piece.tensor] else self.grads[piece.tensor]
 
     def _compute(self, bucket: Bucket, work: Tensor) -> None:
-        for blocks, grads in self._stacks(bucket, work):
-            self._update_stack(blocks, grads)
+        with full_precision():
+            for blocks, grads in self._stacks(bucket, work):
+                self._update_stack(blocks, grads)
 
     def _stacks(self, bucket: Bucket, work: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Neighbours of equal shape, whose state lies in one piece; few enough for a cache."""
@@ -178,8 +180,9 @@ class BlockStep:
             for target, part in zip(targets, updates, strict=True):
                 target.copy_(target.float().mul_(self.decay).sub_(part))
             return
-        if not (isinstance(self.decay, float | int) and self.decay == 1):
-            torch._foreach_mul_(targets, self.decay)
+        decay = self.decay
+        if isinstance(decay, Tensor) or decay != 1:
+            torch._foreach_mul_(targets, decay.to(flat.device) if isinstance(decay, Tensor) else decay)
         torch._foreach_sub_(targets, updates)
 
 

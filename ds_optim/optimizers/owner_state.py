@@ -53,6 +53,14 @@ def identities(plan: Plan, blocks: Sequence[int]) -> Tensor:
     return torch.tensor(entries, dtype=torch.int64).reshape(-1, 2)
 
 
+def by_identity(plan: Plan, blocks: Sequence[int], kept: Tensor) -> list[int] | None:
+    """The blocks that (B, 2) identities name, in their order; None if they are not exactly ``blocks``."""
+    known = {(plan.blocks[block].parameter, plan.blocks[block].index): block for block in blocks}
+    found = [known.get((parameter, index)) for parameter, index in kept.tolist()]
+    listed = [block for block in found if block is not None]
+    return listed if len(listed) == len(found) and sorted(listed) == sorted(blocks) else None
+
+
 def selected(
     plan: Plan, state: Mapping[str, Tensor], kept: Sequence[int], wanted: Sequence[int], block_state: BlockState
 ) -> dict[str, Tensor]:

@@ -144,6 +144,10 @@ class Shampoo(WholeMatrixOptimizer):
         super().load_state_dict(state_dict)
         self._retries.clear()
 
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        self._retries.clear()
+
     # -- settings ---------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -275,12 +279,16 @@ class Shampoo(WholeMatrixOptimizer):
                 flags[single] = _count(stack, single, _take_roots(group, stack, single, exponent, "eigh"))
                 waiting[single] = 0
         if due.start < due.stop:
-            failed = _take_roots(group, stack, due, exponent, method)
-            if method == "eigh":
-                flags[due] = _count(stack, due, failed)
-            else:
-                stack.state["failures"][due] *= failed  # a root that was found ends the row of failures
-                waiting[due] = failed.to(waiting.dtype)
+            # The iteration's workspace is seven times what it works on: it gets an eighth of the stack at a time.
+            most = len(stack) if method == "eigh" else -(-len(stack) // 8)
+            for first in range(due.start, due.stop, most):
+                part = slice(first, min(first + most, due.stop))
+                failed = _take_roots(group, stack, part, exponent, method)
+                if method == "eigh":
+                    flags[part] = _count(stack, part, failed)
+                else:
+                    stack.state["failures"][part] *= failed  # a root that was found ends the row of failures
+                    waiting[part] = failed.to(waiting.dtype)
         if method == "newton":
             self._retries[stack.identity] = HostCopy(waiting)
         return flags

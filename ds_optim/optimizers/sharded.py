@@ -38,6 +38,7 @@ from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
 from ds_optim.sharding.binding import Binding, BoundTensor, verify, whole
 from ds_optim.sharding.blocks import BlockGrid
+from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim.sharding.runs import Runs, block_runs
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -183,7 +184,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             name, parameter = entry if isinstance(entry, tuple) else (None, entry)
             if not isinstance(parameter, Tensor):
                 continue  # torch says so better
-            self._names[parameter] = canonical_name(name) if name else self._name_of(parameter)
+            known = canonical_name(name) if name else self._name_of(parameter)
+            if known in self._names.values() and parameter not in self._names:
+                problems.append(f"two parameters are called {known}: give them different names")
+            self._names[parameter] = known
             if parameter.is_sparse or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 kind = "sparse" if parameter.is_sparse else str(parameter.dtype)
                 problems.append(f"{self._names[parameter]} is {kind}, not a dense fp32, bf16 or fp16 tensor")
@@ -439,7 +443,10 @@ class _Kept:
 
 def _keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, ShardedOptimizer)
-    raise_all(optimizer.state_problems(state_dict), "this state dict was not saved by the same optimizer")
+    problems = optimizer.state_problems(state_dict)
+    if optimizer.is_bound:  # no rank may go on while another raises
+        problems = list(dict.fromkeys(problem for of_rank in from_all_ranks(problems) for problem in of_rank))
+    raise_all(problems, "this state dict was not saved by the same optimizer")
     kept = {
         key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
         for key, state in state_dict["state"].items()

@@ -80,7 +80,7 @@ class SWAN(WholeMatrixOptimizer):
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of either.
-        lr: learning rate, or a tensor that holds it. AdamW's value, or a little more.
+        lr: learning rate, or a tensor that holds it. 1 to 6 times AdamW's.
         betas: of the Adam that steps what is no matrix.
         eps: of that Adam.
         weight_decay: decoupled, multiplied by the learning rate. Published runs use none.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,15 @@ from torch import Tensor
 from ds_optim.optimizers.adamw import adam_scalars, adamw_update
 from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects
 from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, idle_parameters, row_major
-from ds_optim.optimizers.owner_state import BLOCKS, gathered, identities, selected, state_begins, state_spec
+from ds_optim.optimizers.owner_state import (
+    BLOCKS,
+    by_identity,
+    gathered,
+    identities,
+    selected,
+    state_begins,
+    state_spec,
+)
 from ds_optim.optimizers.sharded import ShardedOptimizer, Together, dtype_of, raise_all
 from ds_optim.role import Role
 from ds_optim.roles import warn_unclaimed
@@ -29,12 +37,20 @@ from ds_optim.sharding.exchange import Verdict
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan, make_plans
 from ds_optim.sharding.runs import held_spans
+from ds_optim.sharding.schedule import BUCKET_SIZE as BUCKET_SIZE
 from ds_optim.sharding.schedule import Bucket
 
-BUCKET_SIZE = 1 << 24
-"""Default ``exchange_bucket_size``, elements: 64 MiB of fp32 per buffer."""
-
 _SCHEDULES_KEPT = 64  # sets of tensors whose buckets are remembered: a training run has a few
+
+
+class _Judged(NamedTuple):
+    """What is to be known of a step when the next one begins."""
+
+    step: int
+    verdict: Verdict
+    plan: Plan
+    suspects: list[Suspects]
+    ranks: dist.ProcessGroup | None
 
 
 class WholeMatrixOptimizer(ShardedOptimizer):
@@ -90,7 +106,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._matrices: dict[Tensor, frozenset[int]] = {}
         self._begins: dict[Tensor, dict[int, dict[str, int]]] = {}
         self._schedules: dict[tuple[int, ...], list[Bucket]] = {}
-        self._verdicts: dict[tuple[int, ...], tuple[Verdict, Plan, list[Suspects], dist.ProcessGroup | None]] = {}
+        self._verdicts: dict[tuple[int, ...], _Judged] = {}
         self.traffic = pipeline.Traffic()
 
     # -- what a rule says -------------------------------------------------------------------------------------------
@@ -200,7 +216,10 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     def _make_plans(self) -> None:
         if self._plans:
             return
-        tensors = list(self._bound) or [tensor for group in self.param_groups for tensor in group["params"]]
+        # Frozen parameters have no place in the schedule: no engine would know of them.
+        given = [tensor for group in self.param_groups for tensor in group["params"]]
+        trained = [t for t in given if t.requires_grad or t.grad is not None or t in self.state]
+        tensors = list(self._bound) or trained
         bounds = [self._bound_tensor(tensor) for tensor in tensors]
         for plan, members in self._plans_over([(bound.layout, bound.group) for bound in bounds]):
             self._plans.append(plan)
@@ -213,14 +232,17 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         """Bring the state of a tensor's blocks into the order of a new plan: new parameters shift the refreshes."""
         plan, index = self._plan_of(tensor)
         state = self.state[tensor]
-        by_identity = {(plan.blocks[b].parameter, plan.blocks[b].index): b for b in plan.of_tensor(index)}
-        kept = [by_identity[tuple(identity)] for identity in state[BLOCKS].tolist()]
+        kept = by_identity(plan, plan.of_tensor(index), state[BLOCKS])
+        assert kept is not None, "the blocks of a parameter do not change"
         state.update(selected(plan, state, kept, self._owned(tensor), self.block_state))
 
     def _plan_of(self, tensor: Tensor) -> tuple[Plan, int]:
         """The plan of a tensor's shard group, and the tensor's index there."""
         self._make_plans()
         self._bound_tensor(tensor)  # refuses a tensor that an engine made later
+        if tensor not in self._planned:  # it was frozen until now
+            self._forget_plans()
+            self._make_plans()
         return self._planned[tensor]
 
     def _owned(self, tensor: Tensor) -> list[int]:
@@ -272,8 +294,14 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     def _prepare(
         self, together: Mapping[Together, list[Tensor]], groups: Mapping[int, dict[str, Any]]
     ) -> list[Callable[[], None]]:
-        sets = [tuple(id(tensor) for tensor in tensors) for tensors in together.values()]
-        self._raise_if_failed(sets if self.is_bound else list(self._verdicts))
+        others = [
+            f"{key} is {group[key]!r} in a group and was {self.defaults[key]!r} at the start: make a new optimizer"
+            for group in groups.values()
+            for key in self.structure
+            if group.get(key, self.defaults[key]) != self.defaults[key]
+        ]
+        raise_all(others, f"{type(self).__name__}: blocks, their state and their schedule cannot change")
+        self._raise_if_failed(min(key.step for key in together) if self.is_bound and together else None)
         launches = super()._prepare(together, groups)
         for key, tensors in together.items():
             launches.append(partial(self._step_blocks, tensors, groups[key.group_id], key))
@@ -306,27 +334,31 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             block_state=self.block_state,
             update=partial(self.update, group),
             step=key.step,
-            step_size=self.step_size(group),
-            decay=1 - group["lr"] * group["weight_decay"],
+            step_size=_number(self.step_size(group)),
+            decay=_number(1 - group["lr"] * group["weight_decay"]),
         )
         failures = step.run(buckets)
         for index, tensor in by_index.items():
             if not tensor.is_contiguous():
                 tensor.copy_(flat[index].view(tensor.shape))
-        self._verdicts[together] = (Verdict(failures, key.ranks), plan, step.suspects, key.ranks)
+        self._verdicts[together] = _Judged(key.step, Verdict(failures, key.ranks), plan, step.suspects, key.ranks)
 
-    def _raise_if_failed(self, sets: Sequence[tuple[int, ...]]) -> None:
-        """Raise on all ranks of a shard group if any of them withheld an update in these tensors' previous step.
+    def _raise_if_failed(self, step: int | None) -> None:
+        """Raise on all ranks of a shard group if any of them withheld an update before this step.
+
+        An engine makes several calls per step: the first hears of everything in the previous step, before any weight
+        changes in this one.
+
+        Args:
+            step: about to be made; None where every call is a step of its own.
 
         Raises:
-            RuntimeError: names every block, its owner and the reason. Nothing of this step has happened; the next call
-                goes on.
+            RuntimeError: names every block, its owner and the reason. An optimizer without an engine may go on; an
+                engine's own bookkeeping does not survive errors in a step.
         """
         listed = []
-        for key in dict.fromkeys(sets):
-            if key not in self._verdicts:
-                continue
-            verdict, plan, suspects, group = self._verdicts.pop(key)
+        for key in [key for key, judged in self._verdicts.items() if step is None or judged.step < step]:
+            _, verdict, plan, suspects, group = self._verdicts.pop(key)
             if not verdict.read():
                 continue
             mine = [
@@ -403,9 +435,11 @@ class WholeMatrixOptimizer(ShardedOptimizer):
                 everything, kept = plan.of_tensor(index), states[key]
                 spec = state_spec(plan, everything, self.block_state)
                 if all(name in kept and tuple(kept[name].shape) == shape for name, (shape, _) in spec.items()):
-                    mine = selected(plan, kept, everything, self._owned(tensor), self.block_state)
-                    others = {name: value for name, value in kept.items() if name not in spec}
-                    states[key] = {**others, **mine}
+                    order = by_identity(plan, everything, kept[BLOCKS])
+                    if order is not None:  # otherwise `state_problems` says what is wrong
+                        mine = selected(plan, kept, order, self._owned(tensor), self.block_state)
+                        others = {name: value for name, value in kept.items() if name not in spec}
+                        states[key] = {**others, **mine}
         super().load_state_dict({**state_dict, "state": states})
         self._verdicts.clear()
 
@@ -413,6 +447,11 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         """Whether the blocks of a tensor that all ranks hold have different owners."""
         plan, _ = self._plan_of(tensor)
         return plan.replicated and plan.world_size > 1 and not plan.stateless
+
+
+def _number(value: Any) -> Any:
+    """A learning rate of shape (1,) as one of shape ()."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 def _plain(value: Any) -> Any:

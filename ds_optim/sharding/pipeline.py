@@ -27,7 +27,7 @@ Apply = Callable[[Piece, Tensor], None]
 
 @dataclass(slots=True)
 class Traffic:
-    """Elements that this rank sent to and received from others, both ways, since it was last reset."""
+    """Elements that this rank sent to and received from others, both ways, since it was last reset; padding apart."""
 
     sent: int = 0
     received: int = 0
@@ -147,14 +147,16 @@ class _Outgoing:
     """Updates of one bucket on their way to whoever holds the parameters; the owner's own part is applied at once."""
 
     def __init__(self, bucket: Bucket, wire: Wire, work: Tensor, apply: Apply) -> None:
-        self._bucket = bucket
+        self._bucket, self._wire = bucket, wire
         self._received: Tensor | None = None
         self._sent: Tensor | None = None
         self._work: Any = None
         work = _as_sent(work, wire)
         blocks = work.split([one.numel for one in bucket.owned])
-        if bucket.travels and wire.replicated:
+        if bucket.travels and bucket.gathered:
             self._sent, self._received, self._work = _gather_by_all(work, bucket, wire)
+        elif bucket.travels and wire.replicated:
+            self._sent = work.to(wire.dtype)  # broadcast when the one before has arrived, see `finish`
         elif bucket.travels:
             self._sent = torch.empty(sum(bucket.from_ranks), dtype=wire.dtype, device=wire.carrier)
             sent = self._sent
@@ -175,7 +177,31 @@ class _Outgoing:
         if self._received is not None:
             for piece in self._bucket.others:
                 apply(piece, self._received.narrow(0, piece.start, piece.numel))
+        elif self._sent is not None and self._wire.replicated:
+            self._broadcast(self._sent, apply)
         self._sent = self._received = None
+
+    def _broadcast(self, mine: Tensor, apply: Apply) -> None:
+        """Every owner's updates to all, one owner after the other: two of them are in flight at most."""
+        wire, arriving = self._wire, None
+        for owner in [*(rank for rank, share in enumerate(self._bucket.shares) if share), None]:
+            following = None
+            if owner is not None:
+                is_mine = owner == wire.rank
+                share = self._bucket.shares[owner]
+                buffer = mine if is_mine else torch.empty(share, dtype=wire.dtype, device=wire.carrier)
+                pending = dist.broadcast(buffer.view(torch.uint8), group_src=owner, group=wire.group, async_op=True)
+                following = owner, buffer, pending
+                wire.traffic.messages += 1
+                wire.traffic.sent += share * (len(self._bucket.shares) - 1) if is_mine else 0
+                wire.traffic.received += 0 if is_mine else share
+            if arriving is not None:
+                source, values, handle = arriving
+                handle.wait()
+                for piece in self._bucket.others:
+                    if piece.owner == source:
+                        apply(piece, values.narrow(0, piece.start, piece.numel))
+            arriving = following
 
 
 def _read(buffer: Tensor, pieces: Iterable[Piece], gradient_of: Callable[[Piece], Tensor | None]) -> None:
@@ -223,16 +249,11 @@ def _all_to_all(sent: Tensor, to_ranks: Sequence[int], from_ranks: Sequence[int]
 
 
 def _gather_by_all(work: Tensor, bucket: Bucket, wire: Wire) -> tuple[Tensor, Tensor, Any]:
-    """Every owner's updates to every rank: a broadcast if there is one owner, else an all-gather of equal shares."""
+    """Every owner's updates to every rank, in equal shares."""
     width = max(bucket.shares)
-    owners = [rank for rank, share in enumerate(bucket.shares) if share]
     wire.traffic.messages += 1
     wire.traffic.sent += work.numel() * (len(bucket.shares) - 1)
     wire.traffic.received += sum(bucket.shares) - work.numel()
-    if len(owners) == 1:
-        buffer = work.to(wire.dtype) if work.numel() else torch.empty(width, dtype=wire.dtype, device=wire.carrier)
-        pending = dist.broadcast(buffer.view(torch.uint8), group_src=owners[0], group=wire.group, async_op=True)
-        return buffer, buffer, pending
     sent = torch.zeros(width, dtype=wire.dtype, device=wire.carrier)
     sent.narrow(0, 0, work.numel()).copy_(work)
     received = torch.empty(width * len(bucket.shares), dtype=wire.dtype, device=wire.carrier)

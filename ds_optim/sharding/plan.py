@@ -7,7 +7,7 @@ says what every rank will do.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ds_optim.sharding.assignment import Block, Floats, Holding, Tile, Work, assign, holdings, stagger
 from ds_optim.sharding.layout import Layout, Replicated
-from ds_optim.sharding.schedule import Bucket, Tables, buckets
+from ds_optim.sharding.schedule import BUCKET_SIZE, Bucket, Tables, buckets
 
 _SHOWN_RANKS = 16
 
@@ -86,6 +86,14 @@ class Plan:
             tensors: indices, in the order in which every rank steps them.
             bucket_size: elements, see `ds_optim.sharding.schedule.buckets`.
         """
+        made = self._buckets(tensors, bucket_size)
+        tables = Tables(
+            self.blocks, self.held, self.owners, self.layouts, rank, self.world_size, self.replicated, bucket_size
+        )
+        return [tables.bucket(members) for members in made]
+
+    def _buckets(self, tensors: Iterable[int], bucket_size: int) -> list[list[int]]:
+        """The blocks of every bucket of a step over these local tensors."""
         queues: list[list[int]] = [[] for _ in range(self.world_size)]
         for tensor in tensors:
             for block in self.of_tensor(tensor):
@@ -93,9 +101,21 @@ class Plan:
         if self.stateless:  # nothing ties a block to its tensor: equal shapes of all tensors go together
             for queue in queues:
                 queue.sort(key=self._state_order)
-        made = buckets(self.blocks, self.held, queues, self.world_size, bucket_size, self.replicated)
-        tables = Tables(self.blocks, self.held, self.owners, self.layouts, rank, self.world_size, self.replicated)
-        return [tables.bucket(members) for members in made]
+        return buckets(self.blocks, self.held, queues, self.world_size, bucket_size, self.replicated)
+
+    def waiting(self, bucket_size: int) -> float:
+        """How much longer a step's arithmetic takes than a fair share of it, since ranks wait for each other.
+
+        A bucket takes as long as its busiest owner, and only neighbouring buckets overlap: here none do. 1 is best.
+        """
+        flops = np.array([block.work.step_flops + block.work.refresh_flops / self.frequency for block in self.blocks])
+        if not flops.any():
+            return 1.0
+        longest = 0.0
+        for members in self._buckets(range(len(self.layouts)), bucket_size):
+            owners = np.array([self.owners[block] for block in members])
+            longest += float(np.bincount(owners, weights=flops[members]).max())
+        return longest / (float(flops.sum()) / self.world_size)
 
     # -- what it costs ----------------------------------------------------------------------------------------------
 
@@ -137,7 +157,6 @@ class Plan:
         return Costs(
             blocks=self._sum_by_owner([1.0] * len(works)),
             flops=steady + refreshes.mean(axis=0),
-            peak_flops=steady + refreshes.max(axis=0),
             worst_step=_imbalance_of_steps(steady, refreshes),
             state_bytes=self._sum_by_owner([float(work.state_bytes) for work in works]),
             sent=sent,
@@ -146,10 +165,11 @@ class Plan:
             matrix_elements=sum(block.tile.box.numel for block in self.blocks),
         )
 
-    def explain(self, *, exchange_bytes: int = 4, all_ranks: bool = False) -> str:
+    def explain(self, *, bucket_size: int = BUCKET_SIZE, exchange_bytes: int = 4, all_ranks: bool = False) -> str:
         """A table of what each rank computes, keeps and moves per step, before any training.
 
         Args:
+            bucket_size: elements, the optimizer's ``exchange_bucket_size``.
             exchange_bytes: bytes per element that travels (4 for fp32, 2 for bf16).
             all_ranks: every rank's line, however many there are.
         """
@@ -176,7 +196,7 @@ class Plan:
         lines += [row("mean", lambda values: float(values.mean())), row("max", lambda values: float(values.max()))]
         lines.append(
             f"imbalance (max/mean): flops {imbalance(costs.flops):.3f}, worst step {costs.worst_step:.3f}, "
-            f"state {imbalance(costs.state_bytes):.3f}"
+            f"state {imbalance(costs.state_bytes):.3f}; with waiting for buckets {self.waiting(bucket_size):.3f}"
         )
         idle = int((costs.blocks == 0).sum())
         if not self.blocks:
@@ -193,7 +213,6 @@ class Costs:
     Attributes:
         blocks: owned.
         flops: mean per step.
-        peak_flops: of the rank's most expensive step.
         worst_step: over all residues of the refresh schedule, the largest max/mean of the ranks' flops in that step.
         state_bytes: of owned blocks.
         sent: elements, both ways.
@@ -205,7 +224,6 @@ class Costs:
 
     blocks: Floats
     flops: Floats
-    peak_flops: Floats
     worst_step: float
     state_bytes: Floats
     sent: Floats

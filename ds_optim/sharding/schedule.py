@@ -16,6 +16,9 @@ from ds_optim.sharding.assignment import Block, Holding
 from ds_optim.sharding.boxes import Rectangle, rectangles, strides_of
 from ds_optim.sharding.layout import Layout
 
+BUCKET_SIZE = 1 << 24
+"""Default ``exchange_bucket_size``, elements: 64 MiB of fp32 per buffer."""
+
 _IN_FLIGHT = 5
 """Buffers that are alive at once: a bucket on its way in (2), one being computed (1), one on its way back (2). They
 share what the contract allows for two buckets to send and two to receive."""
@@ -31,7 +34,8 @@ class Piece:
         rectangles: where it lies in the local tensor, in the block's row-major order; offsets are the local tensor's.
         strides: the parameter's, for `torch.as_strided`.
         numel: elements.
-        start: where it begins in the block (own blocks) or in the holder's buffer (others' blocks).
+        start: where it begins in the block (own blocks) or in the buffer that carries it (others' blocks).
+        owner: the rank that owns the block.
     """
 
     tensor: int
@@ -40,6 +44,7 @@ class Piece:
     strides: tuple[int, ...]
     numel: int
     start: int
+    owner: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,8 @@ class Bucket:
         to_ranks: elements that this rank sends to each rank for `others`, and gets back.
         shares: elements of the blocks that each rank owns in this bucket.
         travels: whether any rank sends anything; the same on every rank.
+        gathered: of replicated parameters, whether one all-gather of equal shares carries the updates; otherwise every
+            owner broadcasts its own in turn. ``start`` of others' pieces counts from the message that carries them.
     """
 
     owned: tuple[Owned, ...]
@@ -80,11 +87,17 @@ class Bucket:
     to_ranks: tuple[int, ...]
     shares: tuple[int, ...]
     travels: bool
+    gathered: bool = False
 
     @property
     def numel(self) -> int:
         """Elements of the owned blocks."""
         return sum(one.numel for one in self.owned)
+
+
+def message_size(bucket_size: int) -> int:
+    """Elements that one of the buffers in flight may have."""
+    return bucket_size * 4 // _IN_FLIGHT
 
 
 def buckets(
@@ -102,11 +115,12 @@ def buckets(
         held: who holds each.
         queues: per rank, the blocks that it owns among those to be stepped, in the order of their state.
         world_size: ranks of the shard group.
-        bucket_size: elements. No rank sends, receives or computes more than a fifth of four buckets at a time, unless a
-            single block is larger.
+        bucket_size: elements. No rank sends, receives or computes more than a fifth of four buckets at a time, or than
+            the largest block: every owner must be able to work on one at the same time.
         replicated: all ranks hold everything: only updates travel, gathered by all.
     """
-    limit = bucket_size * 4 // _IN_FLIGHT
+    largest = max((blocks[block].tile.box.numel for queue in queues for block in queue), default=0)
+    limit = max(message_size(bucket_size) // (world_size if replicated else 1), largest)
     made: list[list[int]] = []
     cursors = [0] * world_size
     left = sum(len(queue) for queue in queues)
@@ -122,14 +136,11 @@ def buckets(
                 ranks = held[block].ranks  # none if replicated
                 counts = held[block].counts[: len(ranks)]
                 remote = ranks != rank
-                if replicated:
-                    fits = world_size * max(int(computed[rank]) + numel, int(computed.max())) <= limit
-                else:
-                    fits = (
-                        computed[rank] + numel <= limit
-                        and received[rank] + counts[remote].sum() <= limit
-                        and not (sent[ranks[remote]] + counts[remote] > limit).any()
-                    )
+                fits = (
+                    computed[rank] + numel <= limit
+                    and received[rank] + counts[remote].sum() <= limit
+                    and not (sent[ranks[remote]] + counts[remote] > limit).any()
+                )
                 if bucket and not fits:
                     continue
                 bucket.append(block)
@@ -152,6 +163,7 @@ class Tables:
         rank: of this process in the shard group.
         layouts: of every local tensor, by the blocks' ``tensor``.
         replicated: all ranks hold everything.
+        bucket_size: as in `buckets`.
     """
 
     def __init__(
@@ -163,9 +175,11 @@ class Tables:
         rank: int,
         world_size: int,
         replicated: bool,
+        bucket_size: int,
     ) -> None:
         self._blocks, self._held, self._owners, self._layouts = blocks, held, owners, layouts
         self._rank, self._world_size, self._replicated = rank, world_size, replicated
+        self._message_size = message_size(bucket_size)
         self._fragments = [{found.parameter: found for found in layout.fragments(rank)} for layout in layouts]
 
     def bucket(self, members: Sequence[int]) -> Bucket:
@@ -174,14 +188,15 @@ class Tables:
         for block in members:
             by_owner[self._owners[block]].append(block)
         shares = tuple(sum(self._blocks[block].tile.box.numel for block in mine) for mine in by_owner)
-        width = max(shares) if sum(share > 0 for share in shares) > 1 else 0
+        width = max(shares)
+        gathered = self._replicated and width * self._world_size <= self._message_size
 
         to_ranks, others, start = [0] * self._world_size, [], 0
         for owner, theirs in enumerate(by_owner):
             if owner == self._rank:
                 continue
             if self._replicated:
-                start = owner * width
+                start = owner * width if gathered else 0
             for block in theirs:
                 piece = self._piece(block, start)
                 if piece is not None:
@@ -190,7 +205,9 @@ class Tables:
                     to_ranks[owner] += 0 if self._replicated else piece.numel
         owned, from_ranks = self._owned(by_owner[self._rank])
         travels = self._replicated or any((self._held[block].ranks != self._owners[block]).any() for block in members)
-        return Bucket(owned, tuple(others), from_ranks, tuple(to_ranks), shares, travels and self._world_size > 1)
+        return Bucket(
+            owned, tuple(others), from_ranks, tuple(to_ranks), shares, travels and self._world_size > 1, gathered
+        )
 
     def _owned(self, mine: Sequence[int]) -> tuple[tuple[Owned, ...], tuple[int, ...]]:
         """This rank's own blocks, and how many elements each rank sends for them."""
@@ -230,7 +247,15 @@ class Tables:
         if not found:
             return None
         strides = strides_of(shape)
-        return Piece(one.tensor, one.parameter, found, strides, sum(rectangle.numel for rectangle in found), start)
+        return Piece(
+            one.tensor,
+            one.parameter,
+            found,
+            strides,
+            sum(rectangle.numel for rectangle in found),
+            start,
+            self._owners[block],
+        )
 
 
 def _entries(held: Holding) -> list[tuple[int, int, int]]:
