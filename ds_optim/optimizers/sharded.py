@@ -220,17 +220,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the layout cannot be matched on some rank; every reason of every rank is listed.
         """
-        plan = ""
+        plan, chosen = "", list[str]()
         try:
             chosen = sorted({kernels.backend_for(tensor.device) for tensor in binding.tensors})
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            binding = replace(binding, problems=(*binding.problems, f"no kernels: {error}"))
+        try:
             self._bound = dict(binding.tensors)
             self._roles = dict(roles)
             self._runs.clear()
             self._tables.clear()
             if not binding.problems:
                 plan = self._on_bind()
-        except Exception as error:  # whatever it is, the other ranks must hear of it
-            chosen = []
+        except Exception as error:  # likewise
             binding = replace(binding, problems=(*binding.problems, f"{type(error).__name__}: {error}"))
         verify(binding, "+".join(chosen), plan)
 
