@@ -40,13 +40,16 @@ def main() -> int:
     """Run the matrix; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="where to write the table")
+    parser.add_argument("--optimizer", nargs="*", choices=list(OPTIONS), default=list(OPTIONS), help="only these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.time()
     rows: dict[tuple[str, str], dict[int, str]] = {}
     failures = 0
     plain = {"variant": "plain", "route": "json", "groups": "flat", "tied": False, "frozen": (), "accumulation": 1}
-    cases = list(itertools.product(RANKS, OPTIONS, [*STRATEGIES, *OFFLOADED]))  # ranks outermost: one pool at a time
+    cases = list(
+        itertools.product(RANKS, arguments.optimizer, [*STRATEGIES, *OFFLOADED])
+    )  # ranks outermost: one pool at a time
     wanted: dict[tuple[str, bool], Any] = {}  # the same for every strategy and number of ranks: that is the point
     for ranks, optimizer, strategy in track(cases, description="cases"):
         variant = "offload" if strategy in OFFLOADED else "plain"
