@@ -26,14 +26,13 @@ from ds_optim.optimizers.adamw import AdamW
 from ds_optim.optimizers.adan import Adan
 from ds_optim.optimizers.lion import Lion
 from ds_optim.optimizers.shampoo import Shampoo
-from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps, raise_all
+from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps, raise_on_all_ranks
 from ds_optim.optimizers.swan import SWAN
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.role import Role, is_decay_exempt
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
 from ds_optim.sharding import zero
-from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim_autoload import ENGINE
 
 CLASSES: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini, Shampoo, SWAN)
@@ -331,8 +330,7 @@ def _without_auto(value: Any) -> Any:
 
 def _raise_on_all_ranks(problems: list[str]) -> None:
     """Every rank raises if one has a problem: pipeline stages hold different layers, and none may wait for another."""
-    listed = dict.fromkeys(problem for of_rank in from_all_ranks(problems) for problem in of_rank)
-    raise_all(list(listed), "ds_optim cannot run under this configuration, nothing was changed")
+    raise_on_all_ranks(problems, "ds_optim cannot run under this configuration, nothing was changed")
 
 
 _install()

@@ -33,11 +33,12 @@ from ds_optim.optimizers.adamw import adam_scalars
 from ds_optim.optimizers.block_step import Stack
 from ds_optim.optimizers.launch import Scalars, StateSpec
 from ds_optim.optimizers.matrix_roles import is_preconditioned, true_matrices
-from ds_optim.optimizers.whole_matrix import BUCKET_SIZE, WholeMatrixOptimizer
+from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.role import Role
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.boxes import tiles
 from ds_optim.sharding.exchange import HostCopy
+from ds_optim.sharding.schedule import BUCKET_SIZE
 
 TOLERATED_FAILURES = 3  # root computations of one block in a row, the last root kept, before all ranks are told
 _ROOT_FLOPS = 20.0  # of a root, in units of n^3: what an eigendecomposition takes, in flops of a matrix product

@@ -405,12 +405,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             keep.remove()
             restore.remove()
 
-    def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
-        """What in a state dict cannot be this optimizer's, as sentences: other keys, other shapes, other blocks."""
+    def _keyed(self, state_dict: Mapping[str, Any]) -> list[tuple[Any, Tensor]]:
+        """The tensors of the groups, each with its key in a state dict; torch judges whether their numbers agree."""
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        return list(zip(keys, tensors, strict=False))
+
+    def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """What in a state dict cannot be this optimizer's, as sentences: other keys, other shapes, other blocks."""
         problems = []
-        for key, tensor in zip(keys, tensors, strict=False):  # torch judges their number
+        for key, tensor in self._keyed(state_dict):
             state = state_dict["state"].get(key)
             if not state:
                 continue
@@ -445,10 +449,8 @@ class _Kept:
 
 def _keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, ShardedOptimizer)
-    problems = optimizer.state_problems(state_dict)
-    if optimizer.is_bound:  # no rank may go on while another raises
-        problems = list(dict.fromkeys(problem for of_rank in from_all_ranks(problems) for problem in of_rank))
-    raise_all(problems, "this state dict was not saved by the same optimizer")
+    raise_problems = raise_on_all_ranks if optimizer.is_bound else raise_all
+    raise_problems(optimizer.state_problems(state_dict), "this state dict was not saved by the same optimizer")
     kept = {
         key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
         for key, state in state_dict["state"].items()
@@ -473,3 +475,8 @@ def raise_all(problems: Sequence[str], subject: str) -> None:
     """One error that lists every problem, if there are any."""
     if problems:
         raise ValueError(f"{subject}:\n- " + "\n- ".join(problems))
+
+
+def raise_on_all_ranks(problems: Sequence[str], subject: str) -> None:
+    """As `raise_all`, on every rank if one has a problem: none may go on, or wait, while another raises."""
+    raise_all(list(dict.fromkeys(problem for of_rank in from_all_ranks(problems) for problem in of_rank)), subject)

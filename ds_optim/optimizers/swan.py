@@ -29,9 +29,10 @@ from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.block_step import Stack
 from ds_optim.optimizers.launch import StateSpec
 from ds_optim.optimizers.matrix_roles import is_matrix, true_matrices
-from ds_optim.optimizers.whole_matrix import BUCKET_SIZE, WholeMatrixOptimizer
+from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.role import Role, matrix_view
 from ds_optim.sharding.assignment import Tile, Work
+from ds_optim.sharding.schedule import BUCKET_SIZE
 
 NORM_AXES = ("in", "out", "long")
 _DEAD = 1e-6  # a deviation below this part of the largest one, or of its own mean, is rounding

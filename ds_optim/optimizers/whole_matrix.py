@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_optim.optimizers.adamw import adam_scalars, adamw_update
 from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects
-from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, idle_parameters, row_major
+from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, Tables, idle_parameters, row_major
 from ds_optim.optimizers.owner_state import (
     BLOCKS,
     by_identity,
@@ -33,11 +33,11 @@ from ds_optim.role import Role
 from ds_optim.roles import warn_unclaimed
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.assignment import Tile, Work
-from ds_optim.sharding.exchange import Verdict
+from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding.exchange import Verdict, from_all_ranks
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan, make_plans
 from ds_optim.sharding.runs import held_spans
-from ds_optim.sharding.schedule import BUCKET_SIZE as BUCKET_SIZE
 from ds_optim.sharding.schedule import Bucket
 
 _SCHEDULES_KEPT = 64  # sets of tensors whose buckets are remembered: a training run has a few
@@ -160,12 +160,15 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         others = [
             f"{key} is a setting of the whole optimizer: {self.defaults[key]!r}, not {param_group[key]!r} for one group"
-            for key in self.structure
-            if key in param_group and param_group[key] != self.defaults[key]
+            for key in self._other_structure(param_group)
         ]
         raise_all(others, f"{type(self).__name__}: a parameter group")
         super().add_param_group(param_group)
         self._forget_plans()
+
+    def _other_structure(self, settings: Mapping[str, Any]) -> list[str]:
+        """The structural settings that these state otherwise than the optimizer was made with."""
+        return [key for key in self.structure if settings.get(key, self.defaults[key]) != self.defaults[key]]
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 
@@ -291,14 +294,16 @@ class WholeMatrixOptimizer(ShardedOptimizer):
                 begin += length
         return super()._call(tensors, scalars).narrowed(stretches)
 
+    def _tables_of(self, tensors: list[Tensor], bounds: list[BoundTensor]) -> Tables:
+        return Tables()  # `narrowed` walks other ones
+
     def _prepare(
         self, together: Mapping[Together, list[Tensor]], groups: Mapping[int, dict[str, Any]]
     ) -> list[Callable[[], None]]:
         others = [
             f"{key} is {group[key]!r} in a group and was {self.defaults[key]!r} at the start: make a new optimizer"
             for group in groups.values()
-            for key in self.structure
-            if group.get(key, self.defaults[key]) != self.defaults[key]
+            for key in self._other_structure(group)
         ]
         raise_all(others, f"{type(self).__name__}: blocks, their state and their schedule cannot change")
         self._raise_if_failed(min(key.step for key in together) if self.is_bound and together else None)
@@ -368,10 +373,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
                 for block, failed in zip(one.blocks, flags.tolist(), strict=True)
                 if failed
             ]
-            found = [mine]
-            if group is not None:
-                found = found * dist.get_world_size(group)
-                dist.all_gather_object(found, mine, group)
+            found = [mine] if group is None else from_all_ranks(mine, group)
             listed += [f"rank {rank}: {entry}" for rank, entries in enumerate(found) for entry in entries]
         if listed:
             raise RuntimeError(
@@ -388,14 +390,11 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             problems += [
                 f"{key} was {group[key]!r} and is {self.defaults[key]!r} here: the state belongs to other blocks or "
                 "another schedule"
-                for key in self.structure
-                if key in group and _plain(group[key]) != _plain(self.defaults[key])
+                for key in self._other_structure(group)
             ]
         if problems:
             return list(dict.fromkeys(problems))
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, tensor in zip(keys, tensors, strict=False):
+        for key, tensor in self._keyed(state_dict):
             kept = state_dict["state"].get(key, {}).get(BLOCKS)
             if kept is not None and not torch.equal(
                 kept.cpu(), identities(self._plan_of(tensor)[0], self._owned(tensor))
@@ -411,9 +410,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         this rank owns.
         """
         found: dict[str, Any] = super().state_dict()
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        keys = [key for group in found["param_groups"] for key in group["params"]]
-        for key, tensor in zip(keys, tensors, strict=True):
+        for key, tensor in self._keyed(found):
             if key in found["state"] and self._is_spread(tensor):
                 plan, index = self._plan_of(tensor)
                 group, kept = self._bound_tensor(tensor).group, found["state"][key]
@@ -426,10 +423,8 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `ShardedOptimizer.load_state_dict`; of a gathered state every owner takes its blocks."""
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         states = dict(state_dict["state"])
-        for key, tensor in zip(keys, tensors, strict=False):
+        for key, tensor in self._keyed(state_dict):
             if states.get(key) and self._is_spread(tensor):
                 plan, index = self._plan_of(tensor)
                 everything, kept = plan.of_tensor(index), states[key]
@@ -452,8 +447,3 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 def _number(value: Any) -> Any:
     """A learning rate of shape (1,) as one of shape ()."""
     return value.reshape(()) if isinstance(value, Tensor) else value
-
-
-def _plain(value: Any) -> Any:
-    """A setting as it compares after a JSON or a checkpoint: tuples as lists."""
-    return list(value) if isinstance(value, tuple) else value

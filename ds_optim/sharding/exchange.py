@@ -9,12 +9,12 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def from_all_ranks(mine: T) -> list[T]:
-    """Every rank's value, in the order of the ranks; the only one's where nothing is distributed."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+def from_all_ranks(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in the order of the ranks of a group (None: of all); the only one's if not distributed."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return [mine]
-    found = [mine] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
+    found = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group)
     return found
 
 

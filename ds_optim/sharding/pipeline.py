@@ -122,13 +122,10 @@ class _Incoming:
         """The flat gradients of the owned blocks, one behind the other, fp32; waits for the others' parts."""
         bucket, wire = self._bucket, self._wire
         work = torch.empty(bucket.numel, dtype=torch.float32, device=wire.carrier)
-        own = [
-            (segment, one)
-            for segment, one in zip(work.split([one.numel for one in bucket.owned]), bucket.owned, strict=True)
-        ]
+        own = list(zip(work.split([one.numel for one in bucket.owned]), bucket.owned, strict=True))
         for block, one in own:
             if one.local is not None:
-                _read(block[one.local.start : one.local.start + one.local.numel], [one.local], self._gradient_of)
+                _read(block.narrow(0, one.local.start, one.local.numel), [one.local], self._gradient_of)
         if self._work is not None:
             self._work.wait()
         if self._received is not None:

@@ -145,14 +145,9 @@ class Plan:
         if not self.replicated:  # updates take the same way back
             sent, received = sent + received, received + sent
             straddling *= 2
-        refreshes = np.array(
-            [
-                self._sum_by_owner(
-                    [w.refresh_flops if b.offset == r else 0.0 for w, b in zip(works, self.blocks, strict=True)]
-                )
-                for r in range(self.frequency)
-            ]
-        )
+        refreshes = np.zeros((self.frequency, self.world_size))
+        for block, owner in zip(self.blocks, self.owners, strict=True):
+            refreshes[block.offset, owner] += block.work.refresh_flops
         steady = self._sum_by_owner([work.step_flops for work in works])
         return Costs(
             blocks=self._sum_by_owner([1.0] * len(works)),
