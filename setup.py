@@ -67,7 +67,7 @@ if __name__ == "__main__":
         python_requires=">=3.10",
         packages=find_packages(include=["ds_optim", "ds_optim.*"]),
         py_modules=["ds_optim_autoload"],
-        package_data={"ds_optim": ["py.typed", "kernels/*.cpp", "kernels/*.h"]},
+        package_data={"ds_optim": ["py.typed", "kernels/*.cpp", "kernels/*.h", "memory/templates/*.j2"]},
         install_requires=REQUIREMENTS,
         extras_require=EXTRAS,
         entry_points={

@@ -1,6 +1,7 @@
 """The command ``ds-optim``.
 
-``doctor``: what is installed, what resolves to what, what is refused. ``estimate``: what every rank will do.
+``doctor``: what is installed, what resolves to what, what is refused. ``estimate``: what a training will hold and what
+every rank will do. ``claims``: the published savings, judged. ``report``: a page about recorded runs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from ds_optim.memory.claims_command import claims
+from ds_optim.memory.estimate_command import estimate
+from ds_optim.memory.report_command import report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -129,33 +134,9 @@ def _print_refusals(console: Console, config: Path | None) -> list[str]:
     return reasons
 
 
-@app.command()
-def estimate(
-    model: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A transformers config.json.")],
-    config: Annotated[
-        Path | None, typer.Option("--deepspeed", exists=True, dir_okay=False, help="A DeepSpeed JSON.")
-    ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="A name of ours, with its defaults, instead of a JSON.")] = None,
-    stage: Annotated[int | None, typer.Option(min=0, max=3, help="ZeRO stage; else the JSON's, else 2.")] = None,
-    ranks: Annotated[list[int], typer.Option(min=1, help="Data-parallel ranks; may be given several times.")] = [8],  # noqa: B006
-    all_ranks: Annotated[bool, typer.Option(help="Every rank's line, however many there are.")] = False,
-) -> None:
-    """Print what each rank will compute, keep and send in a step under Shampoo or SWAN, from shapes alone.
-
-    Nothing is allocated and no process is started: one machine can plan for 1,024 ranks.
-    """
-    from ds_optim.estimate import plans
-
-    console = Console()
-    try:
-        content = json.loads(config.read_text(encoding="utf-8")) if config else {}
-        shown = plans(json.loads(model.read_text(encoding="utf-8")), content, optimizer, stage, ranks)
-        for plan, exchange, title in shown:
-            console.print(title, style="bold", highlight=False)
-            console.print(plan.explain(**exchange, all_ranks=all_ranks), highlight=False)
-    except ValueError as error:
-        console.print(f"[bold red]problem:[/] {error}", highlight=False)
-        raise typer.Exit(1) from error
+app.command()(estimate)
+app.command()(claims)
+app.command()(report)
 
 
 def main() -> None:

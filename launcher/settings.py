@@ -46,6 +46,7 @@ class Settings:
     save: Path | None
     save_every: int
     resume: Path | None
+    memory_report: Path | None
 
     @property
     def optimizer_name(self) -> str:
@@ -93,6 +94,8 @@ def read(arguments: Sequence[str] | None = None, world_size: int = 1) -> Setting
         problems.append("--save-every needs --save DIR")
     if given.resume is not None and not given.resume.is_dir():
         problems.append(f"--resume {given.resume}: no such directory")
+    if given.memory_report is not None and given.memory_report.exists() and not given.memory_report.is_dir():
+        problems.append(f"--memory-report {given.memory_report}: that is a file; give a directory")
     steps = _steps(given, deepspeed, world_size, problems)
     if problems:
         raise SettingsError(problems)
@@ -116,6 +119,7 @@ def read(arguments: Sequence[str] | None = None, world_size: int = 1) -> Setting
         save=given.save,
         save_every=given.save_every,
         resume=given.resume,
+        memory_report=given.memory_report,
     )
 
 
@@ -177,6 +181,12 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--save", type=Path, metavar="DIR", help="save a DeepSpeed checkpoint at the end")
     watch.add_argument("--save-every", type=int, default=0, metavar="N", help="and every N steps (off)")
     watch.add_argument("--resume", type=Path, metavar="DIR", help="continue from DIR, or from DIR/global_stepN")
+    watch.add_argument(
+        "--memory-report",
+        type=Path,
+        metavar="DIR",
+        help="measure where the memory of the second step is, and write DIR/measured.json",
+    )
     # The launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser

@@ -6,7 +6,8 @@ Which optimizer runs is said by the DeepSpeed JSON alone. This file is an ordina
 calls ``deepspeed.initialize`` with a config, and goes forward, backward, step. At the end it says how the held-out loss
 moved, what share of the step the optimizer took, and how many bytes of optimizer state each rank holds.
 
-`settings` reads the command line, `corpus` the text, `progress` shows what happens, `state_table` counts the bytes.
+`settings` reads the command line, `corpus` the text, `progress` shows what happens, `state_table` counts the bytes of
+state, and `memory_report` measures all memory of one step if asked to.
 """
 
 import functools
@@ -33,6 +34,7 @@ import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfigError
+from memory_report import MemoryReport
 from progress import OptimizerClock, Progress
 from state_table import ModelStates, StateMeter, figures, table
 
@@ -58,11 +60,21 @@ def run(chosen: settings.Settings) -> None:
     _check_optimizer_is_known(chosen)
     get_accelerator().set_device(local_rank)
     deepspeed.init_distributed()
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     text = shared_text(chosen, local_rank)
 
     torch.manual_seed(chosen.seed)
-    engine, model = _engine(chosen)
+    about = {"model": chosen.model_path.stem, "seq_length": chosen.seq_length}
+    with MemoryReport(chosen.memory_report, **about) as memory:
+        engine, model = _engine(chosen)
+        memory.watch(engine)
+        _train(chosen, engine, model, text, memory)
+    engine.destroy()
+
+
+def _train(
+    chosen: settings.Settings, engine: Any, model: torch.nn.Module, text: corpus.Corpus, memory: MemoryReport
+) -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     optimizer = engine.basic_optimizer
     first = _resume(engine, chosen) if chosen.resume else 0
     clock = OptimizerClock(optimizer, get_accelerator().synchronize)
@@ -100,6 +112,7 @@ def run(chosen: settings.Settings) -> None:
                 seconds,
                 in_optimizer,
             )
+            memory.step_done()
             done = step + 1
             if chosen.eval_every and done % chosen.eval_every == 0 and done < chosen.steps:
                 progress.held_out(done, evaluation.loss(engine))
@@ -110,7 +123,6 @@ def run(chosen: settings.Settings) -> None:
         if chosen.save:
             _save(engine, chosen, chosen.steps)
     _close(progress, chosen, meter, before, after, shares)
-    engine.destroy()
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts

@@ -92,15 +92,23 @@ class Moment(_Model):
         name: a moment between two phases, or None for a peak.
         peak_of: the phase whose highest point this is, or None.
         amounts: every category that is not empty.
+        on_host: bytes of these that CPU offload keeps in host memory while the model is on an accelerator; 0 where
+            both are one memory.
     """
 
     name: MomentName | None = None
     peak_of: Phase | None = None
     amounts: dict[Category, Amount]
+    on_host: int = 0
 
     @property
     def total(self) -> int:
         return sum(amount.bytes for amount in self.amounts.values())
+
+    @property
+    def on_device(self) -> int:
+        """What the device must hold."""
+        return self.total - self.on_host
 
     def bytes_of(self, *categories: Category) -> int:
         """Bytes of these categories together."""

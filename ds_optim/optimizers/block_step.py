@@ -64,6 +64,11 @@ class Stack:
         return kept.mul_(keep).add_(new if beta == 1 else new * (1 - beta))
 
 
+def stack_size(device_type: str, shape: Sequence[int], bucket: int) -> int:
+    """Blocks of a shape that are updated together, at most, out of a bucket of so many elements."""
+    return max(_STACK_ELEMENTS.get(device_type, bucket) // max(math.prod(shape), max(shape) ** 2), 1)
+
+
 Update = Callable[[Stack], Mapping[str, Tensor]]
 """Turns a stack's gradients into updates, in place, and advances its state. Returns flags (B,) of the blocks whose
 update must be withheld and that all ranks must hear of, by reason."""
@@ -138,7 +143,7 @@ class BlockStep:
         for (shape, _), equal in groupby(bucket.owned, likeness):
             listed = [one.block for one in equal]
             numel = math.prod(shape)
-            most = max(_STACK_ELEMENTS.get(work.device.type, work.numel()) // max(numel, max(shape) ** 2), 1)
+            most = stack_size(work.device.type, shape, work.numel())
             for first in range(0, len(listed), most):
                 blocks = tuple(listed[first : first + most])
                 yield blocks, work.narrow(0, start, len(blocks) * numel).view(len(blocks), *shape)

@@ -89,6 +89,7 @@ class Shampoo(WholeMatrixOptimizer):
         "graft",
         "refresh",
     )
+    stack_temporaries = 3
     accumulates = True
 
     def __init__(

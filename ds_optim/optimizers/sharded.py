@@ -39,6 +39,7 @@ from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_un
 from ds_optim.sharding.binding import Binding, BoundTensor, verify, whole
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.runs import Runs, block_runs
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -228,8 +229,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             self._bound = dict(binding.tensors)
             self._roles = dict(roles)
-            self._runs.clear()
-            self._tables.clear()
+            self._forget_layouts()
             if not binding.problems:
                 plan = self._on_bind()
         except Exception as error:  # likewise
@@ -365,6 +365,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for name in self.rule.block_state:
             spec[name] = ((self._runs_of(tensor).num_slots,), torch.float32)
         return spec
+
+    def predicted_state(self, layouts: Sequence[Layout], ranks: Sequence[int]) -> Iterator[list[dict[str, StateSpec]]]:
+        """What each of ``ranks`` would keep for every local tensor of a strategy (the step count apart).
+
+        Found from shapes alone; the optimizer is of no other use afterwards.
+
+        Args:
+            layouts: of the parameters that this optimizer was given, by the names that it was given, see
+                `ds_optim.sharding.predict`.
+            ranks: in the shard group.
+        """
+        self._roles_of_parameters()
+        tensors = [torch.empty(layout.local_numel(0), device="meta") for layout in layouts]
+        self._forget_layouts()
+        for rank in ranks:
+            self._runs.clear()
+            self._bound = {tensor: BoundTensor(layout, rank) for tensor, layout in zip(tensors, layouts, strict=True)}
+            yield [self._state_spec(tensor) for tensor in tensors]
+
+    def _forget_layouts(self) -> None:
+        """Drop what was derived from the tensors that were bound before."""
+        self._runs.clear()
+        self._tables.clear()
 
     def _call(self, tensors: list[Tensor], scalars: Scalars) -> Call:
         bounds = [self._bound_tensor(tensor) for tensor in tensors]

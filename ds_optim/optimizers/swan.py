@@ -103,6 +103,7 @@ class SWAN(WholeMatrixOptimizer):
     """
 
     structure = ("norm_axis",)
+    stack_temporaries = 2
 
     def __init__(
         self,

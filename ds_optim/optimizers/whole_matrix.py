@@ -7,7 +7,9 @@ the blocks of a parameter are, what it keeps for one, what one costs and how a s
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim.optimizers.adamw import adam_scalars, adamw_update
-from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects
+from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, stack_size
 from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, Tables, idle_parameters, row_major
 from ds_optim.optimizers.owner_state import (
     BLOCKS,
@@ -73,6 +75,8 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     rule = Rule("adamw", adamw_update, element_state=("exp_avg", "exp_avg_sq"))
     is_elementwise = False
     structure: ClassVar[tuple[str, ...]] = ()
+    stack_temporaries: ClassVar[int] = 4
+    """What an update takes beside its gradients and state, in units of a stack (measured; the design's bound is 4)."""
 
     def __init__(
         self,
@@ -184,6 +188,10 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
         warn_unclaimed(roles, shapes, is_understood, "takes them for single (out, in) matrices, not for embeddings")
 
+    def _forget_layouts(self) -> None:
+        super()._forget_layouts()
+        self._forget_plans()
+
     def _forget_plans(self) -> None:
         self._plans.clear()
         self._planned.clear()
@@ -194,7 +202,6 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     def _on_bind(self) -> str:
         shapes = {spec.name: spec.shape for one in self._bound.values() for spec in one.layout.parameters}
         self._warn_unclaimed({name: self._roles[name] for name in shapes}, shapes)
-        self._forget_plans()
         self._verdicts.clear()
         self._make_plans()
         return "".join(plan.digest for plan in self._plans)
@@ -253,9 +260,9 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         return plan.owned(index, self._rank(tensor))
 
     def _rank(self, tensor: Tensor) -> int:
-        """This process's rank among the owners (a replicated tensor's own rank is always 0)."""
-        group = self._bound_tensor(tensor).group
-        return 0 if group is None else dist.get_rank(group)
+        """This process's rank among the owners (a replicated tensor of an engine is bound with rank 0)."""
+        bound = self._bound_tensor(tensor)
+        return bound.rank if bound.group is None else dist.get_rank(bound.group)
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -282,6 +289,25 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         if fresh and BLOCKS in state:
             state[BLOCKS].copy_(identities(self._plan_of(tensor)[0], self._owned(tensor)))
         return state
+
+    def predicted_workspace(self, rank: int, device_type: str = "cpu") -> list[tuple[int, int]]:
+        """Bytes of exchange buffers and of temporaries at the fullest moments of a step on ``rank``: while it computes,
+        and between. After `predicted_state` only.
+
+        Args:
+            device_type: where matrix algebra runs; stacks are small on a CPU.
+        """
+        self._make_plans()
+        plan = self._plans[0]
+        buckets = plan.schedule(range(len(plan.layouts)), rank, self.exchange_bucket_size)
+        largest = 0
+        for bucket in buckets:
+            counts = Counter(plan.blocks[one.block].tile.shape for one in bucket.owned)
+            for shape, count in counts.items():
+                together = min(count, stack_size(device_type, shape, bucket.numel))
+                largest = max(largest, 4 * together * max(math.prod(shape), max(shape) ** 2))
+        computing, any_moment = pipeline.buffer_bytes(buckets, self.exchange_dtype.itemsize)
+        return [(computing, self.stack_temporaries * largest), (any_moment, 0)]
 
     # -- the step ---------------------------------------------------------------------------------------------------
 

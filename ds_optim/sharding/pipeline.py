@@ -105,6 +105,37 @@ def run(
         outgoing.finish(apply)
 
 
+def buffer_bytes(buckets: Sequence[Bucket], itemsize: int) -> tuple[int, int]:
+    """The most that a rank's buffers take while it computes, and at any moment: arithmetic, see `run`.
+
+    Args:
+        buckets: the rank's part.
+        itemsize: bytes of an element that travels.
+    """
+
+    def wire(index: int) -> int:
+        if not 0 <= index < len(buckets) or not buckets[index].travels:
+            return 0
+        bucket = buckets[index]
+        if bucket.gathered:
+            return max(bucket.shares) * (1 + len(bucket.shares)) * itemsize
+        if not bucket.from_ranks or not any((*bucket.from_ranks, *bucket.to_ranks)):  # broadcast by owners
+            others = sorted(bucket.shares, reverse=True)[:2]
+            return (bucket.numel + sum(others)) * itemsize
+        return (sum(bucket.from_ranks) + sum(bucket.to_ranks)) * itemsize
+
+    def arriving(index: int) -> int:
+        gathers = 0 <= index < len(buckets) and not any(buckets[index].to_ranks) and not any(buckets[index].from_ranks)
+        return 0 if gathers else wire(index)
+
+    computing, any_moment = [0], [0]
+    for index, bucket in enumerate(buckets):
+        work = 4 * bucket.numel
+        computing.append(arriving(index + 1) + work + wire(index - 1))
+        any_moment += [arriving(index) + work + wire(index - 1), arriving(index + 1) + work + wire(index)]
+    return max(computing), max(*any_moment, *computing)
+
+
 class _Incoming:
     """Gradients of one bucket on their way to its owners."""
 

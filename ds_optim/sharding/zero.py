@@ -289,3 +289,15 @@ class GradientWatch:
                 "make one backward pass per step, or use ZeRO stage 1 or 2 without offload"
             )
         return self._seen.get(name) == window
+
+
+def zero_settings(config: Mapping[str, Any]) -> Any:
+    """A JSON's ``zero_optimization`` with DeepSpeed's own defaults filled in; ``"auto"`` counts as left out.
+
+    Raises:
+        ValueError: DeepSpeed refuses it.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    given = {key: value for key, value in dict(config).items() if value != "auto"}
+    return DeepSpeedZeroConfig(**given)

@@ -1,0 +1,390 @@
+"""The memory accountant: measures where the bytes of a training step are.
+
+    with MemoryAccountant() as account:                  # before the model is made
+        model = ...
+        engine, *_ = deepspeed.initialize(model=model, ...)
+        account.watch(engine)                            # plain PyTorch and FSDP2: account.watch(model, optimizer)
+        for batch in batches:
+            engine.backward(engine(**batch).loss)
+            engine.step()
+    account.record().save("measured.json")               # account.gather() for all ranks
+
+Every tensor storage is followed from its making to its end (`tracker`) and labelled by where it is kept (`labels`). The
+phases are found by themselves: forward begins when the model is called with gradients on, backward when autograd
+starts, the step when the engine or the optimizer steps; several passes may come before a step. What nobody claims when
+a step is over is unaccounted for, and too much of it is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ds_optim.memory import cross_checks
+from ds_optim.memory.labels import (
+    Claim,
+    Labels,
+    basic_optimizer,
+    claims,
+    state_entries,
+    stepped,
+    wrapper_of,
+)
+from ds_optim.memory.provenance import describe
+from ds_optim.memory.record import Category, Check, Moment, Phase, RankRecord, Record, human, merge
+from ds_optim.memory.steps import StepAccount, StepLog, balance, named, resolve
+from ds_optim.memory.tracker import MemoryAccountError, Storage, StorageTracker, in_backward
+
+_LARGEST_NAMED = 5  # unaccounted storages in a message
+
+
+class MemoryAccountant:
+    """Follows a training run; enter it before the model is made.
+
+    Entered later, it still counts whatever model, optimizer and strategy keep, but not what somebody else does.
+
+    Args:
+        tolerance: largest share of the total that may be unaccounted for after init and after a step.
+        strict: whether `record` raises above the tolerance; otherwise the record only shows it.
+        timeline: whether the last step's course is kept.
+        cross_check: who else counts each followed step: the profiler's memory ``events`` (slow), the ``process`` as the
+            operating system sees it, or nobody. May be changed between steps: the profiler takes memory itself, so
+            the two are not for the same step; the record keeps the last checks of each.
+        os_tolerance: how far the operating system's view may lie from ours, relative to it; None shows both and judges
+            nothing, which is right for small models (see `ds_optim.memory.cross_checks`).
+        extra: tensors that only the user can name: ``{"teacher": (Category.PARAMETERS, tensor)}``; lists of tensors
+            too.
+
+    Raises:
+        MemoryAccountError: this torch cannot be followed.
+    """
+
+    def __init__(
+        self,
+        tolerance: float = 0.005,
+        *,
+        strict: bool = True,
+        timeline: bool = True,
+        cross_check: cross_checks.Kind | None = None,
+        os_tolerance: float | None = None,
+        extra: Mapping[str, tuple[Category, Any]] | None = None,
+    ) -> None:
+        self.tolerance, self.strict, self.timeline = tolerance, strict, timeline
+        self.cross_check, self.os_tolerance = cross_check, os_tolerance
+        self.extra = dict(extra or {})
+        self.running: list[Moment] = []
+        """The moment after each measured step."""
+        self._tracker = StorageTracker()
+        self._labels = Labels(self._tracker)
+        self._watched: Any = None
+        self._model: nn.Module | None = None
+        self._optimizer: Any = None
+        self._restore: list[Callable[[], None]] = []
+        self._at_init: dict[Storage, int] | None = None
+        self._init_moment: Moment | None = None
+        self._init_nobodys: dict[Storage, int] = {}
+        self._log: StepLog | None = None
+        self._phase: Phase | None = None
+        self._last: StepAccount | None = None
+        self._checks: dict[cross_checks.Kind, list[Check]] = {}
+        self._probe: cross_checks.Probe | None = None
+        self._before = cross_checks.ProcessView.now()
+        self._began = 0.0
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}  # of steps, by whether they were followed
+
+    # -- entering and leaving ---------------------------------------------------------------------------------------
+
+    def __enter__(self) -> MemoryAccountant:
+        self._before = cross_checks.ProcessView.now()
+        self._tracker.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop_following()
+        for restore in reversed(self._restore):
+            restore()
+        self._restore.clear()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Steps inside run bare, and are timed, to know what following costs. Between steps only."""
+        self._stop_following()
+        try:
+            yield
+        finally:
+            self._tracker.__enter__()
+
+    def _stop_following(self) -> None:
+        self._log = None
+        self._tracker.recording = False
+        if self._tracker.is_entered:
+            self._tracker.suspend()
+
+    # -- watching ---------------------------------------------------------------------------------------------------
+
+    def watch(self, model: Any, optimizer: Any = None) -> None:
+        """Follow the training of a DeepSpeed engine, or of a model and its optimizer. Call it before the first step.
+
+        Hooks are put on the model and the optimizer; on an engine ``step`` is wrapped. All of it is undone on exit.
+
+        Raises:
+            MemoryAccountError: a wrapper of DeepSpeed that is not known here, or a tensor labelled twice.
+            TypeError: no optimizer was given, and this is no engine.
+        """
+        is_engine = hasattr(model, "is_gradient_accumulation_boundary") and hasattr(model, "module")
+        if optimizer is None and not is_engine:
+            raise TypeError("give watch() a DeepSpeed engine, or a model and its optimizer")
+        self._watched = model
+        self._model = model.module if is_engine else model
+        self._optimizer = model.optimizer if is_engine else optimizer
+        self._claim()
+        self._at_init = {storage: storage.bytes for storage in self._tracker.live}
+        self._hook_model(model)
+        if is_engine:
+            self._wrap_engine(model)
+            hook = basic_optimizer(self._optimizer).register_step_pre_hook(lambda *_: self._claim_gradients())
+            self._restore.append(hook.remove)
+        else:
+            basic = basic_optimizer(optimizer)
+            before = basic.register_step_pre_hook(lambda *_: self._begin_optimizer_step())
+            after = basic.register_step_post_hook(lambda *_: self.step_done())
+            self._restore += [before.remove, after.remove]
+
+    def _hook_model(self, model: nn.Module) -> None:
+        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if torch.is_grad_enabled() and not in_backward():
+                self._begin_forward()
+                self._hint((args, kwargs), Category.BUFFERS)
+
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            if self._log is not None and not in_backward():
+                self._hint(vars(output) if hasattr(output, "__dict__") else output, Category.ACTIVATIONS)
+
+        def arriving(gradient: Tensor) -> None:
+            if self._log is not None:
+                self._labels.hint(gradient, Category.GRADIENTS)
+
+        # Before everyone else's: FSDP's hook gathers parameters already.
+        self._restore.append(model.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+        self._restore.append(model.register_forward_hook(after).remove)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                self._restore.append(parameter.register_hook(arriving).remove)
+
+    def _wrap_engine(self, engine: Any) -> None:
+        original = engine.step
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            is_last = engine.is_gradient_accumulation_boundary()
+            if is_last:
+                self._begin_optimizer_step()
+            result = original(*args, **kwargs)
+            if is_last:
+                self.step_done()
+            return result
+
+        engine.step = step
+        self._restore.append(lambda: vars(engine).pop("step", None))
+
+    def _hint(self, values: Any, category: Category) -> None:
+        if self._log is not None:
+            for value in tree_leaves(values):
+                if isinstance(value, Tensor):
+                    self._labels.hint(value, category)
+
+    def _claim(self) -> None:
+        assert self._model is not None
+        given = [
+            Claim(category, f"extra {name!r}", tensor)
+            for name, (category, tensors) in self.extra.items()
+            for tensor in ([tensors] if isinstance(tensors, Tensor) else tensors)
+        ]
+        self._labels.claim([*claims(self._model, self._optimizer), *given])
+
+    def _claim_gradients(self) -> None:
+        """What the optimizer is handed may live no longer than its call."""
+        if self._log is not None:
+            tensors = stepped(self._optimizer)
+            found = [
+                Claim(Category.GRADIENTS, "gradient of the optimizer", t.grad) for t in tensors if t.grad is not None
+            ]
+            self._labels.claim(found)
+
+    # -- phases -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Say what is going on, where it cannot be seen: a loop that never calls the watched model itself.
+
+        End the step by `step_done`.
+        """
+        {"forward": self._begin_forward, "backward": self._begin_backward, "step": self._begin_optimizer_step}[name]()
+        yield
+
+    def _begin_forward(self) -> None:
+        if self._phase is None:
+            self._begin_step()
+        elif self._phase == "backward":
+            self._mark_backward()
+        self._enter("forward")
+
+    def _begin_step(self) -> None:
+        self._began = time.perf_counter()
+        if not self._tracker.is_entered:
+            return
+        if self._init_moment is None and self._at_init is not None and self._last is not None:
+            self._settle_init()
+        self._labels.forget_dead()
+        tracker = self._tracker
+        tracker.log.clear()
+        tracker.recording = True
+        self._log = StepLog({storage: storage.bytes for storage in tracker.live}, tracker.log)
+        if self.cross_check is not None:
+            self._probe = cross_checks.start(self.cross_check, tracker.total, self._before, self.os_tolerance)
+
+    def _begin_backward(self) -> None:
+        if self._phase == "forward":
+            self._mark("after forward")
+            self._enter("backward")
+
+    def _begin_optimizer_step(self) -> None:
+        if self._phase in (None, "step"):
+            return
+        self._mark_backward()
+        self._enter("step")
+        self._claim_gradients()
+
+    def _mark_backward(self) -> None:
+        if self._log is not None:
+            self._claim()
+        self._mark("after backward")
+
+    def _mark(self, name: Any) -> None:
+        if self._log is not None:
+            self._log.marks[name] = len(self._log.events)
+
+    def _enter(self, phase: Phase) -> None:
+        self._phase = phase
+        self._tracker.phase = phase
+        self._tracker.on_backward = self._begin_backward if phase == "forward" else None
+
+    def step_done(self) -> None:
+        """The training step is over. Called by itself when an engine or an optimizer has stepped."""
+        if self._phase != "step":
+            return
+        seconds = time.perf_counter() - self._began
+        self._seconds[self._log is not None].append(seconds)
+        if self._log is not None:
+            self._claim()
+            account = resolve(
+                self._log,
+                self._tracker.live,
+                self._labels,
+                timeline=self.timeline,
+                on_accelerator=self._on_accelerator,
+            )
+            if self._probe is not None:
+                peak = max(moment.total for moment in account.moments)
+                self._checks[self._probe.kind] = self._probe.checks(self._log, self._tracker.total, peak)
+                self._probe = None
+            self._last = account
+            self.running.append(account.moments[-1])
+            if self._init_moment is None:
+                self._settle_init()
+        self._phase, self._log = None, None
+        self._tracker.recording, self._tracker.phase, self._tracker.on_backward = False, "between steps", None
+        self._tracker.log = []
+
+    def _settle_init(self) -> None:
+        """Labels found in the first step (its batch, say) serve for what was alive before it."""
+        assert self._at_init is not None
+        self._init_nobodys = {s: size for s, size in self._at_init.items() if self._labels.of(s) is None}
+        on_host = sum(size for s, size in self._at_init.items() if s.is_host) if self._on_accelerator else 0
+        self._init_moment = named("after init", balance(self._at_init, self._labels), on_host)
+
+    @property
+    def _on_accelerator(self) -> bool:
+        assert self._model is not None
+        return any(parameter.device.type not in ("cpu", "meta") for parameter in self._model.parameters())
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    @property
+    def overhead(self) -> float | None:
+        """Time of the last step that was followed over the median of those that were not (see `paused`)."""
+        followed, bare = self._seconds[True], self._seconds[False]
+        return followed[-1] / statistics.median(bare) if followed and bare else None
+
+    def record(self, **provenance: Any) -> Record:
+        """The account of this rank: after init, and the last whole step.
+
+        Args:
+            **provenance: fields of `ds_optim.memory.record.Provenance` that replace what was found out.
+
+        Raises:
+            MemoryAccountError: nothing was watched, or more than the tolerance is unaccounted for (if ``strict``); the
+                largest such storages are named with the phase and the line that made them.
+        """
+        if self._model is None or self._at_init is None:
+            raise MemoryAccountError("nothing was watched: call watch(engine) or watch(model, optimizer) first")
+        if self._init_moment is None:
+            self._settle_init()
+        assert self._init_moment is not None
+        if self.strict:
+            self._judge(self._init_moment, self._init_nobodys)
+            if self._last is not None:
+                self._judge(self._last.moments[-1], self._last.nobodys)
+        basic = basic_optimizer(self._optimizer)
+        rank = RankRecord(
+            rank=dist.get_rank() if dist.is_initialized() else 0,
+            elements=sum(_local(tensor).numel() for tensor in stepped(self._optimizer)),
+            moments=[self._init_moment, *(self._last.moments if self._last else [])],
+            state=state_entries(self._tracker, basic),
+            checks=[check for checks in self._checks.values() for check in checks],
+            timeline=self._last.timeline if self._last else [],
+        )
+        found = describe(self._watched, self._model, self._optimizer, wrapper_of(self._optimizer))
+        about = {**found, "overhead": self.overhead, **provenance}
+        return Record.model_validate({"kind": "measured", "provenance": about, "ranks": [rank]})
+
+    def gather(self, **provenance: Any) -> Record:
+        """As `record`, of all ranks, on all ranks: a collective. If it fails on one rank it fails on all."""
+        mine: Record | str
+        try:
+            mine = self.record(**provenance)
+        except MemoryAccountError as error:
+            mine = str(error)
+        if not dist.is_initialized():
+            everyone: list[Any] = [mine]
+        else:
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, mine)
+        problems = [f"rank {rank}: {one}" for rank, one in enumerate(everyone) if isinstance(one, str)]
+        if problems:
+            raise MemoryAccountError("\n".join(problems))
+        return merge(everyone)
+
+    def _judge(self, moment: Moment, nobodys: Mapping[Storage, int]) -> None:
+        unaccounted = moment.bytes_of(Category.UNACCOUNTED)
+        if unaccounted <= self.tolerance * moment.total:
+            return
+        largest = sorted(nobodys, key=lambda storage: nobodys[storage], reverse=True)[:_LARGEST_NAMED]
+        listed = [f"{nobodys[s]:,} bytes, made in phase {s.born!r} by {s.origin or 'unknown code'}" for s in largest]
+        raise MemoryAccountError(
+            f"{moment.name}: {human(unaccounted)} of {human(moment.total)} are nobody's "
+            f"({100 * unaccounted / moment.total:.2f} %, tolerance {100 * self.tolerance:g} %). Drop what is kept by "
+            "mistake, or name it: MemoryAccountant(extra={name: (category, tensor)}). The largest:\n- "
+            + "\n- ".join(listed)
+        )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)

@@ -1,0 +1,431 @@
+"""The predicted record: every category of memory at every moment, from a config, without allocating the model.
+
+Model states are layout arithmetic and exact. Activations come from a simulated pass over three layers
+(`ds_optim.memory.simulate`), what a strategy adds from `ds_optim.memory.strategies`. A peak is the highest sum of the
+three along the pass.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ds_optim.memory.record import (
+    Amount,
+    Category,
+    Method,
+    Moment,
+    Phase,
+    Provenance,
+    RankRecord,
+    Record,
+    Sample,
+    StateEntry,
+)
+from ds_optim.memory.simulate import Timeline, simulate
+from ds_optim.memory.strategies import Bytes, Ints, Partition, Terms, plain, zero_0, zero_1_and_2, zero_3
+from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
+from ds_optim.sharding.layout import Layout
+from ds_optim.sharding.predict import predicted_layouts
+from ds_optim.subject import Subject, SubjectError, meta_model, subject
+
+Precision = Literal["fp32", "bf16", "pure bf16"]
+
+_PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
+_SAMPLES = 200  # points of a timeline that are kept
+_RANKS_LOOKED_AT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to predict.
+
+    Attributes:
+        model: a transformers ``config.json``.
+        model_name: shown in the record.
+        optimizer: a name of ours, with its defaults; None: the JSON's.
+        settings: further options of the optimizer, which prevail.
+        stage: ZeRO stage; None is plain PyTorch, everything on every rank.
+        world_size: data-parallel ranks.
+        precision: ``fp32``; ``bf16``: bf16 weights and gradients with an fp32 master (fp32 state); ``pure bf16``: bf16
+            throughout, without a master, under plain PyTorch only.
+        micro_batch: sequences per rank and pass.
+        seq_length: tokens per sequence.
+        checkpointing: every layer keeps its input only.
+        deepspeed: a DeepSpeed JSON: its optimizer, ``ds_optim`` object and ``zero_optimization`` are used.
+        device_memory: bytes of one device, if known.
+        states_only: leave activations out, and with them forward and backward peaks.
+        command: written into the record.
+    """
+
+    model: Mapping[str, Any]
+    model_name: str
+    optimizer: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    stage: int | None = None
+    world_size: int = 1
+    precision: Precision = "bf16"
+    micro_batch: int = 1
+    seq_length: int = 2048
+    checkpointing: bool = False
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    device_memory: int | None = None
+    states_only: bool = False
+    command: str = ""
+
+
+def stage_of(config: Mapping[str, Any]) -> int | None:
+    """The ZeRO stage of a DeepSpeed JSON: 0 if it says none, and None without a JSON."""
+    return int(config.get("zero_optimization", {}).get("stage", 0)) if config else None
+
+
+def precision_of(config: Mapping[str, Any]) -> Precision:
+    """What a DeepSpeed JSON trains in; fp16 takes the bytes of bf16. ``"auto"`` counts as enabled, as in the Trainer
+    with ``--bf16``."""
+    half = [config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")]
+    return "bf16" if any(half) else "fp32"
+
+
+def predict(request: Request) -> Record:
+    """The record of a steady training step.
+
+    The ranks in it are those of the least and the most memory among the first, the last and some between, since a
+    partition's fullest rank depends on where parameters are cut.
+
+    Raises:
+        SubjectError: the model, the optimizer, the strategy or the number of ranks cannot be predicted.
+        ValueError: options that the optimizer refuses.
+    """
+    _judge(request)
+    about = _subject(request)
+    layouts = _layouts(request, about)
+    dtype = torch.float32 if request.precision == "fp32" else torch.bfloat16
+    timeline = None
+    if not request.states_only:
+        timeline = _timeline(
+            _Frozen(request.model), dtype, request.micro_batch, request.seq_length, request.checkpointing
+        )
+    ranks = sorted({0, request.world_size - 1, *_spread(request.world_size)})
+    states = about.optimizer.predicted_state(layouts, ranks)
+    found = []
+    for rank, specs in zip(ranks, states, strict=True):
+        entries = _entries(about, layouts, specs)
+        terms = _terms(request, about, layouts, rank)
+        found.append(_rank_record(request, about, layouts, rank, terms, entries, timeline))
+    return Record(kind="predicted", provenance=_provenance(request, about), ranks=found)
+
+
+def largest_micro_batch(request: Request, limit: int = 4096) -> int:
+    """The largest micro-batch whose highest peak fits ``device_memory`` on the fullest rank; 0 if none does."""
+    capacity = request.device_memory
+    if capacity is None:
+        raise SubjectError("how much fits depends on the device: give --device-memory")
+
+    def fits(micro_batch: int) -> bool:
+        return highest(predict(replace(request, micro_batch=micro_batch))) <= capacity
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= limit and fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def highest(record: Record) -> int:
+    """Bytes on the device at the highest peak of the fullest rank; what is offloaded does not count."""
+    return max(moment.on_device for rank in record.ranks for moment in rank.moments)
+
+
+# ------------------------------------------------------------------------------------------------------ the strategy
+
+
+def _judge(request: Request) -> None:
+    """Everything that is wrong with a request, in one message."""
+    problems = []
+    if request.world_size < 1:
+        problems.append(f"the number of ranks must be at least 1, not {request.world_size}")
+    if request.micro_batch < 1 or request.seq_length < 1:
+        problems.append("micro-batch and sequence length must be at least 1")
+    if request.stage not in (None, 0, 1, 2, 3):
+        problems.append(f"there is no ZeRO stage {request.stage}: 0, 1, 2 or 3")
+    if request.precision == "pure bf16" and request.stage is not None:
+        problems.append("DeepSpeed keeps an fp32 master: pure bf16 is for plain PyTorch (no ZeRO stage)")
+    zero = request.deepspeed.get("zero_optimization", {})
+    if zero.get("offload_param", {}).get("device", "none") not in ("none", "auto"):
+        problems.append("parameters that are offloaded (offload_param) are not predicted: leave it out")
+    if zero.get("offload_optimizer", {}).get("device", "none") == "nvme":
+        problems.append('optimizer state on NVMe is refused by ds_optim: use "device": "cpu"')
+    accumulated = request.deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    if accumulated not in (None, "auto") and request.precision == "bf16" and accumulated != "bf16":
+        problems.append("BF16_Optimizer (data_types.grad_accum_dtype) is not predicted: leave it out")
+    for key in ("tensor_parallel", "sequence_parallel_size", "pipeline"):
+        if request.deepspeed.get(key) not in (None, {}, 1):
+            problems.append(f"{key} is not predicted: data-parallel ranks only")
+    longest = request.model.get("max_position_embeddings") or request.model.get("n_positions")
+    if longest and request.seq_length > int(longest) and not request.states_only:
+        problems.append(f"the model has {longest} positions, sequences of {request.seq_length} tokens do not fit")
+    if problems:
+        raise SubjectError("; ".join(problems))
+
+
+def _subject(request: Request) -> Subject:
+    settings = dict(request.settings)
+    if request.precision == "pure bf16":
+        settings.setdefault("state_dtype", torch.bfloat16)
+    return subject(meta_model(request.model), request.deepspeed, request.optimizer, settings)
+
+
+def _layouts(request: Request, about: Subject) -> list[Layout]:
+    stage = 0 if request.stage is None else request.stage
+    return predicted_layouts(about.groups, stage, request.world_size)
+
+
+def _offloads(request: Request) -> bool:
+    offload = request.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+    return request.stage in (1, 2, 3) and offload.get("device") == "cpu"
+
+
+def _terms(request: Request, about: Subject, layouts: Sequence[Layout], rank: int) -> Terms:
+    from ds_optim.sharding.zero import zero_settings
+
+    width = 4 if request.precision == "fp32" else 2
+    has_master = request.stage is not None and (request.stage > 0 or request.precision == "bf16")
+    try:
+        config = zero_settings({**request.deepspeed.get("zero_optimization", {}), "stage": request.stage or 0})
+    except ValueError as error:
+        raise SubjectError(f"DeepSpeed refuses zero_optimization: {' '.join(str(error).split())[:300]}") from error
+    one = Partition(
+        about.groups, layouts, rank, request.world_size, width, 4 if has_master else 0, config, _offloads(request)
+    )
+    if request.stage is None:
+        return plain(one)
+    if request.stage == 0:
+        return zero_0(one)
+    if request.stage == 3:
+        return zero_3(one)
+    return zero_1_and_2(one, partition_gradients=request.stage == 2)
+
+
+# --------------------------------------------------------------------------------------------------------- the record
+
+
+def _entries(about: Subject, layouts: Sequence[Layout], specs: Sequence[Mapping[str, Any]]) -> list[StateEntry]:
+    rule = about.optimizer.rule
+    sizes: Counter[tuple[str, torch.dtype]] = Counter()
+    for spec in specs:
+        sizes[("step", torch.float32)] += 1
+        for key, (shape, dtype) in spec.items():
+            sizes[(key, dtype)] += math.prod(shape)
+    entries = []
+    for (key, dtype), elements in sorted(sizes.items(), key=lambda item: item[0][0]):
+        shape_rule: Literal["element", "block", "owned block", "count"] = "owned block"
+        if key == "step" or not dtype.is_floating_point:
+            shape_rule = "count"
+        elif key in rule.element_state:
+            shape_rule = "element"
+        elif key in rule.block_state:
+            shape_rule = "block"
+        name = str(dtype).removeprefix("torch.")
+        entry = StateEntry(
+            key=key, dtype=name, shape_rule=shape_rule, elements=elements, bytes=elements * dtype.itemsize
+        )
+        if entry.bytes:
+            entries.append(entry)
+    return entries
+
+
+def _rank_record(
+    request: Request,
+    about: Subject,
+    layouts: Sequence[Layout],
+    rank: int,
+    terms: Terms,
+    entries: list[StateEntry],
+    timeline: Timeline | None,
+) -> RankRecord:
+    state = sum(entry.bytes for entry in entries)
+    offloaded = dict(terms.offloaded)
+    if _offloads(request):
+        offloaded[Category.OPTIMIZER] = state
+    on_host = sum(offloaded.values())
+    steady = {**terms.steady, Category.OPTIMIZER: state}
+
+    def moment(amounts: Mapping[Category, int], **named: Any) -> Moment:
+        return Moment(amounts=_amounts(amounts), on_host=on_host, **named)
+
+    at_init = _added(steady, {Category.PARAMETERS: -terms.persistent, Category.OPTIMIZER: -state})
+    moments = [
+        Moment(name="after init", amounts=_amounts(at_init), on_host=on_host - offloaded.get(Category.OPTIMIZER, 0))
+    ]
+    samples: list[Sample] = []
+    after_backward = _added(steady, terms.after_backward)
+    if timeline is not None:
+        gathered = np.full(len(timeline.forward), terms.gathered)
+        gathered[: timeline.head + 1] += terms.fetched
+        forward = _curves(steady, timeline.forward, {Category.PARAMETERS: gathered})
+        extra = terms.backward(timeline)
+        length = max([len(timeline.backward), *(len(curve) for curve in extra.values())])
+        left = np.append(timeline.backward, np.full(length - len(timeline.backward), timeline.backward[-1]))
+        # What was gathered goes as the pass runs back through the layers.
+        share = np.linspace(1, 0, length)
+        extra[Category.PARAMETERS] = (terms.gathered * share).astype(np.int64)
+        backward = _curves(steady, left, extra)
+        moments += [
+            moment(_at(forward, _top(forward)), peak_of="forward"),
+            moment(_at(forward, -1), name="after forward"),
+            moment(_at(backward, _top(backward)), peak_of="backward"),
+        ]
+        samples = [*_sampled(forward, "forward", 0.0, 0.35), *_sampled(backward, "backward", 0.35, 0.8)]
+    moments.append(moment(after_backward, name="after backward"))
+    workspaces = _workspaces(request, about, rank)
+    inside = _added(steady, {Category.PARAMETERS: -terms.persistent})
+    during = _added(inside, terms.step)
+    candidates = [_added(during, workspace) for workspace in workspaces] + [_added(inside, terms.before_optimizer)]
+    moments += [moment(max(candidates, key=_total), peak_of="step"), moment(steady, name="after step")]
+    if samples:
+        rows = [after_backward, *reversed(candidates), steady]
+        samples += [
+            Sample(at=0.8 + 0.2 * (index + 1) / len(rows), phase="step", bytes=_present(row))
+            for index, row in enumerate(rows)
+        ]
+    elements = sum(layout.local_numel(rank) for layout in layouts)
+    return RankRecord(rank=rank, elements=elements, moments=moments, state=entries, timeline=samples)
+
+
+def _workspaces(request: Request, about: Subject, rank: int) -> list[Bytes]:
+    """What the optimizer itself makes at the fullest moments of its step.
+
+    Elementwise and blockwise rules work in place; whole-matrix rules have exchange buffers (exact) and temporaries (a
+    multiple of the largest stack).
+    """
+    if not isinstance(about.optimizer, WholeMatrixOptimizer):
+        return [{}]
+    device = "cpu" if request.device_memory is None else "cuda"
+    found = about.optimizer.predicted_workspace(rank, device)
+    return [{Category.EXCHANGE: exchange, Category.WORKSPACE: scratch} for exchange, scratch in found]
+
+
+def _amounts(amounts: Mapping[Category, int]) -> dict[Category, Amount]:
+    methods = {
+        Category.ACTIVATIONS: Method.SIMULATION,
+        Category.WORKSPACE: Method.FORMULA,
+        Category.EXCHANGE: Method.FORMULA,
+        Category.BUCKETS: Method.FORMULA,
+    }
+    return {
+        category: Amount(bytes=int(amounts[category]), method=methods.get(category, Method.LAYOUT))
+        for category in Category
+        if amounts.get(category)
+    }
+
+
+def _added(one: Mapping[Category, int], other: Mapping[Category, int]) -> Bytes:
+    return {category: one.get(category, 0) + other.get(category, 0) for category in {**one, **other}}
+
+
+def _total(amounts: Mapping[Category, int]) -> int:
+    return sum(amounts.values())
+
+
+def _present(amounts: Mapping[Category, int]) -> Bytes:
+    return {category: int(amounts[category]) for category in Category if amounts.get(category)}
+
+
+def _curves(steady: Mapping[Category, int], activations: Ints, extra: Mapping[Category, Ints]) -> dict[Category, Ints]:
+    """Bytes per category along a pass."""
+    zeros = np.zeros(len(activations), dtype=np.int64)
+    made = {category: zeros + size for category, size in steady.items()}
+    for category, curve in {Category.ACTIVATIONS: activations, **extra}.items():
+        longest = np.append(curve, np.full(len(activations) - len(curve), curve[-1])) if len(curve) else zeros
+        made[category] = made.get(category, zeros) + longest
+    return made
+
+
+def _top(curves: Mapping[Category, Ints]) -> int:
+    return int(np.argmax(np.sum(list(curves.values()), axis=0)))
+
+
+def _at(curves: Mapping[Category, Ints], index: int) -> Bytes:
+    return {category: int(curve[index]) for category, curve in curves.items()}
+
+
+def _sampled(curves: Mapping[Category, Ints], phase: Phase, begin: float, end: float) -> list[Sample]:
+    length = len(next(iter(curves.values())))
+    points = sorted({*np.linspace(0, length - 1, min(length, _SAMPLES)).astype(int).tolist(), _top(curves)})
+    return [
+        Sample(at=begin + (end - begin) * index / max(1, length - 1), phase=phase, bytes=_present(_at(curves, index)))
+        for index in points
+    ]
+
+
+def _spread(world_size: int) -> list[int]:
+    return [world_size * part // _RANKS_LOOKED_AT for part in range(_RANKS_LOOKED_AT)]
+
+
+class _Frozen(dict[str, Any]):
+    """A config as a key of a cache."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(sorted(self.items())))
+
+
+@lru_cache(maxsize=32)
+def _timeline(model: _Frozen, dtype: torch.dtype, micro_batch: int, seq_length: int, checkpointing: bool) -> Timeline:
+    return simulate(model, dtype, micro_batch, seq_length, checkpointing)
+
+
+def _provenance(request: Request, about: Subject) -> Provenance:
+    cls = type(about.optimizer)
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Provenance(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        machine=f"none: predicted on {platform.machine()}, {platform.system()}",
+        versions=versions,
+        model=request.model_name,
+        parameters=about.numel,
+        optimizer=f"ds_optim.{cls.__name__}",
+        settings={key: str(value) for key, value in about.options.items()},
+        strategy="plain PyTorch" if request.stage is None else f"DeepSpeed ZeRO-{request.stage}",
+        stage=request.stage,
+        world_size=request.world_size,
+        precision=request.precision,
+        offload="cpu" if _offloads(request) else "none",
+        micro_batch=request.micro_batch,
+        seq_length=request.seq_length,
+        checkpointing=request.checkpointing,
+        command=request.command,
+        device_memory=request.device_memory,
+        notes=_notes(request),
+    )
+
+
+def _notes(request: Request) -> list[str]:
+    notes = ["A steady step (not the first), one micro-batch per step."]
+    if request.states_only:
+        return [*notes, "Activations are left out, and with them the peaks of forward and backward."]
+    kept = "its input only (checkpointing)" if request.checkpointing else "what its backward pass needs"
+    return [
+        *notes,
+        f"Activations: three layers run on fake tensors over {request.micro_batch} x {request.seq_length} tokens, "
+        f"every layer keeping {kept}; the middle layer's allocations repeated for the others. Flash attention: no "
+        "matrix of scores is kept. Kernels' inner scratch, communication libraries and the CUDA context are not in it.",
+    ]

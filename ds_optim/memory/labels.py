@@ -1,0 +1,336 @@
+"""What every long-lived tensor of a training run is for: which tensors lie where in a model, an optimizer, a strategy.
+
+Tensors are found where they are kept (parameters, ``optimizer.state``, the private lists of a DeepSpeed wrapper), and
+labelled by the storage under them. DeepSpeed is not imported: its wrappers are known by class name, and what is read
+of each is named in `_WRAPPERS`.
+
+Two claims on one storage are an error, since one of them must be wrong, with three exceptions in which both are right:
+a gradient that lies in a bucket counts as bucket; the master that is the parameter itself counts as parameter (fp32
+training without a strategy; ZeRO keeps a copy even in fp32); and a parameter's low-precision copy inside an all-gather
+buffer counts as parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ds_optim.memory.record import Category, StateEntry
+from ds_optim.memory.tracker import MemoryAccountError, Storage, StorageTracker
+
+DEEPSPEED_VERSIONS = "0.19.8 and later patches of 0.19"
+
+Rule = Literal["element", "block", "owned block", "count"]
+
+
+class Claim(NamedTuple):
+    """A tensor, what it is for, and where it was found, in words."""
+
+    category: Category
+    where: str
+    tensor: Tensor
+
+
+# What is read of each DeepSpeed wrapper, by class: attribute, category. Lists, dictionaries and objects are searched.
+_WRAPPERS: dict[str, dict[str, Category]] = {
+    "DeepSpeedZeroOptimizer": {
+        "bit16_groups_flat": Category.PARAMETERS,
+        "single_partition_of_fp32_groups": Category.MASTER,
+        "averaged_gradients": Category.GRADIENTS,
+        "all_grad_tensors": Category.GRADIENTS,
+        "ipg_buckets": Category.BUCKETS,
+        "grads_in_partition": Category.GRADIENTS,
+    },
+    "DeepSpeedZeroOptimizer_Stage3": {
+        "fp16_partitioned_groups_flat": Category.PARAMETERS,
+        "fp32_partitioned_groups_flat": Category.MASTER,
+        "averaged_gradients": Category.GRADIENTS,
+        "grad_partitions_flat_buffer": Category.GRADIENTS,
+        "ipg_buckets": Category.BUCKETS,
+        "param_groups_fp16_flat_cpu_memory": Category.PARAMETERS,
+        "inf_or_nan_tracker": Category.BUFFERS,
+    },
+    "BF16_Optimizer": {
+        "bf16_groups_flat": Category.PARAMETERS,
+        "fp32_groups_flat_partition": Category.MASTER,
+        "fp32_groups_gradients_flat": Category.GRADIENTS,
+    },
+    "FP16_UnfusedOptimizer": {"fp16_groups": Category.PARAMETERS, "fp32_groups": Category.MASTER},
+    "FP16_Optimizer": {"fp16_groups_flat": Category.PARAMETERS, "fp32_groups_flat": Category.MASTER},
+}
+
+# Present only under CPU offload, or only in some states.
+_SOMETIMES: dict[str, Category] = {
+    "accumulated_grads_in_cpu": Category.GRADIENTS,
+    "param_buffer_of_bit16_for_cpu_offload_groups": Category.BUCKETS,
+    "temp_grad_buffer_for_cpu_offload": Category.BUCKETS,
+    "temp_grad_buffer_for_gpu_offload": Category.BUCKETS,
+    "lp_param_buffer": Category.PARAMETERS,
+    "_global_grad_norm": Category.BUFFERS,
+}
+
+# Both claims are right; the first prevails.
+_ALIASES = (
+    (Category.BUCKETS, Category.GRADIENTS),
+    (Category.PARAMETERS, Category.MASTER),
+)
+
+# Who asks for a storage that nobody keeps tells what it is for.
+_PARAMETER_MAKERS = (
+    "deepspeed.runtime.zero.partition_parameters.",
+    "deepspeed.runtime.zero.partitioned_param_coordinator.",
+    "deepspeed.runtime.zero.parameter_offload.",
+    "torch.distributed.fsdp._fully_shard._fsdp_param.",
+    "torch.distributed.fsdp._fully_shard._fsdp_collectives.foreach_all_gather",
+)
+_BUCKET_MAKERS = (
+    "deepspeed.runtime.zero.stage",
+    "deepspeed.runtime.comm.",
+    "deepspeed.runtime.engine.",
+    "deepspeed.runtime.bf16_optimizer.",
+    "deepspeed.comm.",
+    "torch.distributed.fsdp.",
+)
+_EXCHANGE_MAKER = "ds_optim.sharding.pipeline."
+
+
+def transient(storage: Storage) -> Category:
+    """What an unlabelled storage is for, by the phase in which it was made and by who asked for it.
+
+    Gathered parameters are parameters, buffers that a strategy reduces gradients in are buckets, and so are the
+    exchange buffers of a whole-matrix step; the rest are activations, or in a step workspace.
+    """
+    if storage.born == "step" and storage.origin.startswith(_EXCHANGE_MAKER):
+        return Category.EXCHANGE
+    if storage.origin.startswith(_PARAMETER_MAKERS):
+        return Category.PARAMETERS
+    if storage.born == "step":
+        return Category.WORKSPACE
+    if storage.born == "backward" and storage.origin.startswith(_BUCKET_MAKERS):
+        return Category.BUCKETS
+    return Category.ACTIVATIONS if storage.born in ("forward", "backward") else Category.UNACCOUNTED
+
+
+def basic_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of DeepSpeed and accelerate."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def wrapper_of(optimizer: Any) -> Any:
+    """DeepSpeed's wrapper around the optimizer, or None.
+
+    Raises:
+        MemoryAccountError: it has not the attributes known here.
+    """
+    while optimizer is not None and type(optimizer).__name__ not in _WRAPPERS:
+        optimizer = getattr(optimizer, "optimizer", None)
+    if optimizer is not None:
+        name = type(optimizer).__name__
+        missing = [attribute for attribute in _WRAPPERS[name] if not hasattr(optimizer, attribute)]
+        if "grads_in_partition" in missing:  # set by the first backward pass
+            missing.remove("grads_in_partition")
+        if missing:
+            raise MemoryAccountError(
+                f"DeepSpeed's {name} has no {', '.join(missing)}, so its tensors cannot be labelled; "
+                f"deepspeed versions known to work: {DEEPSPEED_VERSIONS}"
+            )
+    return optimizer
+
+
+def claims(model: nn.Module, optimizer: Any) -> Iterator[Claim]:
+    """Every tensor that model, optimizer and strategy keep now, and what it is for."""
+    yield from _of_model(model)
+    if optimizer is None:
+        return
+    wrapper, basic = wrapper_of(optimizer), basic_optimizer(optimizer)
+    if wrapper is not None:
+        name = type(wrapper).__name__
+        for attribute, category in {**_WRAPPERS[name], **_SOMETIMES}.items():
+            for tensor in _tensors(getattr(wrapper, attribute, None)):
+                yield Claim(category, f"{name}.{attribute}", tensor)
+    own = {id(parameter) for parameter in model.parameters()}
+    for tensor in stepped(optimizer):
+        if id(tensor) not in own:
+            yield Claim(Category.MASTER, "updated by the optimizer", tensor)
+        yield from _gradient(tensor, "a tensor that the optimizer steps")
+    for state in basic.state.values():
+        for key, value in state.items():
+            for tensor in _tensors(value):
+                yield Claim(Category.OPTIMIZER, f"optimizer.state {key!r}", tensor)
+    tables = [walked for _, walked in getattr(basic, "_tables", {}).values()]  # ours: (whose they are, tables)
+    flags = [(one.verdict, one.suspects) for one in getattr(basic, "_verdicts", {}).values()]
+    for tensor in _tensors([tables, flags], depth=7):
+        yield Claim(Category.BUFFERS, f"tables of {type(basic).__name__}", tensor)
+
+
+def stepped(optimizer: Any) -> list[Tensor]:
+    """The tensors that an optimizer updates: a DeepSpeed wrapper's masters, or what the groups hold.
+
+    ZeRO-3 empties the groups between steps.
+    """
+    wrapper = wrapper_of(optimizer)
+    if wrapper is not None:
+        kept = _WRAPPERS[type(wrapper).__name__]
+        return [
+            t
+            for name, category in kept.items()
+            if category is Category.MASTER
+            for t in _tensors(getattr(wrapper, name))
+        ]
+    return [parameter for group in basic_optimizer(optimizer).param_groups for parameter in group["params"]]
+
+
+def _of_model(model: nn.Module) -> Iterator[Claim]:
+    for name, parameter in model.named_parameters():
+        yield Claim(Category.PARAMETERS, f"parameter {name}", parameter.data)
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's slice
+            yield Claim(Category.PARAMETERS, f"slice of parameter {name}", parameter.ds_tensor)
+        yield from _gradient(parameter, f"parameter {name}")
+    for name, buffer in model.named_buffers():
+        yield Claim(Category.BUFFERS, f"buffer {name}", buffer)
+    for module in model.modules():
+        get_state = getattr(module, "_get_fsdp_state", None)
+        group = getattr(get_state(), "_fsdp_param_group", None) if get_state is not None else None
+        for held in getattr(group, "fsdp_params", ()):
+            for attribute in ("_sharded_param_data", "_sharded_post_forward_param_data", "all_gather_outputs"):
+                for tensor in _tensors(getattr(held, attribute, None)):
+                    yield Claim(Category.PARAMETERS, f"FSDPParam.{attribute}", tensor)
+            for tensor in _tensors(getattr(held, "unsharded_accumulated_grad", None)):
+                yield Claim(Category.GRADIENTS, "FSDPParam.unsharded_accumulated_grad", tensor)
+
+
+def _gradient(tensor: Tensor, where: str) -> Iterator[Claim]:
+    for attribute in ("grad", "grad_accum", "_hp_grad"):  # DeepSpeed accumulates in `grad_accum`
+        gradient = getattr(tensor, attribute, None)
+        if isinstance(gradient, Tensor):
+            yield Claim(Category.GRADIENTS, f"gradient of {where}", gradient)
+
+
+def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors inside lists, tuples, dictionaries and plain objects of data."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner, depth - 1)
+    elif depth and isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner, depth - 1)
+    elif depth and (hasattr(value, "__dict__") or hasattr(type(value), "__dataclass_fields__")):
+        fields = getattr(type(value), "__dataclass_fields__", None) or vars(value)
+        for name in fields:
+            if name != "params":  # a bucket lists whose gradients it holds
+                yield from _tensors(getattr(value, name, None), depth - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a storage is for, and where that is said."""
+
+    category: Category
+    where: str
+
+
+class Labels:
+    """The category of every storage that somebody claims.
+
+    `claim` takes what is found where tensors are kept; `hint` what is seen in passing (a gradient on its way, a batch),
+    which gives way to any claim.
+    """
+
+    def __init__(self, tracker: StorageTracker) -> None:
+        self._tracker = tracker
+        self._claimed: dict[Storage, Label] = {}
+        self._hinted: dict[Storage, Category] = {}
+
+    def claim(self, found: Iterable[Claim]) -> None:
+        """Label the storages under tensors, as they are kept at one moment.
+
+        Raises:
+            MemoryAccountError: two different categories claim one storage; both are named.
+        """
+        now: dict[Storage, Label] = {}
+        problems = []
+        for category, where, tensor in found:
+            for storage in self._tracker.storages(tensor):
+                known = now.get(storage)
+                if known is None:
+                    now[storage] = Label(category, where)
+                elif known.category is not category:
+                    prevailing = _prevails(known.category, category)
+                    if prevailing is None:
+                        problems.append(
+                            f"{storage.bytes:,} bytes are claimed as {known.category.value} ({known.where}) and as "
+                            f"{category.value} ({where})"
+                        )
+                    elif prevailing is category:
+                        now[storage] = Label(category, where)
+        if problems:
+            listed = list(dict.fromkeys(problems))
+            raise MemoryAccountError(
+                "one storage cannot be two things: a tensor was labelled wrongly, or state shares memory with what it "
+                "must not. Correct `extra`, or keep a copy:\n- " + "\n- ".join(listed[:8])
+            )
+        self._claimed.update(now)
+
+    def hint(self, tensor: Tensor, category: Category) -> None:
+        """Remember what a tensor is that is seen in passing."""
+        for storage in self._tracker.storages(tensor):
+            self._hinted.setdefault(storage, category)
+
+    def of(self, storage: Storage) -> Category | None:
+        """The category that was claimed or hinted."""
+        label = self._claimed.get(storage)
+        return label.category if label else self._hinted.get(storage)
+
+    def forget_dead(self) -> None:
+        """Drop the labels of storages that are gone."""
+        live = self._tracker.live
+        self._claimed = {storage: label for storage, label in self._claimed.items() if storage in live}
+        self._hinted = {storage: category for storage, category in self._hinted.items() if storage in live}
+
+
+def _prevails(one: Category, other: Category) -> Category | None:
+    return next((first for first, second in _ALIASES if {first, second} == {one, other}), None)
+
+
+def state_entries(tracker: StorageTracker, basic: Any) -> list[StateEntry]:
+    """Optimizer state per key, dtype and shape rule, every storage once."""
+    seen: set[Storage] = set()
+    sums: dict[tuple[str, str, Rule], list[int]] = {}
+    for parameter, state in basic.state.items():
+        for key, value in state.items():
+            for tensor in _tensors(value):
+                fresh = [storage for storage in tracker.storages(tensor) if storage not in seen]
+                seen.update(fresh)
+                local = getattr(tensor, "_local_tensor", tensor)
+                entry = (str(key), str(tensor.dtype).removeprefix("torch."), _shape_rule(basic, parameter, key, tensor))
+                amount = sums.setdefault(entry, [0, 0])
+                amount[0] += local.numel() if fresh or not tracker.storages(tensor) else 0
+                amount[1] += sum(storage.bytes for storage in fresh)
+    return [
+        StateEntry(key=key, dtype=dtype, shape_rule=rule, elements=elements, bytes=size)
+        for (key, dtype, rule), (elements, size) in sorted(sums.items())
+    ]
+
+
+def _shape_rule(basic: Any, parameter: Any, key: Any, value: Tensor) -> Rule:
+    """Ours say what they keep; of others it shows in the shape."""
+    ours = getattr(basic, "rule", None)
+    if key == "step" or value.dtype in (torch.int32, torch.int64):
+        return "count"
+    if ours is not None and key in ours.element_state:
+        return "element"
+    if ours is not None and key in ours.block_state:
+        return "block"
+    if ours is not None:
+        return "owned block"
+    if not isinstance(parameter, Tensor) or value.numel() == parameter.numel():
+        return "element"
+    return "count" if value.numel() == 1 else "block"

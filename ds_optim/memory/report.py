@@ -1,0 +1,398 @@
+"""What a memory report says: one run, or two side by side, as plain data.
+
+Nothing here draws. `report_html` makes the page of it, `report_text` the Markdown and the terminal version; the JSON is
+this data as it stands. Whatever is shown for "a rank" is shown for the fullest one, the rank with the highest peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from ds_optim.memory import claims
+from ds_optim.memory.claims import Verdict
+from ds_optim.memory.paper_tables import PaperRow
+from ds_optim.memory.paper_tables import paper_tables as computed_tables
+from ds_optim.memory.record import Category, Moment, Phase, RankRecord, Record, Sample, human
+from ds_optim.memory.report_provenance import STACK, CheckRow, checks, methods, provenance
+from ds_optim.memory.report_runs import Run, Shown, differences
+
+MOST_RANKS = 8
+"""With more than these, only the fullest, the emptiest and the mean are shown."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Headline(_Model):
+    """One number of the verdict.
+
+    Attributes:
+        name: what it is.
+        counted: what is in it, in words.
+        bytes: on the fullest rank; None where the record does not say.
+        baseline: the same of the baseline.
+    """
+
+    name: str
+    counted: str
+    bytes: int | None
+    baseline: int | None
+
+    @property
+    def change(self) -> float | None:
+        """Relative to the baseline: -0.5 is half of it."""
+        return self.bytes / self.baseline - 1 if self.bytes is not None and self.baseline else None
+
+
+class Unaccounted(_Model):
+    """The moment of the measured run at which most bytes were nobody's."""
+
+    rank: int
+    bytes: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.bytes / self.total if self.total else 0.0
+
+
+class Bar(_Model):
+    """One stack: whose, and its bytes in the order of `STACK`."""
+
+    who: str
+    bytes: dict[Category, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes.values())
+
+
+class Group(_Model):
+    """The bars of one rank, the baseline first."""
+
+    label: str
+    bars: list[Bar]
+
+
+class Panel(_Model):
+    """The ranks at one moment."""
+
+    title: str
+    groups: list[Group]
+
+
+class Line(_Model):
+    """One quantity, predicted and measured."""
+
+    name: str
+    predicted: int
+    measured: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over measured; None where only the prediction is not 0."""
+        return self.predicted / self.measured if self.measured else (None if self.predicted else 1.0)
+
+    @property
+    def residual(self) -> int:
+        """Measured less predicted."""
+        return self.measured - self.predicted
+
+
+class Section(_Model):
+    """Some quantities of one moment.
+
+    Attributes:
+        lines: the last of them is the sum.
+        main: whether a short report shows all of it: the model states and the highest peak.
+    """
+
+    title: str
+    lines: list[Line]
+    main: bool
+
+
+class Comparison(_Model):
+    """Predicted against measured, for one run.
+
+    Attributes:
+        who: the run.
+        rank: measured rank; the predicted one is the same, or the fullest if that one was not predicted.
+    """
+
+    who: str
+    rank: int
+    predicted_rank: int
+    sections: list[Section]
+
+
+class Timeline(_Model):
+    """One step of one rank."""
+
+    who: str
+    rank: int
+    samples: list[Sample]
+
+    @property
+    def idle(self) -> list[Phase]:
+        """Phases that allocated nothing, and so have no width."""
+        return [phase for phase in get_args(Phase) if all(sample.phase != phase for sample in self.samples)]
+
+
+class StateRow(_Model):
+    """One kind of state. Bytes and elements on the fullest rank, and bytes on all the ranks of the record."""
+
+    who: str
+    key: str
+    dtype: str
+    shape_rule: str
+    elements: int
+    bytes: int
+    all_ranks: int
+
+
+class Report(_Model):
+    """Everything that the page, the Markdown and the terminal show.
+
+    Attributes:
+        title: who beside whom.
+        names: of the run and of the baseline.
+        kind: of the numbers: ``measured``, ``predicted``, or both words where the two runs differ.
+        notices: what a reader must know before comparing.
+        capacity: of the device, bytes; None if no record knows it.
+        provenance: (name, value per run).
+        methods: (run, category, how it was counted).
+        records: what all of it was made from.
+    """
+
+    title: str
+    names: list[str]
+    kind: str
+    notices: list[str]
+    headlines: list[Headline]
+    unaccounted: Unaccounted | None
+    verdicts: list[Verdict]
+    capacity: int | None
+    panels: list[Panel]
+    comparisons: list[Comparison]
+    timelines: list[Timeline]
+    state: list[StateRow]
+    paper: list[PaperRow]
+    provenance: list[tuple[str, list[str]]]
+    methods: list[tuple[str, list[str]]]
+    checks: list[CheckRow]
+    records: list[Record]
+
+
+def make_report(run: Run, baseline: Run | None = None, *, paper_tables: bool = False) -> Report:
+    """Everything worth saying about a run, held against a baseline if there is one.
+
+    Args:
+        run: as `read_runs` gives it.
+        baseline: likewise.
+        paper_tables: also reproduce the published tables, which takes seconds.
+    """
+    record, other = _same_kind(run, baseline)
+    shown = [(run.name, record)] + ([(baseline.name, other)] if baseline and other else [])
+    capacities = [known.provenance.device_memory for _, known in shown if known.provenance.device_memory]
+    return Report(
+        title=run.name if baseline is None else f"{run.name} beside {baseline.name}",
+        names=[name for name, _ in shown],
+        kind=" and ".join(dict.fromkeys(known.kind for _, known in shown)),
+        notices=_notices(shown),
+        headlines=_headlines(record, other),
+        unaccounted=_unaccounted(record),
+        verdicts=claims.judge(record, other) if other is not None else [],
+        # Bars hold everything; where some of it is in host memory, a device's limit drawn across them would mislead.
+        capacity=None if any(_on_host(known) for _, known in shown) else min(capacities, default=None),
+        panels=_panels(shown),
+        comparisons=[_comparison(each) for each in (run, baseline) if each and each.measured and each.predicted],
+        timelines=[line for name, known in shown for line in _timeline(name, known)],
+        state=[row for name, known in shown for row in _state(name, known)],
+        paper=computed_tables() if paper_tables else [],
+        provenance=provenance(shown),
+        methods=methods(shown),
+        checks=[row for name, known in shown for row in checks(name, known)],
+        records=[known for each in (run, baseline) if each for known in (each.measured, each.predicted) if known],
+    )
+
+
+def _same_kind(run: Run, baseline: Run | None) -> tuple[Record, Record | None]:
+    """A record of each, both measured or both predicted where that can be."""
+    if baseline is None:
+        return run.record, None
+    if run.measured and baseline.measured:
+        return run.measured, baseline.measured
+    if run.predicted and baseline.predicted:
+        return run.predicted, baseline.predicted
+    return run.record, baseline.record
+
+
+def _notices(shown: Shown) -> list[str]:
+    found = []
+    if len(shown) == 2:
+        (name, record), (other_name, other) = shown
+        if record.kind != other.kind:
+            found.append(
+                f"{name} was {record.kind}, {other_name} was {other.kind}: the two differ by the error of both."
+            )
+        found += [
+            f"The two runs also differ in {difference}."
+            for difference in differences(record, other, but=("optimizer",))
+        ]
+    for name, record in shown:
+        missing = record.provenance.world_size - len(record.ranks)
+        if missing:
+            found.append(f"{name}: {len(record.ranks)} of {record.provenance.world_size} ranks are in the record.")
+        peak = record.fullest.peak
+        if peak is not None and _on_host(record):
+            limit = record.provenance.device_memory
+            found.append(
+                f"{name}: of the peak, {human(peak.on_host)} are in host memory (CPU offload) and "
+                f"{human(peak.on_device)} on the device" + (f", which holds {human(limit)}." if limit else ".")
+            )
+    return found
+
+
+def _on_host(record: Record) -> bool:
+    return any(moment.on_host for rank in record.ranks for moment in rank.moments)
+
+
+def _headlines(record: Record, other: Record | None) -> list[Headline]:
+    """The fullest rank's states, model states and peak."""
+
+    def line(name: str, counted: str, of: Callable[[RankRecord], int | None]) -> Headline:
+        return Headline(
+            name=name, counted=counted, bytes=of(record.fullest), baseline=of(other.fullest) if other else None
+        )
+
+    peak = record.fullest.peak
+    return [
+        line("optimizer state", "what the optimizer keeps between steps", lambda rank: rank.state_bytes),
+        line("all model states", "parameters, fp32 master, gradients, optimizer state", model_states),
+        line(
+            "peak",
+            f"everything alive at the highest point, {_where(peak)}" if peak else "no moment was recorded",
+            lambda rank: rank.peak.total if rank.peak else None,
+        ),
+    ]
+
+
+def model_states(rank: RankRecord) -> int | None:
+    """Their sum, or None if the moments that it is read from were not recorded."""
+    known = rank.moment("after step") and rank.moment("after backward")
+    return sum(rank.model_states.values()) if known else None
+
+
+def _where(moment: Moment) -> str:
+    return f"in the {moment.peak_of}" if moment.peak_of else moment.name or "at an unnamed moment"
+
+
+def _unaccounted(record: Record) -> Unaccounted | None:
+    """The worst share over ranks and moments; nothing for a prediction, which has no such bytes."""
+    if record.kind == "predicted":
+        return None
+    every = [
+        Unaccounted(rank=rank.rank, bytes=moment.bytes_of(Category.UNACCOUNTED), total=moment.total)
+        for rank in record.ranks
+        for moment in rank.moments
+    ]
+    return max(every, key=lambda found: found.share, default=None)
+
+
+def _panels(shown: Shown) -> list[Panel]:
+    """Every rank at its peak, and between two steps."""
+    titles: dict[str, Callable[[RankRecord], Moment | None]] = {
+        "At the peak of a step": lambda rank: rank.peak,
+        "Between two steps": lambda rank: rank.moment("after step"),
+    }
+    panels = [Panel(title=title, groups=_groups(shown, at)) for title, at in titles.items()]
+    return [panel for panel in panels if panel.groups]
+
+
+def _groups(shown: Shown, at: Callable[[RankRecord], Moment | None]) -> list[Group]:
+    numbers = [[rank.rank for rank in record.ranks] for _, record in shown]
+    each = all(
+        found == numbers[0] and len(found) == record.provenance.world_size <= MOST_RANKS
+        for found, (_, record) in zip(numbers, shown, strict=True)
+    )
+    labels: dict[str, list[Bar]] = {}
+    for name, record in reversed(shown):  # the baseline first
+        found = {rank.rank: moment for rank in record.ranks if (moment := at(rank))}
+        if not found:
+            continue
+        by_total = sorted(found, key=lambda number: found[number].total)
+        if each:
+            chosen = {f"rank {number}": _bytes([moment]) for number, moment in found.items()}
+        else:
+            chosen = {"fullest rank": _bytes([found[by_total[-1]]])}
+            if len(found) > 1:
+                chosen |= {"emptiest rank": _bytes([found[by_total[0]]]), "mean": _bytes(list(found.values()))}
+        for label, stack in chosen.items():
+            labels.setdefault(label, []).append(Bar(who=name, bytes=stack))
+    return [Group(label=label, bars=bars) for label, bars in labels.items()]
+
+
+def _bytes(moments: Sequence[Moment]) -> dict[Category, int]:
+    """Their mean, without empty categories."""
+    means = {category: round(sum(m.bytes_of(category) for m in moments) / len(moments)) for category in STACK}
+    return {category: mean for category, mean in means.items() if mean}
+
+
+def _comparison(run: Run) -> Comparison:
+    """Predicted against measured on the measured run's fullest rank."""
+    assert run.measured is not None
+    assert run.predicted is not None
+    measured = run.measured.fullest
+    predicted = next((rank for rank in run.predicted.ranks if rank.rank == measured.rank), run.predicted.fullest)
+
+    def lines(theirs: dict[Category, int], ours: dict[Category, int], total: str) -> list[Line]:
+        used = [category for category in STACK if theirs.get(category) or ours.get(category)]
+        found = [Line(name=c.value, predicted=theirs.get(c, 0), measured=ours.get(c, 0)) for c in used]
+        return [*found, Line(name=total, predicted=sum(theirs.values()), measured=sum(ours.values()))]
+
+    sections = []
+    if model_states(predicted) is not None and model_states(measured) is not None:
+        states = lines(predicted.model_states, measured.model_states, "all model states")
+        sections.append(Section(title="Model states", lines=states, main=True))
+    for phase in ("forward", "backward", "step"):
+        theirs, ours = predicted.peak_of(phase), measured.peak_of(phase)
+        if theirs and ours:
+            highest = ours is measured.peak
+            sections.append(
+                Section(
+                    title=f"Peak of the {phase}" + (", the highest" if highest else ""),
+                    lines=lines(_bytes([theirs]), _bytes([ours]), f"{phase} peak"),
+                    main=highest,
+                )
+            )
+    sections.sort(key=lambda section: not section.main)
+    return Comparison(who=run.name, rank=measured.rank, predicted_rank=predicted.rank, sections=sections)
+
+
+def _timeline(name: str, record: Record) -> list[Timeline]:
+    """Of the fullest rank that kept one."""
+    kept = [rank for rank in record.ranks if rank.timeline]
+    if not kept:
+        return []
+    fullest = max(kept, key=lambda rank: rank.peak.total if rank.peak else 0)
+    return [Timeline(who=name, rank=fullest.rank, samples=fullest.timeline)]
+
+
+def _state(name: str, record: Record) -> list[StateRow]:
+    def everywhere(key: str, dtype: str, shape_rule: str) -> int:
+        return sum(
+            entry.bytes
+            for rank in record.ranks
+            for entry in rank.state
+            if (entry.key, entry.dtype, entry.shape_rule) == (key, dtype, shape_rule)
+        )
+
+    return [
+        StateRow(**entry.model_dump(), who=name, all_ranks=everywhere(entry.key, entry.dtype, entry.shape_rule))
+        for entry in record.fullest.state
+    ]

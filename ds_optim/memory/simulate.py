@@ -1,0 +1,214 @@
+"""Activations, by running a model's forward and backward pass on fake tensors: shapes and dtypes without memory.
+
+Three layers are run, whatever the model has. What the middle one allocates and frees is repeated for all the others,
+so that 80 layers cost no more than three. Fake tensors lie on the CPU, where `scaled_dot_product_attention` is flash
+attention, as it is on a GPU: queries, keys, values, output and one number per row are kept, no matrix of scores.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ds_optim.memory.tracker import Storage, StorageTracker
+from ds_optim.roles import canonical_name
+from ds_optim.subject import SubjectError
+
+Ints = NDArray[np.int64]
+
+_LAYERS = 3  # a first, a middle and a last one
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A parameter's gradient is there.
+
+    Attributes:
+        at: index into the backward pass.
+        name: of the parameter.
+        bytes: of the gradient.
+    """
+
+    at: int
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Bytes alive during one forward and one backward pass, beside parameters and their gradients.
+
+    Attributes:
+        forward: after every allocation and release.
+        backward: likewise; begins with what the forward pass left.
+        arrivals: of the parameters' gradients, in order.
+        head: index into the forward pass where the output head begins.
+    """
+
+    forward: Ints
+    backward: Ints
+    arrivals: Sequence[Arrival]
+    head: int
+
+    @property
+    def kept(self) -> int:
+        """What the forward pass leaves for the backward pass."""
+        return int(self.forward[-1])
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A stretch of a pass: changes of the bytes alive, and the gradients that arrive among them."""
+
+    changes: list[int]
+    arrivals: list[tuple[int, str, int]]
+
+
+def simulate(
+    config: Mapping[str, Any], dtype: torch.dtype, micro_batch: int, seq_length: int, checkpointing: bool = False
+) -> Timeline:
+    """The passes of a causal language model over ``micro_batch`` sequences of ``seq_length`` tokens.
+
+    Args:
+        config: a transformers ``config.json``.
+        dtype: of weights and activations.
+        checkpointing: every layer keeps its input only, and is run again in the backward pass.
+
+    Raises:
+        SubjectError: the model has no list of equal layers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    whole = AutoConfig.for_model(**config)
+    total = int(whole.num_hidden_layers)
+    short = copy.deepcopy(whole)
+    short.num_hidden_layers = min(total, _LAYERS)
+    if getattr(short, "layer_types", None):
+        short.layer_types = list(short.layer_types)[: short.num_hidden_layers]
+    short.use_cache = False
+    tracker = StorageTracker()
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(short, dtype=dtype)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        layers = _layers(model, int(short.num_hidden_layers))
+        ids = torch.zeros((micro_batch, seq_length), dtype=torch.int64)
+        starts: list[int] = []
+        output = model.get_output_embeddings()
+        at_head: list[int] = []
+        hooks = [output.register_forward_pre_hook(lambda *_: at_head.append(len(tracker.log)))]
+        hooks += [layer.register_forward_pre_hook(lambda *_: starts.append(len(tracker.log))) for layer in layers]
+        with tracker:
+            for tensor in (*model.parameters(), *model.buffers(), ids):
+                tracker.storages(tensor)
+            tracker.recording = True
+            tracker.phase = "forward"
+            loss = model(input_ids=ids, labels=ids).loss
+            turn = len(tracker.log)
+            for hook in hooks:
+                hook.remove()
+            tracker.phase = "backward"
+            loss.backward()
+            gradients = {
+                storage: canonical_name(name)
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+                for storage in tracker.storages(parameter.grad)
+            }
+            log = list(tracker.log)
+            tracker.recording = False
+    prefix = _prefix(model, layers)
+    segments = _segments(log, starts[: len(layers)], turn, gradients, prefix, len(layers))
+    after_head = len([None for storage, _, _ in log[at_head[0] : turn] if storage not in gradients])
+    return _joined(segments, total, len(layers), prefix, after_head)
+
+
+def _layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    raise SubjectError(
+        "this model has no list of layers as long as its config's num_hidden_layers, so its activations cannot be "
+        "predicted: give --states-only"
+    )
+
+
+def _prefix(model: nn.Module, layers: Sequence[nn.Module]) -> str:
+    """What the names of a layer's parameters begin with, the layer's number left out."""
+    name = next(name for name, module in model.named_modules() if module is layers[0])
+    return canonical_name(name).removesuffix("0")
+
+
+def _layer_of(name: str, prefix: str) -> int | None:
+    return int(name.removeprefix(prefix).split(".", 1)[0]) if name.startswith(prefix) else None
+
+
+def _segments(
+    log: Sequence[tuple[Storage, int, str]],
+    starts: Sequence[int],
+    turn: int,
+    gradients: Mapping[Storage, str],
+    prefix: str,
+    count: int,
+) -> list[_Segment]:
+    """The log cut where each layer begins: embedding, first ... last layer (with the head), then backward: head,
+    last ... first layer (with the embedding). A layer begins in the backward pass with the first of its gradients."""
+    begins: dict[int, int] = {}
+    for index, (storage, change, _) in enumerate(log[turn:], turn):
+        layer = _layer_of(gradients.get(storage, ""), prefix)
+        if layer is not None and change > 0:
+            begins.setdefault(layer, index)
+    backward = [begins[layer] for layer in reversed(range(count))]
+    edges = [0, *starts, turn, *backward, len(log)]
+    segments = []
+    for start, stop in pairwise(edges):
+        segment = _Segment([], [])
+        for storage, change, _ in log[start:stop]:
+            name = gradients.get(storage)
+            if name is None:
+                segment.changes.append(change)
+            elif change > 0:
+                segment.arrivals.append((len(segment.changes), name, change))
+                segment.changes.append(0)
+        segments.append(segment)
+    return segments
+
+
+def _joined(segments: Sequence[_Segment], total: int, count: int, prefix: str, after_head: int) -> Timeline:
+    """The passes of all layers: the middle one's segments repeated."""
+    middle = count // 2
+    forward = [segments[0], *_repeated(segments[1 : 1 + count], middle, total - count)]
+    head, layers = segments[1 + count], segments[2 + count :]
+    backward = [head, *_repeated(layers, count - 1 - middle, total - count)]
+    alive = np.cumsum([0, *(change for segment in forward for change in segment.changes)], dtype=np.int64)
+    changes: list[int] = [int(alive[-1])]
+    arrivals = []
+    for position, segment in enumerate(backward):
+        for at, name, size in segment.arrivals:
+            layer = _layer_of(name, prefix)
+            if layer is not None:
+                rest = name.removeprefix(prefix).partition(".")[2]
+                # The segment before may hold a straggler of the layer above: numbers count from the segment's own.
+                name = f"{prefix}{total - position + (layer - _own_layer(segment, prefix))}.{rest}"
+            arrivals.append(Arrival(len(changes) + at, name, size))
+        changes.extend(segment.changes)
+    return Timeline(alive, np.cumsum(changes, dtype=np.int64), arrivals, len(alive) - 1 - after_head)
+
+
+def _own_layer(segment: _Segment, prefix: str) -> int:
+    """The layer whose gradient opens a segment."""
+    return next(layer for _, name, _ in segment.arrivals if (layer := _layer_of(name, prefix)) is not None)
+
+
+def _repeated(segments: Sequence[_Segment], which: int, times: int) -> list[_Segment]:
+    return [*segments[:which], *[segments[which]] * (times + 1), *segments[which + 1 :]]

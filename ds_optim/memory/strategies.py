@@ -1,0 +1,305 @@
+"""What a strategy keeps, and what it makes in passing, on one rank: DeepSpeed ZeRO 0 to 3, and plain PyTorch.
+
+Read off deepspeed 0.19.8 (`engine.py`, `stage_1_and_2.py`, `stage3.py`, `unfused_optimizer.py`) and held
+against measured records. Bytes, of a steady step (the second and later ones), with one micro-batch per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ds_optim.memory.record import Category
+from ds_optim.memory.simulate import Timeline
+from ds_optim.sharding.layout import Layout, ParameterSpec
+
+Ints = NDArray[np.int64]
+Bytes = dict[Category, int]
+
+_ALLREDUCE_ELEMENTS = 500_000_000  # ZeRO-0: engine.py, MEMORY_OPT_ALLREDUCE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """One rank's bytes, optimizer state and activations apart.
+
+    Attributes:
+        steady: between steps.
+        gathered: parameters that are gathered in the forward pass and still there when the backward pass begins.
+        persistent: of the steady parameters, those that are not there at the start and inside a step.
+        fetched: buffers from which they are copied, until the output head is reached.
+        backward: what the backward pass adds, by category, over a timeline's arrivals (one value per point).
+        after_backward: what is left of that when the step begins.
+        step: what else there is inside the step at its fullest point, gradients included, when the optimizer is called.
+        before_optimizer: the same just before, while gradients are flattened.
+        offloaded: of ``steady`` and of the optimizer state, the categories that CPU offload keeps in host memory.
+    """
+
+    steady: Bytes
+    persistent: int
+    gathered: int
+    fetched: int
+    backward: Callable[[Timeline], dict[Category, Ints]]
+    after_backward: Bytes
+    step: Bytes
+    before_optimizer: Bytes
+    offloaded: Bytes = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One rank's share of the model under a strategy.
+
+    Attributes:
+        groups: all parameters, by parameter group.
+        layouts: of the local tensors.
+        rank: in the shard group.
+        world_size: ranks of it.
+        width: bytes per element of the model's weights.
+        master: bytes per element of the master; 0 if the weights themselves are updated.
+        config: DeepSpeed's ``zero_optimization`` with its defaults filled in.
+        offload: whether ``offload_optimizer`` puts state, master and gradients on the CPU.
+    """
+
+    groups: Sequence[Sequence[ParameterSpec]]
+    layouts: Sequence[Layout]
+    rank: int
+    world_size: int
+    width: int
+    master: int
+    config: Any
+    offload: bool
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model."""
+        return sum(spec.numel for group in self.groups for spec in group)
+
+    @property
+    def local(self) -> list[int]:
+        """Elements of each local tensor of this rank, padding included."""
+        return [layout.local_numel(self.rank) for layout in self.layouts]
+
+
+def plain(one: Partition) -> Terms:
+    """PyTorch alone, or DDP without its buckets: whole parameters, gradients and state."""
+    gradients = one.total * one.width
+
+    def backward(timeline: Timeline) -> dict[Category, Ints]:
+        return {Category.GRADIENTS: _arrived(timeline)}
+
+    after = {Category.GRADIENTS: gradients}
+    return Terms({Category.PARAMETERS: gradients}, 0, 0, 0, backward, after, after, after)
+
+
+def zero_0(one: Partition) -> Terms:
+    """Everything whole on every rank; gradients are flattened to be averaged, even by one rank alone."""
+    weights, master = one.total * one.width, one.total * one.master
+    bucket = min(one.total, _ALLREDUCE_ELEMENTS) * one.width
+
+    def backward(timeline: Timeline) -> dict[Category, Ints]:
+        flattened = np.zeros(len(timeline.backward) + 1, dtype=np.int64)
+        flattened[-1] = bucket
+        arrived = _arrived(timeline)
+        return {Category.GRADIENTS: np.append(arrived, arrived[-1]), Category.BUCKETS: flattened}
+
+    after = {Category.GRADIENTS: weights}
+    step = {Category.GRADIENTS: weights + master}
+    return Terms({Category.PARAMETERS: weights, Category.MASTER: master}, 0, 0, 0, backward, after, step, step)
+
+
+def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
+    """A flat copy of all weights, a master partition, and gradients averaged bucket by bucket."""
+    padded = sum(one.local) * one.world_size
+    kept = _whole_parameters_in_partition(one) * one.width
+    bucket = one.config.reduce_bucket_size
+    buffers = bucket * one.width * (2 if one.config.overlap_comm else 1) if one.config.contiguous_gradients else 0
+    steady = {Category.PARAMETERS: padded * one.width, Category.MASTER: sum(one.local) * one.master}
+    offloaded: Bytes = {}
+    if one.offload:
+        largest = max(spec.numel for group in one.groups for spec in group)
+        gradients = sum(one.local) * one.master
+        spare = sum(one.local) * one.width + 2 * largest * one.width
+        steady |= {Category.GRADIENTS: gradients, Category.BUCKETS: spare}
+        offloaded = {
+            Category.MASTER: steady[Category.MASTER],
+            Category.GRADIENTS: gradients,
+            Category.BUCKETS: sum(one.local) * one.width + largest * one.width,
+        }
+
+    def backward(timeline: Timeline) -> dict[Category, Ints]:
+        reduction = _Reduction(bucket * one.width if buffers else 0, 0 if one.offload else kept, _held(one))
+        if partition_gradients:  # reduced as they arrive
+            gradients = reduction.as_they_arrive(timeline)
+        else:  # reduced when all are there
+            order = [(spec.name, spec.numel * one.width) for group in one.groups for spec in group]
+            gradients = np.append(_arrived(timeline), reduction.afterwards(order))
+        return {Category.GRADIENTS: gradients, Category.BUCKETS: np.full(len(gradients), buffers, dtype=np.int64)}
+
+    if one.offload:
+        return Terms(steady, 0, 0, 0, backward, {}, {}, {}, offloaded)
+    before: Bytes = {}
+    during: Bytes = {}
+    for position, elements in enumerate(one.local):
+        flat, handed = elements * one.width, elements * one.master
+        cast = handed if one.master != one.width else 0  # fp32 weights are flattened and handed over as they are
+        before = max(before, {Category.GRADIENTS: kept + cast, Category.WORKSPACE: flat}, key=_sum)
+        # All gradients are views of one tensor, which goes with the last group.
+        left = kept if position + 1 < len(one.local) else 0
+        during = max(during, {Category.GRADIENTS: left + handed}, key=_sum)
+    return Terms(steady, 0, 0, 0, backward, {Category.GRADIENTS: kept}, during, before)
+
+
+def zero_3(one: Partition) -> Terms:
+    """A slice of every parameter, gathered when it is needed; gradients scattered bucket by bucket."""
+    slices = sum(one.local)
+    bucket = one.config.reduce_bucket_size * one.width
+    persistent = _persistent(one)
+    steady = {
+        Category.PARAMETERS: slices * one.width + persistent,
+        Category.MASTER: slices * one.master,
+        Category.GRADIENTS: slices * one.width,
+        Category.BUCKETS: bucket,
+    }
+    offloaded: Bytes = {}
+    if one.offload:
+        offloaded = {
+            Category.MASTER: slices * one.master,
+            Category.GRADIENTS: slices * (one.width + one.master),
+        }
+        steady[Category.GRADIENTS] += slices * one.master
+
+    def backward(timeline: Timeline) -> dict[Category, Ints]:
+        elements = one.config.reduce_bucket_size
+        filled, scattered = 0, np.zeros(len(timeline.backward), dtype=np.int64)
+        for arrival in timeline.arrivals:
+            size = arrival.bytes // one.width
+            if filled and filled + size > elements:  # the bucket is copied twice, rank by rank
+                scattered[min(arrival.at, len(scattered) - 1)] = 2 * filled * one.width
+                filled = 0
+            filled += size
+        scattered[-1] = 2 * filled * one.width
+        return {Category.BUCKETS: scattered}
+
+    gathered = _gathered(one)
+    fetched = min(gathered, int(one.config.prefetch_bucket_size) * one.width)
+    largest = min(max(one.local), int(one.config.sub_group_size))
+    flat = largest * one.width
+    handed = largest * one.master
+    if one.offload:
+        return Terms(steady, persistent, gathered, fetched, backward, {}, {}, {}, offloaded)
+    before = {Category.WORKSPACE: flat, Category.GRADIENTS: handed if one.master != one.width else 0}
+    during = {Category.GRADIENTS: handed}
+    return Terms(steady, persistent, gathered, fetched, backward, {}, during, before)
+
+
+def _sum(amounts: Mapping[Category, int]) -> int:
+    return sum(amounts.values())
+
+
+def _arrived(timeline: Timeline) -> Ints:
+    """Bytes of gradients, all of which stay, at every point of the backward pass."""
+    added = np.zeros(len(timeline.backward), dtype=np.int64)
+    for arrival in timeline.arrivals:
+        added[min(arrival.at, len(added) - 1)] += arrival.bytes
+    return np.cumsum(added)
+
+
+@dataclass(slots=True)
+class _Reduction:
+    """Gradients go through a bucket; what this rank keeps of them has one tensor, made when it is first needed.
+
+    Attributes:
+        bucket: bytes; 0 if gradients are not copied into one.
+        kept: bytes of that tensor.
+        mine: names of the parameters whose gradients go there.
+    """
+
+    bucket: int
+    kept: int
+    mine: frozenset[str]
+    _filled: int = 0
+    _needed: bool = False
+    _made: bool = False
+
+    def _add(self, name: str, size: int) -> bool:
+        """One more gradient; whether it is too large for the bucket."""
+        if self._filled and self._filled + size > self.bucket:
+            self._flush()
+        self._filled += size
+        self._needed = self._needed or name in self.mine
+        return size > self.bucket
+
+    def _flush(self) -> None:
+        self._made = self._made or self._needed
+        self._filled, self._needed = 0, False
+
+    @property
+    def _made_bytes(self) -> int:
+        return self.kept if self._made else 0
+
+    def as_they_arrive(self, timeline: Timeline) -> Ints:
+        """ZeRO-2: a gradient lives until it is in the bucket; one that is too large, until the next arrives."""
+        alive = np.zeros(len(timeline.backward) + 1, dtype=np.int64)
+        points = [min(arrival.at, len(timeline.backward) - 1) for arrival in timeline.arrivals]
+        for arrival, point, after in zip(timeline.arrivals, points, [*points[1:], len(alive) - 1], strict=True):
+            too_large = self._add(arrival.name, arrival.bytes)
+            alive[point:] = self._made_bytes + (arrival.bytes if too_large else 0)
+            alive[point] = self._made_bytes + arrival.bytes
+            alive[after] += arrival.bytes if too_large else 0
+        self._flush()
+        alive[-1] = self._made_bytes
+        return alive
+
+    def afterwards(self, order: Sequence[tuple[str, int]]) -> Ints:
+        """ZeRO-1: all gradients are there; each goes when it is in the bucket, those too large for it at the end."""
+        own = sum(size for _, size in order)
+        points = []
+        for name, size in order:
+            too_large = self._add(name, size)
+            points.append(own + self._made_bytes)
+            own -= 0 if too_large else size
+        self._flush()
+        return np.array([*points, own + self._made_bytes, self._made_bytes], dtype=np.int64)
+
+
+def _held(one: Partition) -> frozenset[str]:
+    """Names of the parameters of which this rank holds a part."""
+    return frozenset(
+        layout.parameters[fragment.parameter].name for layout in one.layouts for fragment in layout.fragments(one.rank)
+    )
+
+
+def _whole_parameters_in_partition(one: Partition) -> int:
+    """Elements of the parameters of which this rank holds a part: their gradients are kept whole."""
+    held = _held(one)
+    return sum(spec.numel for group in one.groups for spec in group if spec.name in held)
+
+
+def _persistent(one: Partition) -> int:
+    """ZeRO-3: bytes of small parameters that stay gathered."""
+    if one.world_size == 1:
+        return 0
+    small = sum(
+        spec.numel for group in one.groups for spec in group if spec.numel <= one.config.param_persistence_threshold
+    )
+    return min(small, int(one.config.model_persistence_threshold)) * one.width
+
+
+def _gathered(one: Partition) -> int:
+    """ZeRO-3: bytes of parameters gathered when the forward pass ends.
+
+    A parameter stays if it is needed again within ``max_reuse_distance`` elements: what lies between its two uses is
+    counted twice.
+    """
+    if one.world_size == 1:
+        return 0
+    within = min(int(one.config.max_live_parameters), int(one.config.max_reuse_distance) // 2)
+    everything = one.total - _persistent(one) // one.width
+    if 2 * everything <= int(one.config.max_reuse_distance):
+        within = min(everything, int(one.config.max_live_parameters))
+    return min(everything, within) * one.width

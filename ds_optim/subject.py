@@ -1,0 +1,114 @@
+"""What a prediction is about: a model on the meta device, its roles, and an optimizer over it. Nothing is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_optim.optimizers.sharded import ShardedOptimizer
+from ds_optim.role import Role, is_decay_exempt
+from ds_optim.roles import canonical_name, infer_roles, logical_shape, override_roles
+from ds_optim.sharding.layout import ParameterSpec
+
+
+class SubjectError(ValueError):
+    """What was asked for cannot be predicted; the message says why and what to give instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model and an optimizer over it.
+
+    Attributes:
+        optimizer: over meta parameters; decay-exempt ones are a group of their own, as the plugin makes it.
+        groups: the parameters of each group, in order, by name and logical shape.
+        roles: of every parameter.
+        options: what the optimizer was made with.
+    """
+
+    optimizer: ShardedOptimizer
+    groups: Sequence[Sequence[ParameterSpec]]
+    roles: Mapping[str, Role]
+    options: Mapping[str, Any]
+
+    @property
+    def specs(self) -> list[ParameterSpec]:
+        """Every parameter, each once, in the order of the groups."""
+        return [spec for group in self.groups for spec in group]
+
+    @property
+    def numel(self) -> int:
+        """Parameters of the model."""
+        return sum(spec.numel for spec in self.specs)
+
+
+def subject(
+    model: nn.Module, deepspeed_config: Mapping[str, Any], optimizer: str | None, settings: Mapping[str, Any]
+) -> Subject:
+    """The optimizer that a JSON or a name asks for, over a model on the meta device.
+
+    Args:
+        model: see `meta_model`.
+        deepspeed_config: a DeepSpeed JSON; its optimizer entry and ``ds_optim`` object are used.
+        optimizer: a name of ours, with its defaults, which prevails over the JSON's.
+        settings: further settings, which prevail over all others.
+
+    Raises:
+        SubjectError: no such optimizer, or options that the plugin refuses.
+        ValueError: options or roles that the optimizer refuses.
+    """
+    cls, options = _optimizer(deepspeed_config, optimizer)
+    options.update(settings)
+    inferred = infer_roles(model)
+    named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    shapes = {name: logical_shape(parameter) for name, parameter in named.items()}
+    given = options.pop("roles", None)
+    roles = inferred if given is None else override_roles(inferred, given, shapes)
+    exempt = [name for name in named if is_decay_exempt(roles[name])]
+    groups = [group for group in ([name for name in named if name not in exempt], exempt) if group]
+    made = cls([{"params": [(name, named[name]) for name in group]} for group in groups], roles=roles, **options)
+    return Subject(made, [[ParameterSpec(name, shapes[name]) for name in group] for group in groups], roles, options)
+
+
+def meta_model(config: Mapping[str, Any]) -> nn.Module:
+    """A causal language model of transformers, made from its ``config.json`` on the meta device.
+
+    Raises:
+        SubjectError: no ``model_type``, one that transformers does not know, or values that it refuses.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "model_type" not in config:
+        raise SubjectError('the model config has no "model_type": it should be the config.json of a transformers model')
+    try:
+        made = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(made)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise SubjectError(
+            f"transformers cannot make a causal language model of type {config['model_type']!r} from this: {said}"
+        ) from error
+    return model
+
+
+def _optimizer(config: Mapping[str, Any], name: str | None) -> tuple[type[ShardedOptimizer], dict[str, Any]]:
+    from ds_optim.deepspeed_plugin import CLASSES, Settings, names, option_problems
+
+    known = {**names(), **{cls.__name__: cls for cls in CLASSES}}
+    lowered = {key.lower(): key for key in known}
+    asked = str(name or (config.get("optimizer") or {}).get("type"))
+    asked = lowered.get(asked.lower().replace("_", ""), asked) if name else asked
+    if asked not in known:
+        raise SubjectError(f"{asked} is none of {', '.join(known)}: give --optimizer, or a JSON that names one")
+    cls = known[asked]
+    if name is not None:
+        return cls, {}
+    problems = option_problems(cls, config)
+    if problems:
+        raise SubjectError("; ".join(problems))
+    return cls, Settings.of(config).all_options(config)
