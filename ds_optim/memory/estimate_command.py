@@ -63,7 +63,9 @@ def estimate(
     micro_batch: Annotated[
         int | None, typer.Option(help="Sequences per rank and pass; else the JSON's, else 1.")
     ] = None,
-    seq_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+    seq_length: Annotated[
+        int | None, typer.Option(help="Tokens per sequence; else 2048, or what the model has positions for.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16; else the JSON's, else bf16.")] = None,
     checkpointing: Annotated[bool, typer.Option(help="Activations are recomputed, layer by layer.")] = False,
     device_memory: Annotated[
@@ -99,16 +101,18 @@ def estimate(
         if micro_batch is None:
             given = content.get("train_micro_batch_size_per_gpu", 1)
             micro_batch = given if isinstance(given, int) else 1
+        shape = _json(model)
+        positions = shape.get("max_position_embeddings") or shape.get("n_positions") or 2048
         for ranks in world_size:
             request = Request(
-                model=_json(model),
+                model=shape,
                 model_name=model.stem,
                 optimizer=optimizer,
                 stage=chosen,
                 world_size=ranks,
                 precision=found,  # type: ignore[arg-type]
                 micro_batch=micro_batch,
-                seq_length=seq_length,
+                seq_length=seq_length or min(2048, int(positions)),
                 checkpointing=checkpointing,
                 deepspeed=content,
                 device_memory=capacity,

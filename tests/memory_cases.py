@@ -1,0 +1,99 @@
+"""One training measured and predicted, for tests/test_estimate.py and benchmarks/memory_accuracy.py."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "use_cache": False,
+}
+OPTIMIZERS = ("ds_optim.AdamW", "ds_optim.Lion", "Adan", "AdamMini", "Shampoo", "SWAN")
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """A few steps of a small Llama under DeepSpeed.
+
+    Attributes:
+        optimizer: as in a JSON.
+        stage: of ZeRO.
+        precision: fp32 or bf16.
+        zero: further settings of ``zero_optimization``. DeepSpeed's own buckets would hide everything else in a model
+            of this size, so they are small unless said otherwise.
+        checkpointing: activations are recomputed.
+    """
+
+    optimizer: str
+    stage: int
+    precision: str = "bf16"
+    zero: dict[str, Any] = field(default_factory=dict)
+    checkpointing: bool = False
+    micro_batch: int = 2
+    seq_length: int = 64
+
+    def config(self) -> dict[str, Any]:
+        """The DeepSpeed JSON."""
+        small = {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000} if self.stage else {}
+        found: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-3}},
+            "zero_optimization": {"stage": self.stage, **small, **self.zero},
+        }
+        if self.precision == "bf16":
+            found["bf16"] = {"enabled": True}
+        return found
+
+
+def measured(case: MemoryCase, model: dict[str, Any] = MODEL, **options: Any) -> str:
+    """The record of a real engine's third step, all ranks, as JSON. Runs in every process of a pool."""
+    import deepspeed
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ds_optim.memory.accountant import MemoryAccountant
+
+    with MemoryAccountant(**options) as account:
+        torch.manual_seed(0)
+        network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
+        if case.checkpointing:
+            network.activation_checkpointing_enable({"use_reentrant": False})
+        engine, *_ = deepspeed.initialize(model=network, config=case.config())
+        account.watch(engine)
+        ids = torch.randint(0, model["vocab_size"], (case.micro_batch, case.seq_length))
+        for _ in range(3):
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+        record = account.gather()
+    engine.destroy()
+    del engine, network
+    gc.collect()
+    return record.model_dump_json()
+
+
+def request(case: MemoryCase, ranks: int, model: dict[str, Any] = MODEL, name: str = "small Llama") -> Any:
+    """What to ask the estimate for."""
+    from ds_optim.memory.estimate import Request
+
+    return Request(
+        model=model,
+        model_name=name,
+        stage=case.stage,
+        world_size=ranks,
+        precision=case.precision,  # type: ignore[arg-type]
+        micro_batch=case.micro_batch,
+        seq_length=case.seq_length,
+        checkpointing=case.checkpointing,
+        deepspeed=case.config(),
+    )
