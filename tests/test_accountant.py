@@ -11,7 +11,7 @@ from torch.distributed._tools import mem_tracker
 
 from ds_optim.memory import cross_checks
 from ds_optim.memory.accountant import MemoryAccountant
-from ds_optim.memory.record import Category, Moment, Record
+from ds_optim.memory.record import Category, Method, Moment, Record, sized
 from ds_optim.memory.tracker import AUTOGRAD, MemoryAccountError, StorageTracker
 from engines import Case, state_bytes
 from pool import Pools, RanksFailedError
@@ -312,6 +312,23 @@ def test_a_kernel_without_a_peak_counter_leaves_that_check_out(monkeypatch: pyte
     assert [check.method.value for check in account.record().ranks[0].checks] == ["process memory"]
 
 
+def test_cudas_allocator_is_asked_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arithmetic only: there is no such device here."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 700)
+    statistics = {"allocated_bytes.all.current": 700, "allocated_bytes.all.peak": 900}
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: statistics)
+    slack = cross_checks.allocator_slack(cuda)
+    assert slack is not None
+    assert slack.bytes == 300
+    sizes = ((900, 0), (800, 100))  # bytes, of these on the host
+    moments = [Moment(amounts=sized({PARAMETERS: total}, Method.STORAGES), on_host=on_host) for total, on_host in sizes]
+    assert [(one.ours, one.theirs) for one in cross_checks.allocator_checks(cuda, moments)] == [(700, 700), (900, 900)]
+    assert cross_checks.allocator_checks(torch.device("cpu"), moments) == []
+    assert cross_checks.allocator_slack(torch.device("cpu")) is None
+
+
 # -- DeepSpeed
 
 # Every strategy for AdamMini; the others' differ in state only, so they share the strategies between them.
@@ -431,6 +448,35 @@ def test_the_profiler_agrees_about_deepspeed(pool: Pools, stage: int) -> None:
     assert alive.passed
     assert abs(alive.ours - alive.theirs) <= 64
     assert 0.9 * highest.theirs <= highest.ours <= highest.theirs + 64
+
+
+def measured_by_the_kernel(hidden: int) -> str:
+    import deepspeed
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "vocab_size": 1000, "num_attention_heads": 4}
+    case = zero_case("AdamMini", 2, "bf16", allgather_bucket_size=200_000)
+    with MemoryAccountant(strict=False, cross_check="process", os_tolerance=0.02) as account:
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **sizes)).to(torch.bfloat16)
+        engine, *_ = deepspeed.initialize(model=model, config=case.config())
+        account.watch(engine)
+        for _ in range(2):
+            engine.backward(engine(input_ids=TOKENS, labels=TOKENS).loss)
+            engine.step()
+        record = account.record()
+    engine.destroy()
+    return record.model_dump_json()
+
+
+def test_the_process_agrees_about_deepspeed(pool: Pools) -> None:
+    """Steady state and peak of a step over two ranks; a small engine first, so that libraries are loaded."""
+    pool(2).run(measured_by_the_kernel, 64)
+    for text in pool(2).run(measured_by_the_kernel, 1024):
+        checks = Record.model_validate_json(text).ranks[0].checks
+        assert len(checks) == 2
+        for check in checks:
+            assert check.passed, check
+            assert check.ours > 200_000_000
 
 
 def gather_with_a_leak_on_rank_1() -> None:

@@ -56,8 +56,8 @@ class MemoryAccountant:
         strict: whether `record` raises above the tolerance; otherwise the record only shows it.
         timeline: whether the last step's course is kept.
         cross_check: who else counts each followed step: the profiler's memory ``events`` (slow), the ``process`` as the
-            operating system sees it, or nobody. May be changed between steps: the profiler takes memory itself, so
-            the two are not for the same step; the record keeps the last checks of each.
+            operating system sees it (asked for from the start), or nobody. May be changed between steps: the profiler
+            takes memory itself, so the two are not for the same step; the record keeps the last checks of each.
         os_tolerance: how far the operating system's view may lie from ours, relative to it; None shows both and judges
             nothing, which is right for small models (see `ds_optim.memory.cross_checks`).
         extra: tensors that only the user can name: ``{"teacher": (Category.PARAMETERS, tensor)}``; lists of tensors
@@ -95,15 +95,19 @@ class MemoryAccountant:
         self._phase: Phase | None = None
         self._last: StepAccount | None = None
         self._checks: dict[cross_checks.Kind, list[Check]] = {}
+        self._allocator: list[Check] = []
         self._probe: cross_checks.Probe | None = None
-        self._before = cross_checks.ProcessView.now()
+        self._before: cross_checks.ProcessView | None = None
         self._began = 0.0
         self._seconds: dict[bool, list[float]] = {True: [], False: []}  # of steps, by whether they were followed
 
     # -- entering and leaving ---------------------------------------------------------------------------------------
 
     def __enter__(self) -> MemoryAccountant:
-        self._before = cross_checks.ProcessView.now()
+        if self.cross_check == "process":
+            cross_checks.give_back_freed_blocks(at_once=True)
+            self._restore.append(lambda: cross_checks.give_back_freed_blocks(at_once=False))
+            self._before = cross_checks.ProcessView.now()
         self._tracker.__enter__()
         return self
 
@@ -244,6 +248,7 @@ class MemoryAccountant:
             self._settle_init()
         self._labels.forget_dead()
         tracker = self._tracker
+        cross_checks.reset_allocator_peak(self._device)
         tracker.log.clear()
         tracker.recording = True
         self._log = StepLog({storage: storage.bytes for storage in tracker.live}, tracker.log)
@@ -295,6 +300,7 @@ class MemoryAccountant:
                 peak = max(moment.total for moment in account.moments)
                 self._checks[self._probe.kind] = self._probe.checks(self._log, self._tracker.total, peak)
                 self._probe = None
+            self._allocator = cross_checks.allocator_checks(self._device, account.moments)
             self._last = account
             self.running.append(account.moments[-1])
             if self._init_moment is None:
@@ -312,8 +318,13 @@ class MemoryAccountant:
 
     @property
     def _on_accelerator(self) -> bool:
+        return self._device.type != "cpu"
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the model is."""
         assert self._model is not None
-        return any(parameter.device.type not in ("cpu", "meta") for parameter in self._model.parameters())
+        return next((p.device for p in self._model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
     # -- results ----------------------------------------------------------------------------------------------------
 
@@ -343,12 +354,17 @@ class MemoryAccountant:
             if self._last is not None:
                 self._judge(self._last.moments[-1], self._last.nobodys)
         basic = basic_optimizer(self._optimizer)
+        slack = cross_checks.allocator_slack(self._device)
+        moments = [self._init_moment, *(self._last.moments if self._last else [])]
+        if slack is not None and self._last is not None:
+            last = moments.pop()
+            moments.append(last.model_copy(update={"amounts": {**last.amounts, Category.SLACK: slack}}))
         rank = RankRecord(
             rank=dist.get_rank() if dist.is_initialized() else 0,
             elements=sum(_local(tensor).numel() for tensor in stepped(self._optimizer)),
-            moments=[self._init_moment, *(self._last.moments if self._last else [])],
+            moments=moments,
             state=state_entries(self._tracker, basic),
-            checks=[check for checks in self._checks.values() for check in checks],
+            checks=[check for checks in (*self._checks.values(), self._allocator) for check in checks],
             timeline=self._last.timeline if self._last else [],
         )
         found = describe(self._watched, self._model, self._optimizer, wrapper_of(self._optimizer))

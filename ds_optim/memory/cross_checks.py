@@ -2,13 +2,15 @@
 
 None of them knows what a byte is for; each must agree with the sum of the storages. The profiler is exact. The kernel
 counts pages, so small tensors are a poor test (freed blocks stay in the heap, untouched zeros cost nothing): measured
-differences are 0.3 % with tensors of 64 MB and 11 % with 4 KB, so its view is judged only when asked for.
+differences are 0.3 % with tensors of 64 MB and 11 % with 4 KB. It also counts what libraries take when they are first
+used, tens of MB, so its view is judged only when asked for: on a large model, after a small one was trained for a step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,13 +20,16 @@ import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from ds_optim.memory.record import Amount, Check, Method
+from ds_optim.memory.record import Amount, Check, Method, Moment
 from ds_optim.memory.steps import StepLog, own_allocations
+from ds_optim.memory.tracker import MemoryAccountError
 
 Kind = Literal["events", "process"]
 
 EVENTS_TOLERANCE = 0.001
 """Of the profiler's sum, relative to all bytes alive: its few bytes of difference are scalars that torch caches."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class Probe(Protocol):
         ...
 
 
-def start(kind: Kind, opening: int, before: ProcessView, os_tolerance: float | None) -> Probe:
+def start(kind: Kind, opening: int, before: ProcessView | None, os_tolerance: float | None) -> Probe:
     """Begin to watch a step.
 
     Args:
@@ -70,8 +75,15 @@ def start(kind: Kind, opening: int, before: ProcessView, os_tolerance: float | N
         opening: bytes of storages alive now.
         before: the process before the model was made.
         os_tolerance: for the operating system's view; None shows it only.
+
+    Raises:
+        MemoryAccountError: the process was not looked at before.
     """
-    return EventProbe(opening) if kind == "events" else ProcessProbe(before, os_tolerance)
+    if kind == "events":
+        return EventProbe(opening)
+    if before is None:
+        raise MemoryAccountError('give cross_check="process" when the accountant is made: it compares with that moment')
+    return ProcessProbe(before, os_tolerance)
 
 
 class EventProbe:
@@ -163,6 +175,12 @@ def reset_peak() -> bool:
     return True
 
 
+def reset_allocator_peak(device: torch.device) -> None:
+    """Set the peak of CUDA's allocator to what is allocated now; nothing on other devices."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def allocator_slack(device: torch.device) -> Amount | None:
     """Bytes that CUDA's caching allocator reserved and does not use now; None on other devices."""
     if device.type != "cuda":
@@ -171,19 +189,23 @@ def allocator_slack(device: torch.device) -> Amount | None:
     return Amount(bytes=unused, method=Method.ALLOCATOR)
 
 
-def allocator_checks(device: torch.device, alive: int, peak: int) -> list[Check]:
-    """Storages against the statistics of CUDA's allocator; none on other devices."""
+def allocator_checks(device: torch.device, moments: Sequence[Moment]) -> list[Check]:
+    """Storages against the statistics of CUDA's allocator at the end of a step; none on other devices.
+
+    Args:
+        device: of the model.
+        moments: of the step, the last one being now.
+    """
     if device.type != "cuda":
         return []
-    statistics = torch.cuda.memory_stats(device)
+    found = torch.cuda.memory_stats(device)
+    peak = max(moment.on_device for moment in moments)
     return [
-        Check(
-            name=f"{name} on {device}",
-            ours=ours,
-            theirs=int(statistics[f"allocated_bytes.all.{kind}"]),
-            method=Method.ALLOCATOR,
+        Check(name=name, ours=ours, theirs=int(found[f"allocated_bytes.all.{kind}"]), method=Method.ALLOCATOR)
+        for name, ours, kind in (
+            ("alive after the step, on the device", moments[-1].on_device, "current"),
+            ("highest point of the step, on the device", peak, "peak"),
         )
-        for name, ours, kind in (("alive", alive, "current"), ("highest point of the step", peak, "peak"))
     ]
 
 
@@ -205,6 +227,19 @@ def _peak() -> int | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def give_back_freed_blocks(at_once: bool) -> None:
+    """Have glibc return freed blocks to the system at once, as the process's peak is otherwise that of its free lists.
+
+    Measured on two ranks of ZeRO-3 with 46 M parameters: the kernel's peak is 30 % above the storages' without this,
+    0.1 % with it. Turning it off sets the thresholds to what glibc's own adjustment ends at. Other C libraries: no
+    effect.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, (1 << 16) if at_once else (1 << 25))
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 17) if at_once else (1 << 26))
 
 
 def _trim() -> None:

@@ -35,6 +35,7 @@ AUTOGRAD = "autograd"
 """Origin of what the autograd engine makes."""
 
 _BACKWARD_MODULES = ("torch.autograd.graph", "torch.autograd")
+_MACHINERY = (__name__, "torch", "deepspeed.utils.nvtx")  # they work for their callers
 _ON_BEHALF = ("allocate", "__call__")  # FSDP's: what for, its caller knows
 _TORCH_WITH_A_SAY = ("torch.optim.", "torch.distributed.fsdp.")  # frames of torch that tell what a storage is for
 
@@ -203,7 +204,7 @@ def in_backward() -> bool:
 
 
 def _origin() -> str:
-    """The nearest line of code that is not torch's own machinery."""
+    """The nearest line of code that is not mere machinery."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -211,7 +212,7 @@ def _origin() -> str:
             return AUTOGRAD
         if module.startswith(_TORCH_WITH_A_SAY) and frame.f_code.co_name not in _ON_BEHALF:
             return f"{module}.{frame.f_code.co_name}:{frame.f_lineno}"
-        if not (module == __name__ or module == "torch" or module.startswith("torch.")):
+        if not (module in _MACHINERY or module.startswith("torch.")):
             return f"{module}.{frame.f_code.co_name}:{frame.f_lineno}"
         frame = frame.f_back
     return AUTOGRAD if in_backward() else ""
