@@ -14,6 +14,8 @@ REQUIREMENTS = [
     "safetensors>=0.5",
     "numpy>=1.26",
     "psutil>=5.9",
+    "pydantic>=2.10",
+    "jinja2>=3.1",
     "wrapt>=1.16",
     "typer>=0.15",
     "rich>=13.9",
@@ -24,12 +26,12 @@ REQUIREMENTS = [
 # transformers' Trainer drives DeepSpeed through accelerate.
 TRAINER = ["accelerate>=1.15,<2"]
 
-# Drawing and rendering of the memory report.
-REPORT = ["matplotlib>=3.9", "jinja2>=3.1"]
+# Drawing of benchmarks/convergence.py.
+PLOT = ["matplotlib>=3.9"]
 
 EXTRAS = {
     "trainer": TRAINER,
-    "report": REPORT,
+    "plot": PLOT,
     # Other people's optimizers, for benchmarks/step_time.py.
     "bench": ["pytorch-optimizer==4.1.0", "adan-pytorch==0.1.0", "lion-pytorch==0.2.5", "adam-mini==1.1.1"],
     "test": [
@@ -59,7 +61,7 @@ if __name__ == "__main__":
     setup(
         name="ds-optim",
         version=version[1],
-        description="Adam-mini, Adan, Lion and AdamW under DeepSpeed ZeRO: state sharded, result independent of ranks",
+        description="Adam-mini, Shampoo, SWAN, Adan, Lion and AdamW under DeepSpeed ZeRO, with a memory accountant",
         long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
         long_description_content_type="text/markdown",
         license="Apache-2.0",

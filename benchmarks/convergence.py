@@ -18,7 +18,7 @@ what a run of that shorter length would end with.
 A run is one JSON file in the work folder, written when it ends. An interrupted one begins again; finished ones are kept
 whatever has changed in the package since (each says which source it ran): choose another folder to start afresh.
 
-Drawing needs matplotlib: ``pip install "ds-optim[report]"``.
+Drawing needs matplotlib: ``pip install "ds-optim[plot]"``.
 """
 
 from __future__ import annotations
@@ -586,7 +586,7 @@ def draw(records: dict[Run, Record], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        Console(stderr=True).print(f'{path} was not drawn: pip install "ds-optim\\[report]" for matplotlib')
+        Console(stderr=True).print(f'{path} was not drawn: pip install "ds-optim\\[plot]" for matplotlib')
         raise typer.Exit(1) from None
     tables = {name: runs for name, runs in by_optimizer(records).items() if runs}
     target = best(tables[BASE]).final_loss

@@ -1,11 +1,13 @@
-"""Where the memory of one training step is, measured once near the start of a run and written as one JSON file.
+"""Where the memory of one training step is, measured once near the start of a run, and a page about it at the end.
 
 The accountant follows the run from before the model is made to the end of the second step, which is the one that is
 reported: the first also makes the optimizer's state and builds kernels. Three bare steps later it knows what following
-cost, writes the record and is gone.
+cost, writes the record and is gone. When the run has ended, the first rank predicts the same run, and one with AdamW,
+and writes the page.
 """
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,15 +18,24 @@ BARE_STEPS = 3
 
 
 class MemoryReport:
-    """Measures a run into ``directory/measured.json``; does nothing at all if the directory is None.
+    """Measures a run into ``directory/measured.json``, and makes ``report.html`` of it when the run has ended.
+
+    Does nothing at all if the directory is None.
 
     Args:
         directory: made if it is not there.
-        provenance: what the accountant cannot find out: name of the model, sequence length.
+        model: its ``config.json``.
+        name: of the model.
+        deepspeed: the DeepSpeed JSON.
+        seq_length: tokens.
     """
 
-    def __init__(self, directory: Path | None, **provenance: Any) -> None:
-        self._directory, self._provenance = directory, provenance
+    def __init__(
+        self, directory: Path | None, model: dict[str, Any], name: str, deepspeed: dict[str, Any], seq_length: int
+    ) -> None:
+        self._directory = directory
+        self._asked = {"model": model, "model_name": name, "deepspeed": deepspeed, "seq_length": seq_length}
+        self._is_written = False
         self._steps = 0
         self._stack = contextlib.ExitStack()
         self._account: Any = None
@@ -65,12 +76,34 @@ class MemoryReport:
             return
         account, directory, self._account = self._account, self._directory, None
         assert directory is not None
-        record = account.gather(**self._provenance)
+        record = account.gather(model=self._asked["model_name"], seq_length=self._asked["seq_length"])
         self._stack.close()
         if dist.get_rank() == 0:
             path = directory / "measured.json"
             record.save(path)
             print(f"memory     {path}: {_summary(record)}", flush=True)
+            self._is_written = True
+
+    def page(self) -> Path | None:
+        """Predict the run and its twin with AdamW, and write the page; None on other ranks, or without a record.
+
+        The predictions are left out where this is no run that can be predicted (somebody else's optimizer).
+        """
+        if not self._is_written:
+            return None
+        from ds_optim.memory.estimate import predict, request_of
+        from ds_optim.memory.report_command import write
+
+        assert self._directory is not None
+        baseline = self._directory / "adamw.json"
+        try:
+            asked = request_of(**self._asked, world_size=dist.get_world_size())
+            predict(asked).save(self._directory / "predicted.json")
+            predict(replace(asked, optimizer="AdamW", settings={})).save(baseline)
+        except ValueError as error:
+            print(f"memory     not predicted: {error}", flush=True)
+            return write([self._directory], self._directory, None, False)
+        return write([self._directory], self._directory, baseline, False)
 
 
 def _summary(record: Any) -> str:

@@ -5,6 +5,7 @@
 #     bash launcher/quickstart.sh --optimizer lion                      adamw, lion, adan, adam_mini, shampoo or swan
 #     bash launcher/quickstart.sh --text my_notes/ --steps 500          anything else goes to launcher/train.py (see --help)
 #
+# It ends with a page about where the memory went (runs/quickstart/report.html; --memory-report DIR puts it elsewhere).
 # Needs python3, pip and g++. NUM_PROCESSES, MASTER_PORT, OMP_NUM_THREADS and DS_ACCELERATOR may be set from outside.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,4 +27,5 @@ MASTER_PORT=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bi
 
 echo "Starting $NUM_PROCESSES processes. The first start builds a small DeepSpeed extension and the optimizer's kernels, which takes about a minute."
 # --quiet: the launcher's own log; the training script's lines are not affected.
-exec deepspeed --quiet --num_gpus "$NUM_PROCESSES" --master_port "$MASTER_PORT" "$ROOT/launcher/train.py" "$@"
+exec deepspeed --quiet --num_gpus "$NUM_PROCESSES" --master_port "$MASTER_PORT" "$ROOT/launcher/train.py" \
+    --memory-report "$ROOT/runs/quickstart" "$@"

@@ -63,12 +63,15 @@ def run(chosen: settings.Settings) -> None:
     text = shared_text(chosen, local_rank)
 
     torch.manual_seed(chosen.seed)
-    about = {"model": chosen.model_path.stem, "seq_length": chosen.seq_length}
-    with MemoryReport(chosen.memory_report, **about) as memory:
+    about = chosen.model, chosen.model_path.stem, chosen.deepspeed, chosen.seq_length
+    with MemoryReport(chosen.memory_report, *about) as memory:
         engine, model = _engine(chosen)
         memory.watch(engine)
         _train(chosen, engine, model, text, memory)
     engine.destroy()
+    page = memory.page()
+    if page is not None:
+        print(f"\nmemory report: {page.resolve()}", flush=True)
 
 
 def _train(

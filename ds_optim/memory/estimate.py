@@ -96,6 +96,28 @@ def precision_of(config: Mapping[str, Any]) -> Precision:
     return "bf16" if any(half) else "fp32"
 
 
+def request_of(
+    model: Mapping[str, Any], model_name: str, deepspeed: Mapping[str, Any], world_size: int, seq_length: int
+) -> Request:
+    """What a DeepSpeed JSON says about a training, as a request."""
+    return Request(
+        model=model,
+        model_name=model_name,
+        deepspeed=deepspeed,
+        stage=stage_of(deepspeed),
+        precision=precision_of(deepspeed),
+        micro_batch=micro_batch_of(deepspeed),
+        world_size=world_size,
+        seq_length=seq_length,
+    )
+
+
+def micro_batch_of(config: Mapping[str, Any]) -> int:
+    """The micro-batch of a DeepSpeed JSON; 1 if it says none, or ``"auto"``."""
+    given = config.get("train_micro_batch_size_per_gpu", 1)
+    return given if isinstance(given, int) else 1
+
+
 def predict(request: Request) -> Record:
     """The record of a steady training step.
 

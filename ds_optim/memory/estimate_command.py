@@ -85,7 +85,7 @@ def estimate(
     Nothing is downloaded and no process is started: one machine can predict for 1,024 ranks.
     """
     from ds_optim.estimate import plans
-    from ds_optim.memory.estimate import Request, precision_of, predict, stage_of
+    from ds_optim.memory.estimate import Request, micro_batch_of, precision_of, predict, stage_of
     from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 
     console = Console()
@@ -99,8 +99,7 @@ def estimate(
         if found not in ("fp32", "bf16"):
             raise typer.BadParameter(f"--precision is fp32 or bf16, not {found!r}")
         if micro_batch is None:
-            given = content.get("train_micro_batch_size_per_gpu", 1)
-            micro_batch = given if isinstance(given, int) else 1
+            micro_batch = micro_batch_of(content)
         shape = _json(model)
         positions = shape.get("max_position_embeddings") or shape.get("n_positions") or 2048
         for ranks in world_size:

@@ -133,12 +133,16 @@ def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
 
     def backward(timeline: Timeline) -> dict[Category, Ints]:
         reduction = _Reduction(bucket * one.width if buffers else 0, 0 if one.offload else kept, _held(one))
-        if partition_gradients:  # reduced as they arrive
+        if partition_gradients or one.config.overlap_comm:  # reduced as they arrive
             gradients = reduction.as_they_arrive(timeline)
         else:  # reduced when all are there
             order = [(spec.name, spec.numel * one.width) for group in one.groups for spec in group]
-            gradients = np.append(_arrived(timeline), reduction.afterwards(order))
-        return {Category.GRADIENTS: gradients, Category.BUCKETS: np.full(len(gradients), buffers, dtype=np.int64)}
+            gradients = np.append(_arrived(timeline), reduction.afterwards(order, len(timeline.backward)))
+        buckets = np.full(len(gradients), buffers, dtype=np.int64)
+        buckets[: timeline.arrivals[0].at] = 0  # made when the first gradient is there
+        for point, size in reduction.flushed:
+            buckets[point] += size
+        return {Category.GRADIENTS: gradients, Category.BUCKETS: buckets}
 
     if one.offload:
         return Terms(steady, 0, 0, 0, backward, {}, {}, {}, offloaded)
@@ -222,19 +226,23 @@ class _Reduction:
     bucket: int
     kept: int
     mine: frozenset[str]
+    flushed: list[tuple[int, int]] = field(default_factory=list)
+    """Point of the pass, and bytes of the bucket, which is copied once more to be reduced, beyond what it leaves."""
     _filled: int = 0
     _needed: bool = False
     _made: bool = False
 
-    def _add(self, name: str, size: int) -> bool:
+    def _add(self, name: str, size: int, point: int) -> bool:
         """One more gradient; whether it is too large for the bucket."""
         if self._filled and self._filled + size > self.bucket:
-            self._flush()
+            self._flush(point)
         self._filled += size
         self._needed = self._needed or name in self.mine
         return size > self.bucket
 
-    def _flush(self) -> None:
+    def _flush(self, point: int) -> None:
+        made = self.kept if self._needed and not self._made else 0  # after that copy is gone
+        self.flushed.append((point, max(0, self._filled - made)))
         self._made = self._made or self._needed
         self._filled, self._needed = 0, False
 
@@ -247,23 +255,28 @@ class _Reduction:
         alive = np.zeros(len(timeline.backward) + 1, dtype=np.int64)
         points = [min(arrival.at, len(timeline.backward) - 1) for arrival in timeline.arrivals]
         for arrival, point, after in zip(timeline.arrivals, points, [*points[1:], len(alive) - 1], strict=True):
-            too_large = self._add(arrival.name, arrival.bytes)
+            too_large = self._add(arrival.name, arrival.bytes, point)
             alive[point:] = self._made_bytes + (arrival.bytes if too_large else 0)
             alive[point] = self._made_bytes + arrival.bytes
             alive[after] += arrival.bytes if too_large else 0
-        self._flush()
+        self._flush(len(alive) - 1)
         alive[-1] = self._made_bytes
         return alive
 
-    def afterwards(self, order: Sequence[tuple[str, int]]) -> Ints:
-        """ZeRO-1: all gradients are there; each goes when it is in the bucket, those too large for it at the end."""
+    def afterwards(self, order: Sequence[tuple[str, int]], begin: int) -> Ints:
+        """ZeRO-1: all gradients are there; each goes when it is in the bucket, those too large for it at the end.
+
+        Args:
+            order: names and bytes.
+            begin: point of the pass after which this happens.
+        """
         own = sum(size for _, size in order)
         points = []
         for name, size in order:
-            too_large = self._add(name, size)
+            too_large = self._add(name, size, begin + len(points))
             points.append(own + self._made_bytes)
             own -= 0 if too_large else size
-        self._flush()
+        self._flush(begin + len(points))
         return np.array([*points, own + self._made_bytes, self._made_bytes], dtype=np.int64)
 
 
