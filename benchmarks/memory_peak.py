@@ -38,8 +38,8 @@ from pool import Pools
 MODEL = Path(__file__).parents[1] / "configs" / "models" / "llama_60m.json"
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 1000, "head_dim": 8}
 RANKS = 2
-TOKENS = 32
-BUCKET = 5_000_000
+TOKENS = 64
+BUCKET = 2_000_000
 TOLERANCE = 0.02
 LEAST_STATES = 200_000_000
 BASELINE = "torch AdamW (fused)"

@@ -1,7 +1,8 @@
 """Where the memory of one training step is, measured once near the start of a run, and a page about it at the end.
 
-The accountant follows the run from before the model is made to the end of the second step, which is the one that is
-reported: the first also makes the optimizer's state and builds kernels. Three bare steps later it knows what following
+The accountant follows the run from before the model is made to the end of the fourth step, which is the one that is
+reported: the first also makes the optimizer's state and builds kernels, and ZeRO-3 looks on for up to three steps before
+it fetches parameters ahead. Three bare steps later it knows what following
 cost, writes the record and is gone. When the run has ended, the first rank predicts the same run, and one with AdamW,
 and writes the page.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-BARE_STEPS = 3
+MEASURED_STEP, BARE_STEPS = 4, 3
 
 
 class MemoryReport:
@@ -65,9 +66,9 @@ class MemoryReport:
         if self._account is None:
             return
         self._steps += 1
-        if self._steps == 2:
+        if self._steps == MEASURED_STEP:
             self._stack.enter_context(self._account.paused())
-        elif self._steps == 2 + BARE_STEPS:
+        elif self._steps == MEASURED_STEP + BARE_STEPS:
             self.finish()
 
     def finish(self) -> None:

@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory-report",
         type=Path,
         metavar="DIR",
-        help="measure where the memory of the second step is, and write DIR/measured.json and DIR/report.html",
+        help="measure where the memory of the fourth step is, and write DIR/measured.json and DIR/report.html",
     )
     # The launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

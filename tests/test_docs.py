@@ -70,7 +70,7 @@ def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
 def test_a_bash_block_runs(block: Block) -> None:
-    for line in block.text.splitlines():
+    for line in block.text.replace("\\\n", " ").splitlines():
         command = line.split("#")[0].strip()
         if command:
             run(["bash", "-c", INSTEAD.get(command, command)], ROOT)

@@ -198,6 +198,11 @@ def make_report(run: Run, baseline: Run | None = None, *, paper_tables: bool = F
     """
     record, other = _same_kind(run, baseline)
     shown = [(run.name, record)] + ([(baseline.name, other)] if baseline and other else [])
+    everything = [
+        (each, known) for each in (run, baseline) if each for known in (each.measured, each.predicted) if known
+    ]
+    single = all(each.measured is None or each.predicted is None for each, _ in everything)
+    sources = [(each.name if single else f"{each.name}, {known.kind}", known) for each, known in everything]
     capacities = [known.provenance.device_memory for _, known in shown if known.provenance.device_memory]
     return Report(
         title=run.name if baseline is None else f"{run.name} beside {baseline.name}",
@@ -205,7 +210,7 @@ def make_report(run: Run, baseline: Run | None = None, *, paper_tables: bool = F
         kind=" and ".join(dict.fromkeys(known.kind for _, known in shown)),
         notices=_notices(shown),
         headlines=_headlines(record, other),
-        unaccounted=_unaccounted(record),
+        unaccounted=_unaccounted(run.measured or record),
         verdicts=claims.judge(record, other) if other is not None else [],
         # Bars hold everything; where some of it is in host memory, a device's limit drawn across them would mislead.
         capacity=None if any(_on_host(known) for _, known in shown) else min(capacities, default=None),
@@ -214,10 +219,10 @@ def make_report(run: Run, baseline: Run | None = None, *, paper_tables: bool = F
         timelines=[line for name, known in shown for line in _timeline(name, known)],
         state=[row for name, known in shown for row in _state(name, known)],
         paper=computed_tables() if paper_tables else [],
-        provenance=provenance(shown),
-        methods=methods(shown),
-        checks=[row for name, known in shown for row in checks(name, known)],
-        records=[known for each in (run, baseline) if each for known in (each.measured, each.predicted) if known],
+        provenance=provenance(sources),
+        methods=methods(sources),
+        checks=[row for each, known in everything for row in checks(each.name, known)],
+        records=[known for _, known in everything],
     )
 
 

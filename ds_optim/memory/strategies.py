@@ -271,7 +271,7 @@ class _Reduction:
             begin: point of the pass after which this happens.
         """
         own = sum(size for _, size in order)
-        points = []
+        points: list[int] = []
         for name, size in order:
             too_large = self._add(name, size, begin + len(points))
             points.append(own + self._made_bytes)
