@@ -42,7 +42,7 @@ measured) / measured. Optimizer state: bytes. Model states: the worst of paramet
 Activations: what the forward pass leaves. Forward, backward, step: the highest sum of all categories in that phase.
 `FAIL`: beyond what is allowed (to the byte; 1 %; 10 %).
 
-A Llama of 3.5 M parameters, 2 sequences of 64 tokens per rank; buckets of 1 M elements, since DeepSpeed's own would be
+A Llama of 3.4 M parameters, 2 sequences of 64 tokens per rank (or 1 of 1,024); buckets of 1 M elements, since DeepSpeed's own would be
 larger than all the rest.
 """
 
@@ -58,6 +58,11 @@ def cases() -> list[tuple[int, MemoryCase]]:
             for stage in (1, 2, 3):
                 found.append((ranks, MemoryCase(optimizer, stage, "bf16", zero=OFFLOAD)))
         found += [(ranks, MemoryCase("AdamMini", stage, "bf16", checkpointing=True)) for stage in (0, 1, 2, 3)]
+        found += [(ranks, MemoryCase("AdamMini", stage, "bf16", passes=3)) for stage in (0, 1, 2, 3)]
+        long = {"micro_batch": 1, "seq_length": 1024}
+        found += [(ranks, MemoryCase("AdamMini", stage, kind, **long)) for stage in (2, 3) for kind in ("fp32", "bf16")]
+    for limit in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        found.append((2, MemoryCase("AdamMini", 3, "bf16", zero={limit: 1_000_000})))
     return found
 
 
@@ -91,7 +96,15 @@ def main() -> int:
         found = Record.model_validate_json(_pools(ranks).run(measured, case)[0])  # raises if much is nobody's
         lines = agreement(found, predict(request(case, ranks)))
         failures += not all(line.passed for line in lines)
-        name = f"{case.stage} {case.precision}{' offload' * bool(case.zero)}{' checkpointing' * case.checkpointing}"
+        name = " ".join(
+            [
+                f"{case.stage} {case.precision}",
+                *(["offload"] if case.zero == OFFLOAD else [f"{key}={value:,}" for key, value in case.zero.items()]),
+                *(["checkpointing"] if case.checkpointing else []),
+                *([f"{case.passes} micro-batches"] if case.passes > 1 else []),
+                *([f"{case.seq_length} tokens"] if case.seq_length > 64 else []),
+            ]
+        )
         rows.append(f"| {case.optimizer} | {name} | {ranks} | " + " | ".join(cells(lines)) + " |")
     table = ["| optimizer | ZeRO stage, precision | ranks | " + " | ".join(COLUMNS) + " |", "|---" * 9 + "|", *rows]
     print("\n".join(table))

@@ -8,7 +8,7 @@ from typing import Any
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.predict import predicted_layouts
-from ds_optim.subject import SubjectError, meta_model, subject
+from ds_optim.subject import meta_model, subject
 
 
 def plans(
@@ -20,6 +20,8 @@ def plans(
 ) -> Iterator[tuple[Plan, dict[str, int], str]]:
     """One plan per number of ranks, with what `Plan.explain` must know of the exchange, and a title.
 
+    None at all for an optimizer whose elements never travel.
+
     Args:
         model_config: a transformers ``config.json``.
         deepspeed_config: a DeepSpeed JSON; its optimizer entry, ``ds_optim`` object and ZeRO stage are used.
@@ -28,15 +30,13 @@ def plans(
         ranks: data-parallel ranks.
 
     Raises:
-        SubjectError: no such model or optimizer, or one whose elements never travel.
+        SubjectError: no such model or optimizer.
         ValueError: options or roles that the optimizer refuses.
     """
     about = subject(meta_model(model_config), deepspeed_config, optimizer, {})
     made = about.optimizer
     if not isinstance(made, WholeMatrixOptimizer):
-        raise SubjectError(
-            f"{type(made).__name__} exchanges nothing between ranks: there is nothing to plan. Ask for Shampoo or SWAN"
-        )
+        return  # nothing travels
     zero = int(deepspeed_config.get("zero_optimization", {}).get("stage", 2)) if stage is None else stage
     for world_size in ranks:
         plan = made.plan_over(predicted_layouts(about.groups, zero, world_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -68,7 +69,11 @@ def subject(
     shapes = {name: logical_shape(parameter) for name, parameter in named.items()}
     given = options.pop("roles", None)
     roles = inferred if given is None else override_roles(inferred, given, shapes)
-    exempt = [name for name in named if is_decay_exempt(roles[name])]
+    patterns = (deepspeed_config.get("ds_optim") or {}).get("no_decay") if optimizer is None else None
+    if patterns is None:
+        exempt = [name for name in named if is_decay_exempt(roles[name])]
+    else:
+        exempt = [name for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
     groups = [group for group in ([name for name in named if name not in exempt], exempt) if group]
     made = cls([{"params": [(name, named[name]) for name in group]} for group in groups], roles=roles, **options)
     return Subject(made, [[ParameterSpec(name, shapes[name]) for name in group] for group in groups], roles, options)
@@ -88,7 +93,7 @@ def meta_model(config: Mapping[str, Any]) -> nn.Module:
         made = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(made)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # validators of its own kinds, and whatever a model's constructor does
         said = " ".join(str(error).split())[:200]
         raise SubjectError(
             f"transformers cannot make a causal language model of type {config['model_type']!r} from this: {said}"
@@ -103,6 +108,8 @@ def _optimizer(config: Mapping[str, Any], name: str | None) -> tuple[type[Sharde
     lowered = {key.lower(): key for key in known}
     asked = str(name or (config.get("optimizer") or {}).get("type"))
     asked = lowered.get(asked.lower().replace("_", ""), asked) if name else asked
+    if asked == "None":
+        raise SubjectError(f"no optimizer was named: give --optimizer ({', '.join(c.__name__ for c in CLASSES)})")
     if asked not in known:
         raise SubjectError(f"{asked} is none of {', '.join(known)}: give --optimizer, or a JSON that names one")
     cls = known[asked]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ MODEL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 1024,
     "use_cache": False,
 }
 OPTIMIZERS = ("ds_optim.AdamW", "ds_optim.Lion", "Adan", "AdamMini", "Shampoo", "SWAN")
@@ -33,6 +33,7 @@ class MemoryCase:
         zero: further settings of ``zero_optimization``. DeepSpeed's own buckets would hide everything else in a model
             of this size, so they are small unless said otherwise.
         checkpointing: activations are recomputed.
+        passes: micro-batches per step.
     """
 
     optimizer: str
@@ -42,12 +43,14 @@ class MemoryCase:
     checkpointing: bool = False
     micro_batch: int = 2
     seq_length: int = 64
+    passes: int = 1
 
     def config(self) -> dict[str, Any]:
         """The DeepSpeed JSON."""
         small = {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000} if self.stage else {}
         found: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.passes,
             "optimizer": {"type": self.optimizer, "params": {"lr": 1e-3}},
             "zero_optimization": {"stage": self.stage, **small, **self.zero},
         }
@@ -71,7 +74,7 @@ def measured(case: MemoryCase, model: dict[str, Any] = MODEL, **options: Any) ->
         engine, *_ = deepspeed.initialize(model=network, config=case.config())
         account.watch(engine)
         ids = torch.randint(0, model["vocab_size"], (case.micro_batch, case.seq_length))
-        for _ in range(3):
+        for _ in range(3 * case.passes):
             loss = engine(input_ids=ids, labels=ids).loss
             engine.backward(loss)
             engine.step()
@@ -84,16 +87,7 @@ def measured(case: MemoryCase, model: dict[str, Any] = MODEL, **options: Any) ->
 
 def request(case: MemoryCase, ranks: int, model: dict[str, Any] = MODEL, name: str = "small Llama") -> Any:
     """What to ask the estimate for."""
-    from ds_optim.memory.estimate import Request
+    from ds_optim.memory.estimate import request_of
 
-    return Request(
-        model=model,
-        model_name=name,
-        stage=case.stage,
-        world_size=ranks,
-        precision=case.precision,  # type: ignore[arg-type]
-        micro_batch=case.micro_batch,
-        seq_length=case.seq_length,
-        checkpointing=case.checkpointing,
-        deepspeed=case.config(),
-    )
+    asked = request_of(model, name, case.config(), ranks, case.seq_length)
+    return replace(asked, checkpointing=case.checkpointing)

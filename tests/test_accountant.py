@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed._tools import mem_tracker
+from torch.utils import _python_dispatch
 
-from ds_optim.memory import cross_checks
+from ds_optim.memory import cross_checks, tracker
 from ds_optim.memory.accountant import MemoryAccountant
-from ds_optim.memory.record import Category, Method, Moment, Record, sized
-from ds_optim.memory.tracker import AUTOGRAD, MemoryAccountError, StorageTracker
+from ds_optim.memory.known_torch import MemoryAccountError
+from ds_optim.memory.record import Category, Check, Method, Moment, Record, sized
+from ds_optim.memory.tracker import AUTOGRAD, StorageTracker
 from engines import Case, state_bytes
 from pool import Pools, RanksFailedError
 from test_memory import medium_model
@@ -72,6 +77,58 @@ def test_another_torch_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delattr(mem_tracker.MemTracker, "_track_resize")
     with pytest.raises(MemoryAccountError, match=r"MemTracker has no _track_resize.*Versions known to work"):
         StorageTracker()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (mem_tracker, "MemTracker"),
+        (mem_tracker, "_MemRefType"),
+        (mem_tracker, "_UpdateType"),
+        (torch._guards, "active_fake_mode"),
+        (torch._C, "_current_graph_task_id"),
+        (_python_dispatch, "_get_current_dispatch_mode"),
+    ],
+)
+def test_a_torch_without_a_private_name_is_refused_by_that_name(
+    monkeypatch: pytest.MonkeyPatch, owner: ModuleType, name: str
+) -> None:
+    monkeypatch.delattr(owner, name)
+    found = importlib.util.find_spec(tracker.__name__)
+    assert found is not None
+    assert found.loader is not None
+    with pytest.raises(MemoryAccountError, match=rf"{name}.*Versions known to work: 2.13"):
+        found.loader.exec_module(importlib.util.module_from_spec(found))
+
+
+def test_a_tracker_that_works_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    info, make = mem_tracker._WeakRefInfo, mem_tracker._WeakRefInfo.__init__
+
+    def renamed(self: Any, *args: Any) -> None:
+        make(self, *args)
+        del self.device
+
+    for name, other, said in (
+        ("__init__", renamed, "no attribute 'device'"),
+        ("_calculate_mem_consumed", lambda _: 7, "counts 7 bytes of 4"),
+        ("create_winfo", lambda: None, "works otherwise .TypeError"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(info, name, other)
+            with pytest.raises(MemoryAccountError, match=rf"{said}.*Versions known to work"):
+                StorageTracker()
+        assert _python_dispatch._get_current_dispatch_mode() is None, "the refused one has left"
+    StorageTracker()
+
+
+def test_a_profiler_that_keeps_other_events_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with MemoryAccountant() as account:
+        model, optimizer = run_plain(account, steps=1)
+        account.cross_check = "events"
+        model(torch.randn(16, 64)).sum().backward()
+        monkeypatch.delattr(torch._C._profiler, "_EventType")
+        with pytest.raises(MemoryAccountError, match=r"profiler keeps.*_EventType.*Versions known to work"):
+            optimizer.step()
 
 
 # -- plain PyTorch, by hand
@@ -148,6 +205,83 @@ def test_a_leak_is_caught_and_named() -> None:
             account.record()
         account.strict = False
         assert moment(account.record(), "after step").bytes_of(Category.UNACCOUNTED) == 4 * 64 * 128
+
+
+Keep = Callable[[nn.Module, Tensor, Any], object]
+"""What is kept of a step: of the model before its gradients are dropped, the batch, the output."""
+
+
+class Wrapped:
+    """An output as transformers': tensors are its attributes."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class Wrapping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = two_layers()
+
+    def forward(self, batch: Tensor) -> Wrapped:
+        return Wrapped(self.inner(batch))
+
+
+def usual_loop(account: MemoryAccountant, model: nn.Module, keep: Keep = lambda *_: None) -> Record:
+    """Four steps whose batch, output and loss have names, so that they outlive the step."""
+    kept = []
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    account.watch(model, optimizer)
+    for _ in range(4):
+        batch = torch.randn(16, 64)
+        out = model(batch)
+        loss = (out.logits if isinstance(out, Wrapped) else out).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        kept.append(keep(model, batch, out))
+        optimizer.step()
+    return account.record()
+
+
+@pytest.mark.parametrize("make", [two_layers, Wrapping])
+def test_what_a_step_itself_leaves_is_no_leak(make: Callable[[], nn.Module]) -> None:
+    with MemoryAccountant() as account:
+        record = usual_loop(account, make())
+    after, before = moment(record, "after step"), record.ranks[0].peak_of("forward")
+    assert after.bytes_of(ACTIVATIONS) == 4 * 16 * 32, "the output"
+    assert after.bytes_of(BUFFERS) == 4 * 16 * 64, "the batch"
+    assert after.bytes_of(Category.UNACCOUNTED) == 4, "the loss, which only the loop has seen"
+    assert before is not None
+    assert before.bytes_of(Category.UNACCOUNTED) == 4, "the last step's output and batch are still known in this one"
+
+
+KEPT: dict[str, tuple[Callable[[], nn.Module], Keep, str, int]] = {
+    "outputs": (
+        two_layers,
+        lambda _, __, out: out,
+        "2,048 bytes, made in phase 'forward' by .*usual_loop",
+        4 * 16 * 32,
+    ),
+    "logits": (Wrapping, lambda _, __, out: out.logits, "2,048 bytes, made in phase 'forward' by", 4 * 16 * 32),
+    "batches": (two_layers, lambda _, batch, __: batch, "4,096 bytes, made in phase .* by .*usual_loop", 4 * 16 * 64),
+    "gradients": (
+        two_layers,
+        lambda model, *_: [parameter.grad for parameter in model.parameters()],
+        "32,768 bytes, made in phase 'backward' by autograd",
+        4 * (64 * 128 + 128 * 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", list(KEPT))
+def test_what_is_kept_of_every_step_is_a_leak(what: str) -> None:
+    make, keep, named, size = KEPT[what]
+    with MemoryAccountant() as account:
+        with pytest.raises(MemoryAccountError, match=rf"after step: .*are nobody's[\s\S]*{named}"):
+            usual_loop(account, make(), keep)
+        account.strict = False
+        after = moment(account.record(), "after step")
+    assert after.bytes_of(Category.UNACCOUNTED) == 3 * size + 4, "of the three steps before, and a loss"
 
 
 def test_what_the_user_names_is_accounted_for() -> None:
@@ -251,6 +385,87 @@ def test_phases_can_be_said_where_they_cannot_be_seen() -> None:
     assert peak.bytes_of(Category.WORKSPACE) == 4 * 64 * 128
 
 
+def closure_for(model: nn.Module, optimizer: Any) -> Callable[[], Tensor]:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(torch.randn(16, 64)).square().mean()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_step_with_a_closure_is_a_step(named: bool) -> None:
+    with MemoryAccountant() as account:
+        model = two_layers()
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        account.watch(model, optimizer)
+        for _ in range(2):
+            closure = closure_for(model, optimizer)
+            optimizer.step(closure=closure) if named else optimizer.step(closure)
+    record, elements = account.record(), 64 * 128 + 128 * 32
+    assert len(account.running) == 2
+    assert moment(record, "after backward").bytes_of(GRADIENTS) == 4 * elements
+    assert moment(record, "after step").bytes_of(OPTIMIZER) == record.ranks[0].state_bytes == 8 * elements + 8
+    step = record.ranks[0].peak_of("step")
+    assert step is not None
+    assert step.bytes_of(Category.WORKSPACE) == 2 * 4 * 64 * 128
+
+
+def test_a_closure_may_be_called_again_within_a_step() -> None:
+    with MemoryAccountant() as account:
+        model = two_layers()
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+        account.watch(model, optimizer)
+        for _ in range(2):
+            optimizer.step(closure_for(model, optimizer))
+    assert len(account.running) == 2
+    assert moment(account.record(), "after step").bytes_of(OPTIMIZER) > 4 * (64 * 128 + 128 * 32)
+
+
+def test_a_step_whose_forward_pass_was_not_seen_is_warned_about() -> None:
+    with MemoryAccountant() as account:
+        model = two_layers()
+        optimizer = torch.optim.SGD(model.parameters())
+        account.watch(model, optimizer)
+        model[2](model[0](torch.randn(16, 64))).sum().backward()
+        with pytest.warns(UserWarning, match="no forward pass of the watched model was seen.*account.phase"):
+            optimizer.step()
+    assert account.running == []
+
+
+def test_the_state_is_that_of_the_step_and_not_of_the_question() -> None:
+    with MemoryAccountant() as account:
+        _, optimizer = run_plain(account)
+        optimizer.state.clear()
+        record = account.record()
+    assert record.ranks[0].state_bytes == moment(record, "after step").bytes_of(OPTIMIZER) > 0
+
+
+class OtherMode(_python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("raised", [KeyError("the user's own error"), None])
+def test_an_error_of_the_user_is_not_hidden_by_a_mode_that_is_still_there(raised: KeyError | None) -> None:
+    other, resize = OtherMode(), torch.UntypedStorage.resize_
+    account = MemoryAccountant()
+    try:
+        with pytest.raises(KeyError if raised else MemoryAccountError), account:  # noqa: PT012
+            model, optimizer = run_plain(account)
+            other.__enter__()
+            if raised is not None:
+                raise raised
+        assert torch.UntypedStorage.resize_ is resize
+        assert not model._forward_pre_hooks
+        assert not optimizer._optimizer_step_pre_hooks
+    finally:
+        other.__exit__(None, None, None)
+        account._tracker.__exit__(None, None, None)
+
+
 def test_bare_steps_give_the_overhead_and_nothing_else() -> None:
     with MemoryAccountant() as account:
         model, optimizer = run_plain(account)
@@ -279,6 +494,14 @@ def test_leaving_undoes_everything() -> None:
 
 
 # -- others who count
+
+
+def test_a_check_without_a_tolerance_is_neither_passed_nor_failed() -> None:
+    found = [
+        Check(name="", ours=101, theirs=100, method=Method.EVENTS, tolerance=tolerance).passed
+        for tolerance in (0.02, 0.001, None)
+    ]
+    assert found == [True, False, None]
 
 
 def test_the_profiler_agrees_to_the_byte() -> None:
@@ -420,7 +643,8 @@ def test_deepspeed_is_accounted_for(pool: Pools, optimizer: str, stage: int, pre
         assert rank.model_states[GRADIENTS] >= width * elements
         step = rank.peak_of("step")
         assert step is not None
-        assert (step.bytes_of(Category.EXCHANGE) > 0) <= (optimizer == "Shampoo")
+        # Its blocks are shared between the ranks at ZeRO-0 too.
+        assert (step.bytes_of(Category.EXCHANGE) > 0) == (optimizer == "Shampoo")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -527,3 +751,38 @@ def test_fsdp2_is_accounted_for(pool: Pools) -> None:
         forward = rank.peak_of("forward")
         assert forward is not None
         assert forward.bytes_of(PARAMETERS) > 2 * shard, "gathered parameters are parameters"
+
+
+def refused_fsdp() -> list[str]:
+    from unittest.mock import patch
+
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = fully_shard(two_layers())
+    optimizer = torch.optim.SGD(model.parameters())
+    state = model._get_fsdp_state()
+    groups = state._fsdp_param_groups
+    held = groups[0].fsdp_params
+    said = []
+
+    def refuse() -> None:
+        with MemoryAccountant() as account, pytest.raises(MemoryAccountError) as refused:
+            account.watch(model, optimizer)
+        said.append(str(refused.value))
+
+    del state._fsdp_param_groups
+    refuse()
+    state._fsdp_param_groups = groups
+    with patch.dict(type(held[0]).__annotations__):
+        del type(held[0]).__annotations__["all_gather_outputs"]
+        for one in held:
+            del one.all_gather_outputs
+        refuse()
+    return said
+
+
+def test_another_fsdp_is_refused_by_name(pool: Pools) -> None:
+    groups, parameter = pool(2).run(refused_fsdp)[0]
+    assert "_fsdp_param_groups" in groups
+    assert "FSDPParam of FSDP2 has no all_gather_outputs" in parameter
+    assert all("Versions known to work: 2.13" in one for one in (groups, parameter))

@@ -94,7 +94,8 @@ def test_a_claim_made_false_fails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "values", "wrong"), [("Lion", 1.0, 1.1), ("Adan", 4.0, 3.0), ("Shampoo", 4.0, 2.0)]
+    ("optimizer", "values", "wrong"),
+    [("Lion", 1.0, 1.1), ("Adan", 4.0, 3.0), ("Shampoo", 4.0, 2.0), ("Shampoo", 8.34, 2.01), ("Shampoo", 2.1, 1.0)],
 )
 def test_the_others_keep_what_was_said_of_them(optimizer: str, values: float, wrong: float) -> None:
     (good,), (bad,) = (judge(made(f"ds_optim.{optimizer}", kept), made()) for kept in (values, wrong))
@@ -133,15 +134,15 @@ def test_the_ranks_that_both_records_hold_count_together() -> None:
     assert "the fullest recorded of 4 ranks" in verdict("45 to 50", *apart).reason
 
 
-def measured(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Record:
-    """Two steps of a Llama with 1.2 M parameters, fp32, plain PyTorch."""
+def measured(make: Callable[[nn.Module], torch.optim.Optimizer], steps: int = 2) -> Record:
+    """Steps of a Llama with 1.2 M parameters, fp32, plain PyTorch."""
     with MemoryAccountant(strict=False) as account:
         shape = {"vocab_size": 500, "hidden_size": 256, "intermediate_size": 344, "num_hidden_layers": 2}
         model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
         optimizer = make(model)
         account.watch(model, optimizer)
         tokens = torch.arange(16).view(1, 16)
-        for _ in range(2):
+        for _ in range(steps):
             model(input_ids=tokens, labels=tokens).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -209,6 +210,26 @@ def test_without_gradients_recorded_model_states_are_not_judged() -> None:
     one = verdict("quarter", made("ds_optim.AdamMini", 1.002, moments=("after step",)), made())
     assert (one.outcome, one.found) == ("NOT APPLICABLE", None)
     assert "no moment 'after backward'" in one.reason
+
+
+@pytest.mark.parametrize(("optimizer", "values"), [("AdamMini", 1.002), ("Lion", 1.0), ("Adan", 4.0), ("Shampoo", 4.0)])
+def test_state_is_not_judged_before_a_step_has_made_it(optimizer: str, values: float) -> None:
+    good = made(f"ds_optim.{optimizer}", values)
+    empty = [rank.model_copy(update={"state": []}) for rank in good.ranks]
+    for record, baseline, said in (
+        (made(f"ds_optim.{optimizer}", values, moments=("after init",)), made(), "record has no moment 'after step'"),
+        (good, made(moments=("after init",)), "baseline has no moment 'after step'"),
+        (good.model_copy(update={"ranks": empty}), made(), "record has no optimizer state after its step"),
+    ):
+        one = judge(record, baseline)[0]
+        assert (one.outcome, one.found) == ("NOT APPLICABLE", None)
+        assert said in one.reason
+
+
+def test_a_run_without_a_step_is_not_judged() -> None:
+    adam_mini = measured(lambda model: ds_optim.AdamMini(model.named_parameters(), roles=model), steps=0)
+    adamw = measured(lambda model: torch.optim.AdamW(model.parameters(), fused=True))
+    assert {one.outcome for one in judge(adam_mini, adamw)} == {"NOT APPLICABLE"}
 
 
 def test_lion_with_bf16_state_is_not_held_against_fp32_adamw() -> None:
@@ -351,6 +372,22 @@ def test_records_are_judged_on_the_command_line(
     )
     assert result.exit_code == status, result.output
     assert said in result.output
+
+
+def test_directories_are_judged_as_the_report_reads_them(command: typer.Typer, tmp_path: Path) -> None:
+    bad = made("ds_optim.AdamMini", 2)
+    MINI.save(tmp_path / "mini" / "measured.json")
+    bad.model_copy(update={"kind": "predicted"}).save(tmp_path / "mini" / "predicted.json")
+    made().model_copy(update={"kind": "predicted"}).save(tmp_path / "adamw" / "predicted.json")
+    (tmp_path / "empty").mkdir()
+    for record, status, said in (("mini", 0, "PASS"), ("empty", 1, "holds neither measured.json nor predicted.json")):
+        result = CliRunner().invoke(
+            command,
+            ["--record", str(tmp_path / record), "--baseline", str(tmp_path / "adamw")],
+            env={"COLUMNS": "400"},
+        )
+        assert result.exit_code == status, result.output
+        assert said in result.output
 
 
 def test_a_record_alone_is_refused(command: typer.Typer, files: dict[str, str]) -> None:

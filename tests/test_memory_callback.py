@@ -21,7 +21,7 @@ from test_memory import medium_model
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "launcher"))
 
 import settings
-from memory_report import BARE_STEPS, MemoryReport
+from memory_report import BARE_STEPS, MEASURED_STEP, MemoryReport
 
 ELEMENTS = 982_144
 
@@ -130,7 +130,7 @@ def launched(case: Case, folder: str, steps: int) -> list[bool]:
     from torch.utils._python_dispatch import _get_current_dispatch_mode
 
     bare = []
-    with MemoryReport(Path(folder) / str(steps), model="medium", seq_length=16) as memory:
+    with MemoryReport(Path(folder) / str(steps), {}, "medium", case.config(), 16) as memory:
         engine, *_ = deepspeed.initialize(model=medium_model().to(torch.bfloat16), config=case.config())
         memory.watch(engine)
         for _ in range(steps):
@@ -142,19 +142,19 @@ def launched(case: Case, folder: str, steps: int) -> list[bool]:
     return bare
 
 
-@pytest.mark.parametrize("steps", [1, 3, 2 + BARE_STEPS + 2])
-def test_the_launcher_follows_two_steps_and_writes_one_record(pool: Pools, tmp_path: Path, steps: int) -> None:
+@pytest.mark.parametrize("steps", [1, MEASURED_STEP + 1, MEASURED_STEP + BARE_STEPS + 2])
+def test_the_launcher_follows_a_few_steps_and_writes_one_record(pool: Pools, tmp_path: Path, steps: int) -> None:
     for bare in pool(2).run(launched, zero_case("AdamMini", 2, "bf16"), str(tmp_path), steps):
-        assert bare == [False, True, True, True, True, True, True][:steps]
+        assert bare == [done >= MEASURED_STEP for done in range(1, steps + 1)]
     record = Record.load(tmp_path / str(steps) / "measured.json")
     assert [rank.rank for rank in record.ranks] == [0, 1]
     assert (record.provenance.model, record.provenance.seq_length) == ("medium", 16)
-    assert (record.provenance.overhead is not None) == (steps > 2)
+    assert (record.provenance.overhead is not None) == (steps > MEASURED_STEP)
     assert record.ranks[0].state_bytes > 0
 
 
 def test_without_the_option_nothing_is_followed(tmp_path: Path) -> None:
-    with MemoryReport(None) as memory:
+    with MemoryReport(None, {}, "medium", {}, 16) as memory:
         memory.watch(None)
         memory.step_done()
     assert settings.read([]).memory_report is None

@@ -12,7 +12,8 @@
 Every tensor storage is followed from its making to its end (`tracker`) and labelled by where it is kept (`labels`). The
 phases are found by themselves: forward begins when the model is called with gradients on, backward when autograd
 starts, the step when the engine or the optimizer steps; several passes may come before a step. What nobody claims when
-a step is over is unaccounted for, and too much of it is an error.
+a step is over is unaccounted for, and too much of it is an error. A step's own batch, output and gradients may outlive
+it by one step, as in the usual loop; kept for longer, they are unaccounted for too.
 """
 
 from __future__ import annotations
@@ -20,28 +21,31 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ds_optim.memory import cross_checks
+from ds_optim.memory.known_torch import MemoryAccountError
 from ds_optim.memory.labels import (
     Claim,
     Labels,
     basic_optimizer,
     claims,
+    local,
     state_entries,
     stepped,
+    tensors_in,
     wrapper_of,
 )
 from ds_optim.memory.provenance import describe
-from ds_optim.memory.record import Category, Check, Moment, Phase, RankRecord, Record, human, merge
+from ds_optim.memory.record import Category, Check, Moment, Phase, RankRecord, Record, StateEntry, human, merge
 from ds_optim.memory.steps import StepAccount, StepLog, balance, named, resolve
-from ds_optim.memory.tracker import MemoryAccountError, Storage, StorageTracker, in_backward
+from ds_optim.memory.tracker import Storage, StorageTracker, in_backward
 
 _LARGEST_NAMED = 5  # unaccounted storages in a message
 
@@ -94,6 +98,7 @@ class MemoryAccountant:
         self._log: StepLog | None = None
         self._phase: Phase | None = None
         self._last: StepAccount | None = None
+        self._state: list[StateEntry] = []  # as of the last moment
         self._checks: dict[cross_checks.Kind, list[Check]] = {}
         self._allocator: list[Check] = []
         self._probe: cross_checks.Probe | None = None
@@ -111,11 +116,17 @@ class MemoryAccountant:
         self._tracker.__enter__()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._stop_following()
-        for restore in reversed(self._restore):
-            restore()
-        self._restore.clear()
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: object) -> None:
+        try:
+            self._stop_following()
+        except MemoryAccountError:
+            self._tracker.abandon()
+            if exc_type is None:  # the user's own error matters more
+                raise
+        finally:
+            for restore in reversed(self._restore):
+                restore()
+            self._restore.clear()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -151,6 +162,7 @@ class MemoryAccountant:
         self._optimizer = model.optimizer if is_engine else optimizer
         self._claim()
         self._at_init = {storage: storage.bytes for storage in self._tracker.live}
+        self._state = state_entries(self._tracker, basic_optimizer(self._optimizer))
         self._hook_model(model)
         if is_engine:
             self._wrap_engine(model)
@@ -158,7 +170,7 @@ class MemoryAccountant:
             self._restore.append(hook.remove)
         else:
             basic = basic_optimizer(optimizer)
-            before = basic.register_step_pre_hook(lambda *_: self._begin_optimizer_step())
+            before = basic.register_step_pre_hook(self._before_optimizer)
             after = basic.register_step_post_hook(lambda *_: self.step_done())
             self._restore += [before.remove, after.remove]
 
@@ -170,7 +182,7 @@ class MemoryAccountant:
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
             if self._log is not None and not in_backward():
-                self._hint(vars(output) if hasattr(output, "__dict__") else output, Category.ACTIVATIONS)
+                self._hint(output, Category.ACTIVATIONS)
 
         def arriving(gradient: Tensor) -> None:
             if self._log is not None:
@@ -198,11 +210,27 @@ class MemoryAccountant:
         engine.step = step
         self._restore.append(lambda: vars(engine).pop("step", None))
 
+    def _before_optimizer(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A closure holds the passes; the step itself begins each time that it returns."""
+        named = "closure" in kwargs
+        closure = kwargs.get("closure") if named else next(iter(args[1:]), None)
+        if closure is None:
+            self._begin_optimizer_step()
+            return None
+
+        def passes() -> Any:
+            result = closure()
+            self._begin_optimizer_step()
+            return result
+
+        if named:
+            return args, {**kwargs, "closure": passes}
+        return (args[0], passes, *args[2:]), kwargs
+
     def _hint(self, values: Any, category: Category) -> None:
         if self._log is not None:
-            for value in tree_leaves(values):
-                if isinstance(value, Tensor):
-                    self._labels.hint(value, category)
+            for tensor in tensors_in(values):
+                self._labels.hint(tensor, category)
 
     def _claim(self) -> None:
         assert self._model is not None
@@ -246,7 +274,7 @@ class MemoryAccountant:
             return
         if self._init_moment is None and self._at_init is not None and self._last is not None:
             self._settle_init()
-        self._labels.forget_dead()
+        self._labels.begin_step()
         tracker = self._tracker
         cross_checks.reset_allocator_peak(self._device)
         tracker.log.clear()
@@ -261,7 +289,15 @@ class MemoryAccountant:
             self._enter("backward")
 
     def _begin_optimizer_step(self) -> None:
-        if self._phase in (None, "step"):
+        if self._phase == "step":
+            return
+        if self._phase is None:
+            if self._tracker.is_entered:
+                warnings.warn(
+                    "the optimizer steps, but no forward pass of the watched model was seen, so this step is not "
+                    "accounted for: call the model that was given to watch(), or say the phases (account.phase)",
+                    stacklevel=2,
+                )
             return
         self._mark_backward()
         self._enter("step")
@@ -289,6 +325,7 @@ class MemoryAccountant:
         self._seconds[self._log is not None].append(seconds)
         if self._log is not None:
             self._claim()
+            self._state = state_entries(self._tracker, basic_optimizer(self._optimizer))
             account = resolve(
                 self._log,
                 self._tracker.live,
@@ -353,7 +390,6 @@ class MemoryAccountant:
             self._judge(self._init_moment, self._init_nobodys)
             if self._last is not None:
                 self._judge(self._last.moments[-1], self._last.nobodys)
-        basic = basic_optimizer(self._optimizer)
         slack = cross_checks.allocator_slack(self._device)
         moments = [self._init_moment, *(self._last.moments if self._last else [])]
         if slack is not None and self._last is not None:
@@ -361,9 +397,9 @@ class MemoryAccountant:
             moments.append(last.model_copy(update={"amounts": {**last.amounts, Category.SLACK: slack}}))
         rank = RankRecord(
             rank=dist.get_rank() if dist.is_initialized() else 0,
-            elements=sum(_local(tensor).numel() for tensor in stepped(self._optimizer)),
+            elements=sum(local(tensor).numel() for tensor in stepped(self._optimizer)),
             moments=moments,
-            state=state_entries(self._tracker, basic),
+            state=self._state,
             checks=[check for checks in (*self._checks.values(), self._allocator) for check in checks],
             timeline=self._last.timeline if self._last else [],
         )
@@ -400,7 +436,3 @@ class MemoryAccountant:
             "mistake, or name it: MemoryAccountant(extra={name: (category, tensor)}). The largest:\n- "
             + "\n- ".join(listed)
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)

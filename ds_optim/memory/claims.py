@@ -7,13 +7,14 @@ AdamW is taken, and a record that was made under other conditions is not judged 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ds_optim.memory.record import MODEL_STATES, Category, RankRecord, Record, human
+from ds_optim.memory.record import MODEL_STATES, Category, MomentName, RankRecord, Record, human
 
 Outcome = Literal["PASS", "FAIL", "NOT APPLICABLE"]
 
@@ -65,7 +66,8 @@ class Claim:
         counted: the same in words.
         adamw: bytes per parameter that AdamW is taken at; what is not named may be anything.
         state_dtype: of the optimizer's state per element; None for the same as AdamW's.
-        saves: smallest and largest share of AdamW's bytes that bears the claim out; negative where it costs more.
+        saves: smallest and largest share of AdamW's bytes that bears the claim out; negative where it costs more, from
+            minus infinity where no limit was named.
         by_size: instead of ``saves``, the share for each number of parameters that it was published for.
     """
 
@@ -174,7 +176,7 @@ CLAIMS: tuple[Claim, ...] = (
         counted="optimizer state: 24 bytes per parameter of square blocks, 8 for embeddings, head and norms",
         adamw=_FP32_STATE,
         state_dtype="float32",
-        saves=(-2.5, -0.5),
+        saves=(-math.inf, -_CLOSE),
     ),
 )
 """In the order in which they are shown."""
@@ -246,11 +248,14 @@ def _bytes(rank: RankRecord, category: Category) -> int:
 
 
 def _missing(claim: Claim, ranks: Sequence[RankRecord]) -> str | None:
-    """The moment that the claim needs and that was not recorded."""
-    if claim.categories == _STATE:
-        return None
-    names: tuple[Literal["after backward", "after step"], ...] = ("after backward", "after step")
-    return next((name for name in names for rank in ranks if rank.moment(name) is None), None)
+    """What the claim needs and what was not recorded, in words: a moment, or state that a step has made."""
+    names: list[MomentName] = ["after step"] if claim.categories == _STATE else ["after backward", "after step"]
+    moment = next((name for name in names for rank in ranks if rank.moment(name) is None), None)
+    if moment is not None:
+        return f"no moment {moment!r}"
+    if claim.categories == _STATE and not sum(rank.state_bytes for rank in ranks):
+        return "no optimizer state after its step"
+    return None
 
 
 def _dtypes(ranks: Sequence[RankRecord]) -> set[str]:
@@ -281,7 +286,7 @@ def _obstacles(
     for one, whose in ((ranks, "record"), (base, "baseline")):
         missing = _missing(claim, one)
         if missing is not None:
-            found.append(f"the {whose} has no moment {missing!r}")
+            found.append(f"the {whose} has {missing}")
     return found or [*_state_obstacles(claim, ranks, base), *_byte_obstacles(claim, base)]
 
 
@@ -314,6 +319,8 @@ def _in_words(claim: Claim, expected: tuple[float, float] | None) -> str:
     if expected is None:
         return "nothing for a model of this size"
     low, high = (100 * share for share in expected)
+    if math.isinf(low):
+        return f"at least {-high:.4g} % more"
     if claim.saves is None:
         middle = (low + high) / 2
         return f"{abs(middle):.1f} % {'saved' if middle >= 0 else 'more'} at this size"

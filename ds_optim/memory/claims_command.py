@@ -13,7 +13,8 @@ from rich.table import Table
 
 from ds_optim.memory.claims import CLAIMS, ClaimError, Verdict, judge
 from ds_optim.memory.paper_cases import Judged, judged_cases
-from ds_optim.memory.record import Record, RecordError
+from ds_optim.memory.record import RecordError
+from ds_optim.memory.report_runs import ReportError, read_runs
 
 if TYPE_CHECKING:  # it imports torch, which records alone do not need
     from ds_optim.memory.paper_tables import PaperRow
@@ -23,10 +24,16 @@ _STYLES = {"PASS": "green", "FAIL": "red", "NOT APPLICABLE": "dim"}
 
 def claims(
     record: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="A memory record to judge, measured or predicted.")
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="A memory record to judge, or a directory with measured.json or predicted.json (the measured one is "
+            "judged).",
+        ),
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="AdamW's record on the same model, ranks and precision.")
+        Path | None,
+        typer.Option(metavar="RUN", help="AdamW's, on the same model, ranks and precision: likewise."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -48,9 +55,9 @@ def claims(
 def _judge_files(record: Path, baseline: Path, as_json: bool) -> bool:
     console = Console()
     try:
-        ours = Record.load(record)
-        verdicts = judge(ours, Record.load(baseline))
-    except (RecordError, ClaimError) as error:
+        ours, theirs = (read_runs([path])[0].record for path in (record, baseline))
+        verdicts = judge(ours, theirs)
+    except (RecordError, ReportError, ClaimError) as error:
         console.print(f"[bold red]problem:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
     if as_json:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from ds_optim.memory.record import (
     Amount,
@@ -34,16 +35,15 @@ from ds_optim.memory.record import (
 )
 from ds_optim.memory.simulate import Timeline, simulate
 from ds_optim.memory.strategies import Bytes, Ints, Partition, Terms, plain, zero_0, zero_1_and_2, zero_3
+from ds_optim.memory.training import Precision, Training, without_auto
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.predict import predicted_layouts
 from ds_optim.subject import Subject, SubjectError, meta_model, subject
 
-Precision = Literal["fp32", "bf16", "pure bf16"]
-
 _PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
 _SAMPLES = 200  # points of a timeline that are kept
-_RANKS_LOOKED_AT = 4
+_RANKS_LOOKED_AT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,16 @@ class Request:
         settings: further options of the optimizer, which prevail.
         stage: ZeRO stage; None is plain PyTorch, everything on every rank.
         world_size: data-parallel ranks.
-        precision: ``fp32``; ``bf16``: bf16 weights and gradients with an fp32 master (fp32 state); ``pure bf16``: bf16
-            throughout, without a master, under plain PyTorch only.
+        precision: ``fp32``; ``bf16`` or ``fp16``: weights and gradients, with an fp32 master and fp32 state; ``pure
+            bf16``: bf16 throughout, without a master, under plain PyTorch only.
         micro_batch: sequences per rank and pass.
         seq_length: tokens per sequence.
         checkpointing: every layer keeps its input only.
         deepspeed: a DeepSpeed JSON: its optimizer, ``ds_optim`` object and ``zero_optimization`` are used.
+        passes: micro-batches per step.
         device_memory: bytes of one device, if known.
+        reserve: of that, what context, communication library and fragmentation take: an assumption.
+        accelerator: whether matrix algebra of Shampoo and SWAN runs in the large stacks of an accelerator.
         states_only: leave activations out, and with them forward and backward peaks.
         command: written into the record.
     """
@@ -79,82 +82,58 @@ class Request:
     seq_length: int = 2048
     checkpointing: bool = False
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
+    passes: int = 1
     device_memory: int | None = None
+    reserve: int = 0
+    accelerator: bool = False
     states_only: bool = False
     command: str = ""
-
-
-def stage_of(config: Mapping[str, Any]) -> int | None:
-    """The ZeRO stage of a DeepSpeed JSON: 0 if it says none, and None without a JSON."""
-    return int(config.get("zero_optimization", {}).get("stage", 0)) if config else None
-
-
-def precision_of(config: Mapping[str, Any]) -> Precision:
-    """What a DeepSpeed JSON trains in; fp16 takes the bytes of bf16. ``"auto"`` counts as enabled, as in the Trainer
-    with ``--bf16``."""
-    half = [config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")]
-    return "bf16" if any(half) else "fp32"
 
 
 def request_of(
     model: Mapping[str, Any], model_name: str, deepspeed: Mapping[str, Any], world_size: int, seq_length: int
 ) -> Request:
-    """What a DeepSpeed JSON says about a training, as a request."""
+    """What a DeepSpeed JSON says about a training, as a request.
+
+    Raises:
+        SubjectError: a value of the JSON has the wrong type.
+    """
+    training = Training.of(deepspeed)
     return Request(
         model=model,
         model_name=model_name,
         deepspeed=deepspeed,
-        stage=stage_of(deepspeed),
-        precision=precision_of(deepspeed),
-        micro_batch=micro_batch_of(deepspeed),
+        stage=training.zero_optimization.stage,
+        precision=training.precision,
+        micro_batch=training.micro_batch(world_size),
+        passes=training.passes(world_size),
         world_size=world_size,
         seq_length=seq_length,
     )
 
 
-def micro_batch_of(config: Mapping[str, Any]) -> int:
-    """The micro-batch of a DeepSpeed JSON; 1 if it says none, or ``"auto"``."""
-    given = config.get("train_micro_batch_size_per_gpu", 1)
-    return given if isinstance(given, int) else 1
-
-
 def predict(request: Request) -> Record:
     """The record of a steady training step.
 
-    The ranks in it are those of the least and the most memory among the first, the last and some between, since a
-    partition's fullest rank depends on where parameters are cut.
+    All ranks of a small job are looked at, and some of a large one (`_RANKS_LOOKED_AT`): a partition's fullest rank
+    depends on where parameters are cut.
 
     Raises:
         SubjectError: the model, the optimizer, the strategy or the number of ranks cannot be predicted.
         ValueError: options that the optimizer refuses.
     """
-    _judge(request)
-    about = _subject(request)
-    layouts = _layouts(request, about)
-    dtype = torch.float32 if request.precision == "fp32" else torch.bfloat16
-    timeline = None
-    if not request.states_only:
-        timeline = _timeline(
-            _Frozen(request.model), dtype, request.micro_batch, request.seq_length, request.checkpointing
-        )
-    ranks = sorted({0, request.world_size - 1, *_spread(request.world_size)})
-    states = about.optimizer.predicted_state(layouts, ranks)
-    found = []
-    for rank, specs in zip(ranks, states, strict=True):
-        entries = _entries(about, layouts, specs)
-        terms = _terms(request, about, layouts, rank)
-        found.append(_rank_record(request, about, layouts, rank, terms, entries, timeline))
-    return Record(kind="predicted", provenance=_provenance(request, about), ranks=found)
+    return _record(request, _prepare(request))
 
 
 def largest_micro_batch(request: Request, limit: int = 4096) -> int:
-    """The largest micro-batch whose highest peak fits ``device_memory`` on the fullest rank; 0 if none does."""
-    capacity = request.device_memory
-    if capacity is None:
+    """The largest micro-batch whose highest peak fits the device, reserve taken off; 0 if none does."""
+    if request.device_memory is None:
         raise SubjectError("how much fits depends on the device: give --device-memory")
+    capacity = request.device_memory - request.reserve
+    prepared = _prepare(request)  # nothing in it depends on the micro-batch
 
     def fits(micro_batch: int) -> bool:
-        return highest(predict(replace(request, micro_batch=micro_batch))) <= capacity
+        return highest(_record(replace(request, micro_batch=micro_batch), prepared)) <= capacity
 
     if not fits(1):
         return 0
@@ -172,66 +151,122 @@ def highest(record: Record) -> int:
     return max(moment.on_device for rank in record.ranks for moment in rank.moments)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    """What one rank holds, activations apart."""
+
+    rank: int
+    elements: int
+    terms: Terms
+    entries: list[StateEntry]
+    workspaces: list[Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What does not depend on the batch."""
+
+    about: Subject
+    offloads: bool
+    ranks: list[_Rank]
+
+
+def _prepare(request: Request) -> _Prepared:
+    training = _judge(request)
+    settings = dict(request.settings)
+    if request.precision == "pure bf16":
+        settings.setdefault("state_dtype", torch.bfloat16)
+    about = subject(meta_model(request.model), without_auto(request.deepspeed), request.optimizer, settings)
+    config = _zero_config(request, training)
+    stage = 0 if request.stage is None else request.stage
+    sub_groups = int(config.sub_group_size) if stage == 3 else None
+    layouts = predicted_layouts(about.groups, stage, request.world_size, sub_groups)
+    offloads = stage > 0 and training.offloads
+    ranks = _ranks_to_look_at(request.world_size)
+    found = []
+    for rank, specs in zip(ranks, about.optimizer.predicted_state(layouts, ranks), strict=True):
+        terms = _terms(request, about, layouts, rank, config, offloads)
+        elements = sum(layout.local_numel(rank) for layout in layouts)
+        found.append(_Rank(rank, elements, terms, _entries(about, specs), _workspaces(request, about, rank)))
+    return _Prepared(about, offloads, found)
+
+
+def _record(request: Request, prepared: _Prepared) -> Record:
+    timeline = None
+    if not request.states_only:
+        dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(request.precision, torch.bfloat16)
+        model = _Frozen(request.model)
+        timeline = _timeline(model, dtype, request.micro_batch, request.seq_length, request.checkpointing)
+    ranks = [_rank_record(rank, prepared.offloads, timeline) for rank in prepared.ranks]
+    provenance = _provenance(request, prepared)
+    return Record(kind="predicted", provenance=provenance, ranks=ranks)
+
+
 # ------------------------------------------------------------------------------------------------------ the strategy
 
 
-def _judge(request: Request) -> None:
-    """Everything that is wrong with a request, in one message."""
-    problems = []
+def _judge(request: Request) -> Training:
+    """The JSON, read.
+
+    Raises:
+        SubjectError: everything that is wrong with a request, in one message.
+    """
+    training = Training.of(request.deepspeed)
+    problems = training.problems()
     if request.world_size < 1:
         problems.append(f"the number of ranks must be at least 1, not {request.world_size}")
-    if request.micro_batch < 1 or request.seq_length < 1:
-        problems.append("micro-batch and sequence length must be at least 1")
+    if request.micro_batch < 1 or request.seq_length < 1 or request.passes < 1:
+        problems.append("micro-batch, sequence length and micro-batches per step must be at least 1")
     if request.stage not in (None, 0, 1, 2, 3):
         problems.append(f"there is no ZeRO stage {request.stage}: 0, 1, 2 or 3")
     if request.precision == "pure bf16" and request.stage is not None:
         problems.append("DeepSpeed keeps an fp32 master: pure bf16 is for plain PyTorch (no ZeRO stage)")
-    zero = request.deepspeed.get("zero_optimization", {})
-    if zero.get("offload_param", {}).get("device", "none") not in ("none", "auto"):
-        problems.append("parameters that are offloaded (offload_param) are not predicted: leave it out")
-    if zero.get("offload_optimizer", {}).get("device", "none") == "nvme":
-        problems.append('optimizer state on NVMe is refused by ds_optim: use "device": "cpu"')
-    accumulated = request.deepspeed.get("data_types", {}).get("grad_accum_dtype")
-    if accumulated not in (None, "auto") and request.precision == "bf16" and accumulated != "bf16":
-        problems.append("BF16_Optimizer (data_types.grad_accum_dtype) is not predicted: leave it out")
-    for key in ("tensor_parallel", "sequence_parallel_size", "pipeline"):
-        if request.deepspeed.get(key) not in (None, {}, 1):
-            problems.append(f"{key} is not predicted: data-parallel ranks only")
-    longest = request.model.get("max_position_embeddings") or request.model.get("n_positions")
-    if longest and request.seq_length > int(longest) and not request.states_only:
+    longest = positions_of(request.model)
+    if longest and request.seq_length > longest and not request.states_only:
         problems.append(f"the model has {longest} positions, sequences of {request.seq_length} tokens do not fit")
+    if not problems and request.deepspeed and request.stage is not None:
+        from ds_optim.deepspeed_plugin import judge
+
+        problems = judge(without_auto(request.deepspeed))[1]
     if problems:
         raise SubjectError("; ".join(problems))
+    return training
 
 
-def _subject(request: Request) -> Subject:
-    settings = dict(request.settings)
-    if request.precision == "pure bf16":
-        settings.setdefault("state_dtype", torch.bfloat16)
-    return subject(meta_model(request.model), request.deepspeed, request.optimizer, settings)
+def positions_of(model: Mapping[str, Any]) -> int | None:
+    """The longest sequence of a model, if its config says so."""
+    found = model.get("max_position_embeddings") or model.get("n_positions")
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
 
 
-def _layouts(request: Request, about: Subject) -> list[Layout]:
-    stage = 0 if request.stage is None else request.stage
-    return predicted_layouts(about.groups, stage, request.world_size)
-
-
-def _offloads(request: Request) -> bool:
-    offload = request.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
-    return request.stage in (1, 2, 3) and offload.get("device") == "cpu"
-
-
-def _terms(request: Request, about: Subject, layouts: Sequence[Layout], rank: int) -> Terms:
+def _zero_config(request: Request, training: Training) -> Any:
+    """``zero_optimization`` with DeepSpeed's defaults; None for plain PyTorch, which has none."""
+    if request.stage is None:
+        return None
     from ds_optim.sharding.zero import zero_settings
 
-    width = 4 if request.precision == "fp32" else 2
-    has_master = request.stage is not None and (request.stage > 0 or request.precision == "bf16")
     try:
-        config = zero_settings({**request.deepspeed.get("zero_optimization", {}), "stage": request.stage or 0})
-    except ValueError as error:
-        raise SubjectError(f"DeepSpeed refuses zero_optimization: {' '.join(str(error).split())[:300]}") from error
+        return zero_settings({**training.zero_values, "stage": request.stage})
+    except ValidationError as error:
+        listed = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise SubjectError("DeepSpeed refuses zero_optimization: " + "; ".join(listed)) from error
+
+
+def _terms(
+    request: Request, about: Subject, layouts: Sequence[Layout], rank: int, config: Any, offloads: bool
+) -> Terms:
+    width = 4 if request.precision == "fp32" else 2
+    has_master = request.stage is not None and (request.stage > 0 or request.precision != "fp32")
     one = Partition(
-        about.groups, layouts, rank, request.world_size, width, 4 if has_master else 0, config, _offloads(request)
+        groups=about.groups,
+        layouts=layouts,
+        rank=rank,
+        world_size=request.world_size,
+        width=width,
+        master=4 if has_master else 0,
+        config=config,
+        offload=offloads,
+        accumulates=request.passes > 1,
     )
     if request.stage is None:
         return plain(one)
@@ -242,10 +277,16 @@ def _terms(request: Request, about: Subject, layouts: Sequence[Layout], rank: in
     return zero_1_and_2(one, partition_gradients=request.stage == 2)
 
 
+def _ranks_to_look_at(world_size: int) -> list[int]:
+    if world_size <= _RANKS_LOOKED_AT:
+        return list(range(world_size))
+    return sorted({world_size - 1, *(world_size * part // _RANKS_LOOKED_AT for part in range(_RANKS_LOOKED_AT))})
+
+
 # --------------------------------------------------------------------------------------------------------- the record
 
 
-def _entries(about: Subject, layouts: Sequence[Layout], specs: Sequence[Mapping[str, Any]]) -> list[StateEntry]:
+def _entries(about: Subject, specs: Sequence[Mapping[str, Any]]) -> list[StateEntry]:
     rule = about.optimizer.rule
     sizes: Counter[tuple[str, torch.dtype]] = Counter()
     for spec in specs:
@@ -270,18 +311,11 @@ def _entries(about: Subject, layouts: Sequence[Layout], specs: Sequence[Mapping[
     return entries
 
 
-def _rank_record(
-    request: Request,
-    about: Subject,
-    layouts: Sequence[Layout],
-    rank: int,
-    terms: Terms,
-    entries: list[StateEntry],
-    timeline: Timeline | None,
-) -> RankRecord:
+def _rank_record(one: _Rank, offloads: bool, timeline: Timeline | None) -> RankRecord:
+    terms, entries = one.terms, one.entries
     state = sum(entry.bytes for entry in entries)
     offloaded = dict(terms.offloaded)
-    if _offloads(request):
+    if offloads:
         offloaded[Category.OPTIMIZER] = state
     on_host = sum(offloaded.values())
     steady = {**terms.steady, Category.OPTIMIZER: state}
@@ -296,15 +330,11 @@ def _rank_record(
     samples: list[Sample] = []
     after_backward = _added(steady, terms.after_backward)
     if timeline is not None:
-        gathered = np.full(len(timeline.forward), terms.gathered)
-        gathered[: timeline.head + 1] += terms.fetched
-        forward = _curves(steady, timeline.forward, {Category.PARAMETERS: gathered})
+        held = {category: np.full(len(timeline.forward), size) for category, size in terms.held.items()}
+        forward = _curves(steady, timeline.forward, {**held, **terms.forward(timeline)})
         extra = terms.backward(timeline)
         length = max([len(timeline.backward), *(len(curve) for curve in extra.values())])
         left = np.append(timeline.backward, np.full(length - len(timeline.backward), timeline.backward[-1]))
-        # What was gathered goes as the pass runs back through the layers.
-        share = np.linspace(1, 0, length)
-        extra[Category.PARAMETERS] = (terms.gathered * share).astype(np.int64)
         backward = _curves(steady, left, extra)
         moments += [
             moment(_at(forward, _top(forward)), peak_of="forward"),
@@ -313,10 +343,9 @@ def _rank_record(
         ]
         samples = [*_sampled(forward, "forward", 0.0, 0.35), *_sampled(backward, "backward", 0.35, 0.8)]
     moments.append(moment(after_backward, name="after backward"))
-    workspaces = _workspaces(request, about, rank)
     inside = _added(steady, {Category.PARAMETERS: -terms.persistent})
     during = _added(inside, terms.step)
-    candidates = [_added(during, workspace) for workspace in workspaces] + [_added(inside, terms.before_optimizer)]
+    candidates = [_added(during, workspace) for workspace in one.workspaces] + [_added(inside, terms.before_optimizer)]
     moments += [moment(max(candidates, key=_total), peak_of="step"), moment(steady, name="after step")]
     if samples:
         rows = [after_backward, *reversed(candidates), steady]
@@ -324,8 +353,7 @@ def _rank_record(
             Sample(at=0.8 + 0.2 * (index + 1) / len(rows), phase="step", bytes=_present(row))
             for index, row in enumerate(rows)
         ]
-    elements = sum(layout.local_numel(rank) for layout in layouts)
-    return RankRecord(rank=rank, elements=elements, moments=moments, state=entries, timeline=samples)
+    return RankRecord(rank=one.rank, elements=one.elements, moments=moments, state=entries, timeline=samples)
 
 
 def _workspaces(request: Request, about: Subject, rank: int) -> list[Bytes]:
@@ -336,8 +364,7 @@ def _workspaces(request: Request, about: Subject, rank: int) -> list[Bytes]:
     """
     if not isinstance(about.optimizer, WholeMatrixOptimizer):
         return [{}]
-    device = "cpu" if request.device_memory is None else "cuda"
-    found = about.optimizer.predicted_workspace(rank, device)
+    found = about.optimizer.predicted_workspace(rank, "cuda" if request.accelerator else "cpu")
     return [{Category.EXCHANGE: exchange, Category.WORKSPACE: scratch} for exchange, scratch in found]
 
 
@@ -394,10 +421,6 @@ def _sampled(curves: Mapping[Category, Ints], phase: Phase, begin: float, end: f
     ]
 
 
-def _spread(world_size: int) -> list[int]:
-    return [world_size * part // _RANKS_LOOKED_AT for part in range(_RANKS_LOOKED_AT)]
-
-
 class _Frozen(dict[str, Any]):
     """A config as a key of a cache."""
 
@@ -410,7 +433,8 @@ def _timeline(model: _Frozen, dtype: torch.dtype, micro_batch: int, seq_length: 
     return simulate(model, dtype, micro_batch, seq_length, checkpointing)
 
 
-def _provenance(request: Request, about: Subject) -> Provenance:
+def _provenance(request: Request, prepared: _Prepared) -> Provenance:
+    about = prepared.about
     cls = type(about.optimizer)
     versions = {}
     for package in _PACKAGES:
@@ -430,7 +454,7 @@ def _provenance(request: Request, about: Subject) -> Provenance:
         stage=request.stage,
         world_size=request.world_size,
         precision=request.precision,
-        offload="cpu" if _offloads(request) else "none",
+        offload="cpu" if prepared.offloads else "none",
         micro_batch=request.micro_batch,
         seq_length=request.seq_length,
         checkpointing=request.checkpointing,
@@ -441,7 +465,17 @@ def _provenance(request: Request, about: Subject) -> Provenance:
 
 
 def _notes(request: Request) -> list[str]:
-    notes = ["A steady step (not the first), one micro-batch per step."]
+    passes = "one micro-batch" if request.passes == 1 else f"{request.passes} micro-batches, the last one shown"
+    notes = [f"A steady step (not the first), {passes} per step."]
+    if request.world_size > _RANKS_LOOKED_AT:
+        notes.append(
+            f"{_RANKS_LOOKED_AT + 1} of {request.world_size} ranks were looked at; another may hold a little more."
+        )
+    if request.device_memory is not None and request.reserve:
+        notes.append(
+            f"{request.reserve:,} bytes of the device are set aside for its context, the communication library and "
+            "fragmentation: an assumption."
+        )
     if request.states_only:
         return [*notes, "Activations are left out, and with them the peaks of forward and backward."]
     kept = "its input only (checkpointing)" if request.checkpointing else "what its backward pass needs"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ds_optim.memory.estimate import Request
@@ -66,7 +67,13 @@ def estimate(
     seq_length: Annotated[
         int | None, typer.Option(help="Tokens per sequence; else 2048, or what the model has positions for.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16; else the JSON's, else bf16.")] = None,
+    accumulation: Annotated[
+        int | None, typer.Option(help="Micro-batches per step; else the JSON's, else 1.", min=1)
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; else the JSON's, else bf16.")] = None,
+    plain: Annotated[
+        bool, typer.Option(help="Plain PyTorch or DDP instead of ZeRO; --precision may then be pure-bf16.")
+    ] = False,
     checkpointing: Annotated[bool, typer.Option(help="Activations are recomputed, layer by layer.")] = False,
     device_memory: Annotated[
         str | None, typer.Option(help="Of one device: 80GB is a card sold as such, 80 x 2**30 bytes.")
@@ -77,6 +84,9 @@ def estimate(
     compare: Annotated[str | None, typer.Option(help="Another optimizer to hold it against (adamw).")] = None,
     plan: Annotated[bool, typer.Option(help="Also what each rank computes, keeps and sends (Shampoo, SWAN).")] = True,
     all_ranks: Annotated[bool, typer.Option(help="Every rank's line in that, however many there are.")] = False,
+    accelerator: Annotated[
+        bool, typer.Option(help="Shampoo and SWAN stack as many blocks as an accelerator would.")
+    ] = False,
     states_only: Annotated[bool, typer.Option(help="Leave activations out.")] = False,
     output: Annotated[Path | None, typer.Option(help="A folder for predicted.json (and baseline.json).")] = None,
 ) -> None:
@@ -84,58 +94,76 @@ def estimate(
 
     Nothing is downloaded and no process is started: one machine can predict for 1,024 ranks.
     """
-    from ds_optim.estimate import plans
-    from ds_optim.memory.estimate import Request, micro_batch_of, precision_of, predict, stage_of
-    from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
+    from ds_optim.memory.estimate import positions_of, predict, request_of
 
     console = Console()
-    capacity = None
-    if device_memory is not None:
-        capacity = device_bytes(device_memory) - size_bytes(reserve)
+    capacity = None if device_memory is None else device_bytes(device_memory)
+    set_aside = size_bytes(reserve)
+    if capacity is not None and set_aside >= capacity:
+        raise typer.BadParameter(f"--reserve {reserve} leaves nothing of --device-memory {device_memory}")
     try:
         content = _json(config) if config else {}
-        chosen = stage if stage is not None else stage_of(content) if config else 2
-        found = precision or (precision_of(content) if config else "bf16")
-        if found not in ("fp32", "bf16"):
-            raise typer.BadParameter(f"--precision is fp32 or bf16, not {found!r}")
-        if micro_batch is None:
-            micro_batch = micro_batch_of(content)
         shape = _json(model)
-        positions = shape.get("max_position_embeddings") or shape.get("n_positions") or 2048
+        if seq_length is None:  # 0 is refused below
+            seq_length = min(2048, positions_of(shape) or 2048)
         for ranks in world_size:
-            request = Request(
-                model=shape,
-                model_name=model.stem,
-                optimizer=optimizer,
-                stage=chosen,
-                world_size=ranks,
-                precision=found,  # type: ignore[arg-type]
-                micro_batch=micro_batch,
-                seq_length=seq_length or min(2048, int(positions)),
-                checkpointing=checkpointing,
-                deepspeed=content,
-                device_memory=capacity,
-                states_only=states_only,
-                command=shlex.join(["ds-optim", *sys.argv[1:]]),
-            )
+            request = request_of(shape, model.stem, content, ranks, seq_length)
+            changes: dict[str, Any] = {
+                "optimizer": optimizer,
+                "stage": None if plain else stage if stage is not None else request.stage if config else 2,
+                "precision": _precision(precision, plain) or (request.precision if config else "bf16"),
+                "checkpointing": checkpointing,
+                "device_memory": capacity,
+                "reserve": set_aside if capacity else 0,
+                "accelerator": accelerator,
+                "states_only": states_only,
+                "command": shlex.join(["ds-optim", *sys.argv[1:]]),
+            }
+            if micro_batch is not None:
+                changes["micro_batch"] = micro_batch
+            if accumulation is not None:
+                changes["passes"] = accumulation
+            request = replace(request, **changes)
             baseline = replace(request, optimizer=compare) if compare else None
-            record = predict(request)
-            beside = predict(baseline) if baseline else None
-            _show(console, request, record, baseline, beside)
+            asked = [request, *([baseline] if baseline else [])]
+            found = [predict(one) for one in asked]
+            record, beside = found[0], found[1] if baseline else None
+            _show(console, record, beside)
             if output is not None:
-                record.save(output / "predicted.json")
-                console.print(f"written: {output / 'predicted.json'}", highlight=False, soft_wrap=True)
+                folder = output if len(world_size) == 1 else output / f"ranks_{ranks}"
+                record.save(folder / "predicted.json")
                 if beside is not None:
-                    beside.save(output / "baseline.json")
-            cls = record.provenance.optimizer.removeprefix("ds_optim.")
-            is_matrix = any(cls == sub.__name__ for sub in WholeMatrixOptimizer.__subclasses__())
-            if plan and is_matrix:
-                for made, exchange, title in plans(request.model, content, optimizer, chosen, [ranks]):
-                    console.print(f"\n{title}", style="bold", highlight=False)
-                    console.print(made.explain(**exchange, all_ranks=all_ranks), highlight=False)
+                    beside.save(folder / "baseline.json")
+                console.print(f"written: {folder / 'predicted.json'}", highlight=False, soft_wrap=True)
+            if plan and request.stage is not None:
+                _show_plan(console, request, all_ranks)
+            if capacity is not None:
+                _show_fit(
+                    console, [request, *([baseline] if baseline else [])], [record, *([beside] if beside else [])]
+                )
     except ValueError as error:
-        console.print(f"[bold red]problem:[/] {error}", highlight=False)
+        console.print(Text.assemble(("problem:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _precision(asked: str | None, plain: bool) -> str | None:
+    known = ("fp32", "pure-bf16") if plain else ("fp32", "bf16", "fp16")
+    if asked is not None and asked not in known:
+        raise typer.BadParameter(f"--precision is {' or '.join(known)} {'with' if plain else 'without'} --plain")
+    if plain:
+        return (asked or "pure-bf16").replace("-", " ")
+    return asked
+
+
+def _show_plan(console: Console, request: Request, all_ranks: bool) -> None:
+    """Who computes what, where blocks have owners."""
+    from ds_optim.estimate import plans
+    from ds_optim.memory.training import without_auto
+
+    content = without_auto(request.deepspeed)
+    for made, exchange, title in plans(request.model, content, request.optimizer, request.stage, [request.world_size]):
+        console.print(f"\n{title}", style="bold", highlight=False)
+        console.print(made.explain(**exchange, all_ranks=all_ranks), highlight=False)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -148,13 +176,14 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _show(console: Console, request: Request, record: Record, baseline: Request | None, beside: Record | None) -> None:
-    from ds_optim.memory.record import Category
+def _show(console: Console, record: Record, beside: Record | None) -> None:
+    from ds_optim.memory.record import Category, human
 
     about = record.provenance
     console.print(
-        f"{about.model}: {about.parameters:,} parameters, {about.strategy}, {about.world_size} ranks, "
-        f"{about.precision}, micro-batch {about.micro_batch} x {about.seq_length} tokens"
+        f"{about.model}: {about.parameters:,} parameters, {about.strategy}, {about.world_size} "
+        f"rank{'s'[: about.world_size > 1]}, {about.precision}, "
+        f"micro-batch {about.micro_batch} x {about.seq_length} tokens"
         + (", checkpointing" if about.checkpointing else ""),
         style="bold",
         highlight=False,
@@ -168,7 +197,7 @@ def _show(console: Console, request: Request, record: Record, baseline: Request 
         table.add_column("saved", justify="right")
 
     def row(label: str, values: list[int], *, section: bool = False) -> None:
-        cells = [_size(value) for value in values]
+        cells = [human(value) for value in values]
         if len(values) == 2:
             cells.append(f"{100 * (1 - values[0] / values[1]):.1f} %" if values[1] else "-")
         table.add_row(label, *cells, end_section=section)
@@ -190,17 +219,18 @@ def _show(console: Console, request: Request, record: Record, baseline: Request 
     console.print(table)
     if any(moment.on_host for rank in fullest for moment in rank.moments):
         console.print("Peaks are the device's; optimizer state, master and gradients are in host memory.")
-    if request.device_memory is not None:
-        _show_fit(console, [request, *([baseline] if baseline else [])], shown)
 
 
 def _show_fit(console: Console, requests: list[Request], records: list[Record]) -> None:
     from ds_optim.memory.estimate import highest, largest_micro_batch
     from ds_optim.memory.record import human
 
-    capacity = requests[0].device_memory
-    assert capacity is not None
-    console.print(f"A rank has {human(capacity)}, the reserve taken off.", highlight=False)
+    assert requests[0].device_memory is not None
+    capacity = requests[0].device_memory - requests[0].reserve
+    console.print(
+        f"A rank has {human(capacity)}: {human(requests[0].device_memory)}, {human(requests[0].reserve)} set aside.",
+        highlight=False,
+    )
     for request, record in zip(requests, records, strict=True):
         name = record.provenance.optimizer.removeprefix("ds_optim.")
         peak = highest(record)
@@ -210,8 +240,3 @@ def _show_fit(console: Console, requests: list[Request], records: list[Record]) 
             plain, recomputed = (largest_micro_batch(replace(request, checkpointing=on)) for on in (False, True))
             line += f"; largest micro-batch {plain or 'none'}, with checkpointing {recomputed or 'none'}"
         console.print(line, highlight=False)
-
-
-def _size(count: int) -> str:
-    unit, size, binary = ("GB", 1e9, 2**30) if count >= 1e9 else ("MB", 1e6, 2**20)
-    return f"{count / size:.2f} {unit} ({count / binary:.2f} {unit[0]}iB)"

@@ -18,9 +18,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from ds_optim.memory.known_torch import MemoryAccountError, unknown_torch
 from ds_optim.memory.record import Category, StateEntry
-from ds_optim.memory.tracker import MemoryAccountError, Storage, StorageTracker
+from ds_optim.memory.tracker import Storage, StorageTracker
 
 DEEPSPEED_VERSIONS = "0.19.8 and later patches of 0.19"
 
@@ -71,6 +73,14 @@ _SOMETIMES: dict[str, Category] = {
     "temp_grad_buffer_for_gpu_offload": Category.BUCKETS,
     "lp_param_buffer": Category.PARAMETERS,
     "_global_grad_norm": Category.BUFFERS,
+}
+
+# What is read of FSDP2's `FSDPParam`.
+_FSDP_PARAMETER: dict[str, Category] = {
+    "_sharded_param_data": Category.PARAMETERS,
+    "_sharded_post_forward_param_data": Category.PARAMETERS,
+    "all_gather_outputs": Category.PARAMETERS,
+    "unsharded_accumulated_grad": Category.GRADIENTS,
 }
 
 # Both claims are right; the first prevails.
@@ -152,7 +162,7 @@ def claims(model: nn.Module, optimizer: Any) -> Iterator[Claim]:
     if wrapper is not None:
         name = type(wrapper).__name__
         for attribute, category in {**_WRAPPERS[name], **_SOMETIMES}.items():
-            for tensor in _tensors(getattr(wrapper, attribute, None)):
+            for tensor in tensors_in(getattr(wrapper, attribute, None)):
                 yield Claim(category, f"{name}.{attribute}", tensor)
     own = {id(parameter) for parameter in model.parameters()}
     for tensor in stepped(optimizer):
@@ -161,11 +171,11 @@ def claims(model: nn.Module, optimizer: Any) -> Iterator[Claim]:
         yield from _gradient(tensor, "a tensor that the optimizer steps")
     for state in basic.state.values():
         for key, value in state.items():
-            for tensor in _tensors(value):
+            for tensor in tensors_in(value):
                 yield Claim(Category.OPTIMIZER, f"optimizer.state {key!r}", tensor)
     tables = [walked for _, walked in getattr(basic, "_tables", {}).values()]  # ours: (whose they are, tables)
     flags = [(one.verdict, one.suspects) for one in getattr(basic, "_verdicts", {}).values()]
-    for tensor in _tensors([tables, flags], depth=7):
+    for tensor in tensors_in([tables, flags], depth=7):
         yield Claim(Category.BUFFERS, f"tables of {type(basic).__name__}", tensor)
 
 
@@ -181,7 +191,7 @@ def stepped(optimizer: Any) -> list[Tensor]:
             t
             for name, category in kept.items()
             if category is Category.MASTER
-            for t in _tensors(getattr(wrapper, name))
+            for t in tensors_in(getattr(wrapper, name))
         ]
     return [parameter for group in basic_optimizer(optimizer).param_groups for parameter in group["params"]]
 
@@ -194,15 +204,31 @@ def _of_model(model: nn.Module) -> Iterator[Claim]:
         yield from _gradient(parameter, f"parameter {name}")
     for name, buffer in model.named_buffers():
         yield Claim(Category.BUFFERS, f"buffer {name}", buffer)
+    for held in _held_by_fsdp(model):
+        for attribute, category in _FSDP_PARAMETER.items():
+            for tensor in tensors_in(getattr(held, attribute, None)):
+                yield Claim(category, f"FSDPParam.{attribute}", tensor)
+
+
+def _held_by_fsdp(model: nn.Module) -> Iterator[Any]:
+    """FSDP2's own objects, one for each parameter.
+
+    Raises:
+        MemoryAccountError: they are not what is known here.
+    """
     for module in model.modules():
-        get_state = getattr(module, "_get_fsdp_state", None)
-        group = getattr(get_state(), "_fsdp_param_group", None) if get_state is not None else None
-        for held in getattr(group, "fsdp_params", ()):
-            for attribute in ("_sharded_param_data", "_sharded_post_forward_param_data", "all_gather_outputs"):
-                for tensor in _tensors(getattr(held, attribute, None)):
-                    yield Claim(Category.PARAMETERS, f"FSDPParam.{attribute}", tensor)
-            for tensor in _tensors(getattr(held, "unsharded_accumulated_grad", None)):
-                yield Claim(Category.GRADIENTS, "FSDPParam.unsharded_accumulated_grad", tensor)
+        if not isinstance(module, FSDPModule):
+            continue
+        try:
+            held = [one for group in module._get_fsdp_state()._fsdp_param_groups for one in group.fsdp_params]
+        except AttributeError as error:
+            raise unknown_torch(f"FSDP2 keeps its parameters elsewhere ({error})") from error
+        for one in held:
+            known = getattr(type(one), "__annotations__", {})  # some are set only for a time
+            missing = [name for name in _FSDP_PARAMETER if name not in known and not hasattr(one, name)]
+            if missing:
+                raise unknown_torch(f"{type(one).__name__} of FSDP2 has no {', '.join(missing)}")
+            yield one
 
 
 def _gradient(tensor: Tensor, where: str) -> Iterator[Claim]:
@@ -212,21 +238,26 @@ def _gradient(tensor: Tensor, where: str) -> Iterator[Claim]:
             yield Claim(Category.GRADIENTS, f"gradient of {where}", gradient)
 
 
-def _tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def tensors_in(value: Any, depth: int = 4) -> Iterator[Tensor]:
     """Tensors inside lists, tuples, dictionaries and plain objects of data."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, Mapping):
         for inner in value.values():
-            yield from _tensors(inner, depth - 1)
+            yield from tensors_in(inner, depth - 1)
     elif depth and isinstance(value, (list, tuple)):
         for inner in value:
-            yield from _tensors(inner, depth - 1)
+            yield from tensors_in(inner, depth - 1)
     elif depth and (hasattr(value, "__dict__") or hasattr(type(value), "__dataclass_fields__")):
         fields = getattr(type(value), "__dataclass_fields__", None) or vars(value)
         for name in fields:
             if name != "params":  # a bucket lists whose gradients it holds
-                yield from _tensors(getattr(value, name, None), depth - 1)
+                yield from tensors_in(getattr(value, name, None), depth - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,13 +272,15 @@ class Labels:
     """The category of every storage that somebody claims.
 
     `claim` takes what is found where tensors are kept; `hint` what is seen in passing (a gradient on its way, a batch),
-    which gives way to any claim.
+    which gives way to any claim. Both are of one step: what was an output or a gradient in an earlier one and is still
+    alive at the end of this one is kept by somebody else.
     """
 
     def __init__(self, tracker: StorageTracker) -> None:
         self._tracker = tracker
         self._claimed: dict[Storage, Label] = {}
         self._hinted: dict[Storage, Category] = {}
+        self._before: dict[Storage, Category] = {}  # in the step before
 
     def claim(self, found: Iterable[Claim]) -> None:
         """Label the storages under tensors, as they are kept at one moment.
@@ -284,16 +317,17 @@ class Labels:
         for storage in self._tracker.storages(tensor):
             self._hinted.setdefault(storage, category)
 
-    def of(self, storage: Storage) -> Category | None:
-        """The category that was claimed or hinted."""
+    def of(self, storage: Storage, *, of_this_step: bool = False) -> Category | None:
+        """The category that was claimed or hinted, in this step or (what may be gone soon) in the one before."""
         label = self._claimed.get(storage)
-        return label.category if label else self._hinted.get(storage)
+        found = label.category if label else self._hinted.get(storage)
+        return found if found or of_this_step else self._before.get(storage)
 
-    def forget_dead(self) -> None:
-        """Drop the labels of storages that are gone."""
-        live = self._tracker.live
-        self._claimed = {storage: label for storage, label in self._claimed.items() if storage in live}
-        self._hinted = {storage: category for storage, category in self._hinted.items() if storage in live}
+    def begin_step(self) -> None:
+        """From now on only new labels count for what outlives the step; drop those of storages that are gone."""
+        labelled = {**self._hinted, **{storage: label.category for storage, label in self._claimed.items()}}
+        self._before = {storage: category for storage, category in labelled.items() if storage in self._tracker.live}
+        self._claimed, self._hinted = {}, {}
 
 
 def _prevails(one: Category, other: Category) -> Category | None:
@@ -306,13 +340,12 @@ def state_entries(tracker: StorageTracker, basic: Any) -> list[StateEntry]:
     sums: dict[tuple[str, str, Rule], list[int]] = {}
     for parameter, state in basic.state.items():
         for key, value in state.items():
-            for tensor in _tensors(value):
+            for tensor in tensors_in(value):
                 fresh = [storage for storage in tracker.storages(tensor) if storage not in seen]
                 seen.update(fresh)
-                local = getattr(tensor, "_local_tensor", tensor)
                 entry = (str(key), str(tensor.dtype).removeprefix("torch."), _shape_rule(basic, parameter, key, tensor))
                 amount = sums.setdefault(entry, [0, 0])
-                amount[0] += local.numel() if fresh or not tracker.storages(tensor) else 0
+                amount[0] += local(tensor).numel() if fresh or not tracker.storages(tensor) else 0
                 amount[1] += sum(storage.bytes for storage in fresh)
     return [
         StateEntry(key=key, dtype=dtype, shape_rule=rule, elements=elements, bytes=size)

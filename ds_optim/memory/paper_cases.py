@@ -15,7 +15,7 @@ from ds_optim.memory.paper_models import PAPER_MODELS
 from ds_optim.memory.record import Record
 
 if TYPE_CHECKING:
-    from ds_optim.memory.estimate import Precision
+    from ds_optim.memory.training import Precision
 
 _CLOSE = 0.001  # how far a share may be from the expected one, which is written down to a tenth of a per cent
 

@@ -156,8 +156,9 @@ class Check(_Model):
         return (self.ours - self.theirs) / self.theirs if self.theirs else float(self.ours != 0)
 
     @property
-    def passed(self) -> bool:
-        return self.tolerance is None or abs(self.difference) <= self.tolerance
+    def passed(self) -> bool | None:
+        """Whether they agree; None where they are only shown."""
+        return None if self.tolerance is None else abs(self.difference) <= self.tolerance
 
 
 class Sample(_Model):

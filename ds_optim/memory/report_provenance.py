@@ -38,12 +38,14 @@ def checks(name: str, record: Record) -> list[CheckRow]:
     for rank in record.ranks:
         for check in rank.checks:
             known = worst.get(check.name)
-            if known is None or (check.passed, -abs(check.difference)) < (
-                known.check.passed,
-                -abs(known.check.difference),
-            ):
+            if known is None or _badness(check) > _badness(known.check):
                 worst[check.name] = CheckRow(who=name, rank=rank.rank, check=check)
     return list(worst.values())
+
+
+def _badness(check: Check) -> tuple[bool, float]:
+    """Failed ones are worse than the others, whatever the difference."""
+    return check.passed is False, abs(check.difference)
 
 
 def provenance(shown: Shown) -> list[tuple[str, list[str]]]:

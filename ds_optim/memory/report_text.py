@@ -152,7 +152,7 @@ def check_rows(report: Report) -> list[list[str]]:
             check.method.value,
             change(check.difference).replace("+0.0", "0.0"),
             "only shown" if check.tolerance is None else percent(check.tolerance),
-            DASH if check.tolerance is None else "PASS" if check.passed else "FAIL",
+            DASH if check.passed is None else "PASS" if check.passed else "FAIL",
             str(row.rank),
         ]
         for row in report.checks

@@ -1,8 +1,8 @@
 """Activations, by running a model's forward and backward pass on fake tensors: shapes and dtypes without memory.
 
 Three layers are run, whatever the model has. What the middle one allocates and frees is repeated for all the others,
-so that 80 layers cost no more than three. Fake tensors lie on the CPU, where `scaled_dot_product_attention` is flash
-attention, as it is on a GPU: queries, keys, values, output and one number per row are kept, no matrix of scores.
+so that 80 layers cost no more than three. Attention is flash attention, as it is on a GPU: queries, keys, values,
+output and one number per row are kept, no mask and no matrix of scores, with dropout or without.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_optim.memory.tracker import Storage, StorageTracker
@@ -25,6 +25,7 @@ from ds_optim.subject import SubjectError
 
 Ints = NDArray[np.int64]
 
+_ATTENTION = "ds_optim_simulated"
 _LAYERS = 3  # a first, a middle and a last one
 
 
@@ -65,6 +66,35 @@ class Timeline:
         return int(self.forward[-1])
 
 
+class _FlashAttention(torch.autograd.Function):
+    """What flash attention allocates and keeps, without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # each (B, heads, S, head_dim)
+        batch, heads, length, _ = query.shape
+        output = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
+        row_sums = query.new_empty((batch, heads, length), dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, row_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _flash_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """In the place of a transformers attention function: output (B, S, heads, head_dim)."""
+    output: Tensor = _FlashAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return output.transpose(1, 2), None
+
+
+def _without_mask(*_: Any, **__: Any) -> None:
+    """In the place of a transformers mask function: flash attention knows causal order by itself."""
+
+
 @dataclass(slots=True)
 class _Segment:
     """A stretch of a pass: changes of the bytes alive, and the gradients that arrive among them."""
@@ -84,10 +114,27 @@ def simulate(
         checkpointing: every layer keeps its input only, and is run again in the backward pass.
 
     Raises:
-        SubjectError: the model has no list of equal layers.
+        SubjectError: the model has no list of equal layers, or cannot be run without tensors.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        return _simulated(config, dtype, micro_batch, seq_length, checkpointing)
+    except SubjectError:
+        raise
+    except Exception as error:  # a model may do anything in its forward pass
+        said = " ".join(str(error).split())[:200]
+        raise SubjectError(
+            f"the passes of this {config.get('model_type')} model cannot be run on fake tensors, so its activations "
+            f"cannot be predicted ({type(error).__name__}: {said}): give --states-only"
+        ) from error
 
+
+def _simulated(
+    config: Mapping[str, Any], dtype: torch.dtype, micro_batch: int, seq_length: int, checkpointing: bool
+) -> Timeline:
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+
+    AttentionInterface.register(_ATTENTION, _flash_attention)
+    AttentionMaskInterface.register(_ATTENTION, _without_mask)
     whole = AutoConfig.for_model(**config)
     total = int(whole.num_hidden_layers)
     short = copy.deepcopy(whole)
@@ -97,7 +144,7 @@ def simulate(
     short.use_cache = False
     tracker = StorageTracker()
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(short, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(short, dtype=dtype, attn_implementation=_ATTENTION)
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()

@@ -51,11 +51,17 @@ class StepAccount:
     nobodys: dict[Storage, int]
 
 
-def balance(storages: Mapping[Storage, int], labels: Labels) -> Amounts:
-    """Bytes per category between steps, where what nobody claims is unaccounted for."""
+def balance(storages: Mapping[Storage, int], labels: Labels, *, of_this_step: bool = False) -> Amounts:
+    """Bytes per category between steps, where what nobody claims is unaccounted for.
+
+    Args:
+        storages: and their bytes.
+        labels: of them.
+        of_this_step: whether a label of the step before does not count.
+    """
     amounts: Amounts = {}
     for storage, count in storages.items():
-        category = labels.of(storage) or Category.UNACCOUNTED
+        category = labels.of(storage, of_this_step=of_this_step) or Category.UNACCOUNTED
         amounts[category] = amounts.get(category, 0) + count
     return amounts
 
@@ -105,12 +111,12 @@ def resolve(
         if index >= len(log.events):
             at_mark[name] = dict(amounts), host
     alive = {storage: storage.bytes for storage in live}
-    at_mark["after step"] = balance(alive, labels), host
+    at_mark["after step"] = balance(alive, labels, of_this_step=True), host
     return StepAccount(
         moments=_in_order(peaks, at_mark),
         timeline=_shortened(samples, len(log.events)),
         opening=opening,
-        nobodys={storage: count for storage, count in alive.items() if labels.of(storage) is None},
+        nobodys={storage: count for storage, count in alive.items() if not labels.of(storage, of_this_step=True)},
     )
 
 
@@ -119,8 +125,8 @@ def named(name: MomentName, amounts: Amounts, on_host: int) -> Moment:
     return Moment(name=name, amounts=sized(amounts, Method.STORAGES), on_host=on_host)
 
 
-def own_allocations(log: StepLog) -> tuple[int, int, int]:
-    """Of a step: bytes it allocated and left, the highest point of those, and bytes older than it that it freed."""
+def own_allocations(log: StepLog) -> tuple[int, int]:
+    """Of a step: the highest point of what it allocated itself, and bytes older than it that it freed."""
     running = highest = freed = 0
     for storage, change, _ in log.events:
         if storage in log.opening:
@@ -128,7 +134,7 @@ def own_allocations(log: StepLog) -> tuple[int, int, int]:
         else:
             running += change
             highest = max(highest, running)
-    return running, highest, freed
+    return highest, freed
 
 
 def _in_order(

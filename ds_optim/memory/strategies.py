@@ -29,10 +29,10 @@ class Terms:
 
     Attributes:
         steady: between steps.
-        gathered: parameters that are gathered in the forward pass and still there when the backward pass begins.
         persistent: of the steady parameters, those that are not there at the start and inside a step.
-        fetched: buffers from which they are copied, until the output head is reached.
-        backward: what the backward pass adds, by category, over a timeline's arrivals (one value per point).
+        held: gradients of earlier micro-batches of the same step, alive in the forward pass.
+        forward: what the forward pass adds beside activations, by category (one value per point).
+        backward: what the backward pass adds, likewise; ``held`` is in it.
         after_backward: what is left of that when the step begins.
         step: what else there is inside the step at its fullest point, gradients included, when the optimizer is called.
         before_optimizer: the same just before, while gradients are flattened.
@@ -41,8 +41,8 @@ class Terms:
 
     steady: Bytes
     persistent: int
-    gathered: int
-    fetched: int
+    held: Bytes
+    forward: Callable[[Timeline], dict[Category, Ints]]
     backward: Callable[[Timeline], dict[Category, Ints]]
     after_backward: Bytes
     step: Bytes
@@ -63,6 +63,7 @@ class Partition:
         master: bytes per element of the master; 0 if the weights themselves are updated.
         config: DeepSpeed's ``zero_optimization`` with its defaults filled in.
         offload: whether ``offload_optimizer`` puts state, master and gradients on the CPU.
+        accumulates: whether a step has several micro-batches.
     """
 
     groups: Sequence[Sequence[ParameterSpec]]
@@ -73,6 +74,7 @@ class Partition:
     master: int
     config: Any
     offload: bool
+    accumulates: bool
 
     @property
     def total(self) -> int:
@@ -88,12 +90,13 @@ class Partition:
 def plain(one: Partition) -> Terms:
     """PyTorch alone, or DDP without its buckets: whole parameters, gradients and state."""
     gradients = one.total * one.width
+    held = {Category.GRADIENTS: gradients} if one.accumulates else {}
 
     def backward(timeline: Timeline) -> dict[Category, Ints]:
-        return {Category.GRADIENTS: _arrived(timeline)}
+        return {Category.GRADIENTS: _accumulated(timeline) if one.accumulates else _arrived(timeline)}
 
     after = {Category.GRADIENTS: gradients}
-    return Terms({Category.PARAMETERS: gradients}, 0, 0, 0, backward, after, after, after)
+    return Terms({Category.PARAMETERS: gradients}, 0, held, _nothing, backward, after, after, after)
 
 
 def zero_0(one: Partition) -> Terms:
@@ -104,12 +107,14 @@ def zero_0(one: Partition) -> Terms:
     def backward(timeline: Timeline) -> dict[Category, Ints]:
         flattened = np.zeros(len(timeline.backward) + 1, dtype=np.int64)
         flattened[-1] = bucket
-        arrived = _arrived(timeline)
+        arrived = _accumulated(timeline) if one.accumulates else _arrived(timeline)
         return {Category.GRADIENTS: np.append(arrived, arrived[-1]), Category.BUCKETS: flattened}
 
     after = {Category.GRADIENTS: weights}
+    held = after if one.accumulates else {}
     step = {Category.GRADIENTS: weights + master}
-    return Terms({Category.PARAMETERS: weights, Category.MASTER: master}, 0, 0, 0, backward, after, step, step)
+    steady = {Category.PARAMETERS: weights, Category.MASTER: master}
+    return Terms(steady, 0, held, _nothing, backward, after, step, step)
 
 
 def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
@@ -117,7 +122,7 @@ def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
     padded = sum(one.local) * one.world_size
     kept = _whole_parameters_in_partition(one) * one.width
     bucket = one.config.reduce_bucket_size
-    buffers = bucket * one.width * (2 if one.config.overlap_comm else 1) if one.config.contiguous_gradients else 0
+    buffers = bucket * one.width * (2 if one.config.overlap_comm else 1)
     steady = {Category.PARAMETERS: padded * one.width, Category.MASTER: sum(one.local) * one.master}
     offloaded: Bytes = {}
     if one.offload:
@@ -131,21 +136,33 @@ def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
             Category.BUCKETS: sum(one.local) * one.width + largest * one.width,
         }
 
+    late = not partition_gradients and not one.config.overlap_comm  # gradients are reduced when all are there
+    held: Bytes = {}
+    if one.accumulates and late:
+        held = {Category.GRADIENTS: one.total * one.width, Category.BUCKETS: buffers}
+    elif one.accumulates and not one.offload:
+        held = {Category.GRADIENTS: kept}
+    if one.accumulates and one.offload:  # sums of earlier micro-batches, beside the buffer that the optimizer reads
+        steady[Category.GRADIENTS] += kept
+        offloaded[Category.GRADIENTS] += kept
+
     def backward(timeline: Timeline) -> dict[Category, Ints]:
-        reduction = _Reduction(bucket * one.width if buffers else 0, 0 if one.offload else kept, _held(one))
-        if partition_gradients or one.config.overlap_comm:  # reduced as they arrive
-            gradients = reduction.as_they_arrive(timeline)
-        else:  # reduced when all are there
+        reduction = _Reduction(bucket * one.width, 0 if one.offload else kept, _held(one))
+        if late:
             order = [(spec.name, spec.numel * one.width) for group in one.groups for spec in group]
-            gradients = np.append(_arrived(timeline), reduction.afterwards(order, len(timeline.backward)))
+            arrived = _accumulated(timeline) if one.accumulates else _arrived(timeline)
+            gradients = np.append(arrived, reduction.afterwards(order, len(timeline.backward)))
+        else:
+            gradients = reduction.as_they_arrive(timeline) + held.get(Category.GRADIENTS, 0)
         buckets = np.full(len(gradients), buffers, dtype=np.int64)
-        buckets[: timeline.arrivals[0].at] = 0  # made when the first gradient is there
+        if not held.get(Category.BUCKETS):
+            buckets[: timeline.arrivals[0].at] = 0  # made when the first gradient is there
         for point, size in reduction.flushed:
             buckets[point] += size
         return {Category.GRADIENTS: gradients, Category.BUCKETS: buckets}
 
     if one.offload:
-        return Terms(steady, 0, 0, 0, backward, {}, {}, {}, offloaded)
+        return Terms(steady, 0, held, _nothing, backward, {}, {}, {}, offloaded)
     before: Bytes = {}
     during: Bytes = {}
     for position, elements in enumerate(one.local):
@@ -155,7 +172,7 @@ def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
         # All gradients are views of one tensor, which goes with the last group.
         left = kept if position + 1 < len(one.local) else 0
         during = max(during, {Category.GRADIENTS: left + handed}, key=_sum)
-    return Terms(steady, 0, 0, 0, backward, {Category.GRADIENTS: kept}, during, before)
+    return Terms(steady, 0, held, _nothing, backward, {Category.GRADIENTS: kept}, during, before)
 
 
 def zero_3(one: Partition) -> Terms:
@@ -177,6 +194,11 @@ def zero_3(one: Partition) -> Terms:
         }
         steady[Category.GRADIENTS] += slices * one.master
 
+    gathering = _Gathering.of(one)
+
+    def forward(timeline: Timeline) -> dict[Category, Ints]:
+        return {Category.PARAMETERS: gathering.forward(timeline)}
+
     def backward(timeline: Timeline) -> dict[Category, Ints]:
         elements = one.config.reduce_bucket_size
         filled, scattered = 0, np.zeros(len(timeline.backward), dtype=np.int64)
@@ -187,18 +209,64 @@ def zero_3(one: Partition) -> Terms:
                 filled = 0
             filled += size
         scattered[-1] = 2 * filled * one.width
-        return {Category.BUCKETS: scattered}
+        return {Category.BUCKETS: scattered, Category.PARAMETERS: gathering.backward(timeline)}
 
-    gathered = _gathered(one)
-    fetched = min(gathered, int(one.config.prefetch_bucket_size) * one.width)
     largest = min(max(one.local), int(one.config.sub_group_size))
     flat = largest * one.width
     handed = largest * one.master
     if one.offload:
-        return Terms(steady, persistent, gathered, fetched, backward, {}, {}, {}, offloaded)
+        return Terms(steady, persistent, {}, forward, backward, {}, {}, {}, offloaded)
     before = {Category.WORKSPACE: flat, Category.GRADIENTS: handed if one.master != one.width else 0}
     during = {Category.GRADIENTS: handed}
-    return Terms(steady, persistent, gathered, fetched, backward, {}, during, before)
+    return Terms(steady, persistent, {}, forward, backward, {}, during, before)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathering:
+    """ZeRO-3: bytes of whole parameters, all but the persistent ones.
+
+    A parameter is copied out of a flat buffer, which was fetched ahead, and dropped after its use, unless it is needed
+    again within ``max_reuse_distance`` elements (what lies between its two uses counts twice), or was seen by the
+    prefetcher, which looks ahead until ``max_live_parameters`` are there.
+
+    Attributes:
+        everything: of all parameters that are gathered at some time.
+        kept: the most that are there at a time.
+        ahead: of the buffers fetched ahead.
+        passing: of the largest parameter, where not all are kept.
+    """
+
+    everything: int
+    kept: int
+    ahead: int
+    passing: int
+
+    @classmethod
+    def of(cls, one: Partition) -> _Gathering:
+        if one.world_size == 1:  # a slice is the whole
+            return cls(0, 0, 0, 0)
+        everything = one.total - _persistent(one) // one.width
+        reach, live = int(one.config.max_reuse_distance), int(one.config.max_live_parameters)
+        fetched = int(one.config.prefetch_bucket_size)
+        by_distance = everything if 2 * everything <= reach else min(everything, reach // 2)
+        kept = max(by_distance, min(everything, live) if fetched else 0)
+        ahead = min(everything, fetched, live)
+        largest = max(spec.numel for group in one.groups for spec in group) if kept < everything else 0
+        return cls(everything * one.width, kept * one.width, ahead * one.width, largest * one.width)
+
+    def forward(self, timeline: Timeline) -> Ints:
+        curve = np.full(len(timeline.forward), self.kept, dtype=np.int64)
+        curve[: timeline.head + 1] += self.ahead + self.passing
+        return curve
+
+    def backward(self, timeline: Timeline) -> Ints:
+        """Parameters go as the pass runs back through the layers; those that were not kept are fetched again."""
+        left = (self.everything * np.linspace(1, 0, len(timeline.backward))).astype(np.int64)
+        return np.minimum(left, self.kept) + (self.ahead + self.passing if self.passing else 0)
+
+
+def _nothing(_: Timeline) -> dict[Category, Ints]:
+    return {}
 
 
 def _sum(amounts: Mapping[Category, int]) -> int:
@@ -211,6 +279,15 @@ def _arrived(timeline: Timeline) -> Ints:
     for arrival in timeline.arrivals:
         added[min(arrival.at, len(added) - 1)] += arrival.bytes
     return np.cumsum(added)
+
+
+def _accumulated(timeline: Timeline) -> Ints:
+    """Gradients of earlier micro-batches are there; each new one until it is added."""
+    total = sum(arrival.bytes for arrival in timeline.arrivals)
+    alive = np.full(len(timeline.backward), total, dtype=np.int64)
+    for arrival in timeline.arrivals:
+        alive[min(arrival.at, len(alive) - 1)] += arrival.bytes
+    return alive
 
 
 @dataclass(slots=True)
@@ -301,18 +378,3 @@ def _persistent(one: Partition) -> int:
         spec.numel for group in one.groups for spec in group if spec.numel <= one.config.param_persistence_threshold
     )
     return min(small, int(one.config.model_persistence_threshold)) * one.width
-
-
-def _gathered(one: Partition) -> int:
-    """ZeRO-3: bytes of parameters gathered when the forward pass ends.
-
-    A parameter stays if it is needed again within ``max_reuse_distance`` elements: what lies between its two uses is
-    counted twice.
-    """
-    if one.world_size == 1:
-        return 0
-    within = min(int(one.config.max_live_parameters), int(one.config.max_reuse_distance) // 2)
-    everything = one.total - _persistent(one) // one.width
-    if 2 * everything <= int(one.config.max_reuse_distance):
-        within = min(everything, int(one.config.max_live_parameters))
-    return min(everything, within) * one.width

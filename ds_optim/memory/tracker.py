@@ -2,7 +2,8 @@
 
 An adapter over `torch.distributed._tools.mem_tracker.MemTracker`, which sees each storage once, whatever views share
 it. Only that part is used: its own categories do not know DeepSpeed, and its module hooks are slow and refuse a second
-iteration, so they are switched off. It is private, so everything that is touched of it is named in `_TOUCHED`.
+iteration, so they are switched off. It is private, so everything that is touched of it is named in `_TOUCHED` and
+tried out when a tracker is made.
 
 Not seen: what a kernel allocates and frees inside one operator, and what is allocated outside torch (a communication
 library's own buffers).
@@ -18,18 +19,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import active_fake_mode
-from torch.distributed._tools import mem_tracker
-from torch.distributed._tools.common_utils import get_untyped_storages
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves
 
-KNOWN_VERSIONS = "2.13"
+from ds_optim.memory.known_torch import MemoryAccountError, unknown_torch
 
-_TOUCHED = ("_WINFO", "_mod_tracker", "_track", "_track_resize", "_update_snap", "_delete_callback")
+try:
+    from torch._C import _current_graph_task_id
+    from torch._guards import active_fake_mode
+    from torch.distributed._tools.common_utils import get_untyped_storages
+    from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType, _UpdateType
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+    from torch.utils._pytree import tree_leaves
+except ImportError as error:
+    raise unknown_torch(error) from error
 
-_ANY = mem_tracker._MemRefType.OTH  # MemTracker's own categories are not used
+# Of MemTracker, of what it keeps about a storage, and of two enumerations.
+_TOUCHED = ("_WINFO", "_mod_tracker", "_track", "_track_resize", "_restore_resize", "_update_snap", "_delete_callback")
+_TOUCHED_INFO = ("size", "mem_consumed", "device")
+_TOUCHED_KINDS = (
+    *((_UpdateType, name) for name in ("ADD", "SIZE", "DEL", "REF")),
+    (_MemRefType, "OTH"),
+)
 
 AUTOGRAD = "autograd"
 """Origin of what the autograd engine makes."""
@@ -38,10 +48,6 @@ _BACKWARD_MODULES = ("torch.autograd.graph", "torch.autograd")
 _MACHINERY = (__name__, "torch", "deepspeed.utils.nvtx")  # they work for their callers
 _ON_BEHALF = ("allocate", "__call__")  # FSDP's: what for, its caller knows
 _TORCH_WITH_A_SAY = ("torch.optim.", "torch.distributed.fsdp.")  # frames of torch that tell what a storage is for
-
-
-class MemoryAccountError(RuntimeError):
-    """Memory cannot be accounted for; the message says which, and what to do."""
 
 
 @dataclass(eq=False, slots=True)
@@ -70,7 +76,7 @@ Event = tuple[Storage, int, str]
 """A storage, by how many bytes it grew (or shrank), and the phase."""
 
 
-class StorageTracker(mem_tracker.MemTracker):
+class StorageTracker(MemTracker):
     """Follows storages while it is entered; `live` is what there is now, `log` what happened since it was cleared.
 
     Attributes:
@@ -84,20 +90,34 @@ class StorageTracker(mem_tracker.MemTracker):
 
     def __init__(self) -> None:
         super().__init__()
-        missing = [name for name in _TOUCHED if not hasattr(self, name)]
-        if missing:
-            raise MemoryAccountError(
-                f"torch {torch.__version__}: MemTracker has no {', '.join(missing)}, so storages cannot be followed. "
-                f"Versions known to work: {KNOWN_VERSIONS}"
-            )
+        _require("MemTracker", self, _TOUCHED)
+        for kinds, name in _TOUCHED_KINDS:
+            _require(kinds.__name__, kinds, (name,))
+        self._any = _MemRefType.OTH  # MemTracker's own categories are not used
         self._mod_tracker: Any = _NoModules()
         self._of: dict[Any, Storage] = {}
+        self._is_abandoned = False
         self.live: set[Storage] = set()
         self.log: list[Event] = []
         self.phase = "init"
         self.on_backward: Callable[[], None] | None = None
         self.recording = False
         self.is_entered = False
+        self._try_out()
+
+    def _try_out(self) -> None:
+        """Follow one small storage to its end, so that a `MemTracker` that works otherwise is refused at once."""
+        try:
+            with self:
+                probe = torch.empty(1, device="cpu")
+            info, _ = self._WINFO[probe.untyped_storage()]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise unknown_torch(f"MemTracker works otherwise ({type(error).__name__}: {error})") from error
+        _require("what MemTracker keeps about a storage", info, _TOUCHED_INFO)
+        seen, found = self.total, probe.untyped_storage().nbytes()
+        del probe
+        if seen != found or self.total != 0:
+            raise unknown_torch(f"MemTracker counts {seen} bytes of {found}, and {self.total} when they are gone")
 
     # -- what the accountant asks -----------------------------------------------------------------------------------
 
@@ -114,7 +134,7 @@ class StorageTracker(mem_tracker.MemTracker):
             return []  # the storage of a fake tensor is on meta too, but the tensor says where it would lie
         for storage in get_untyped_storages(tensor):
             if storage not in self._WINFO or self._WINFO[storage][0].size != storage.size():
-                self._track(_ANY, tensor)
+                self._track(self._any, tensor)
             known = self._WINFO.get(storage)
             if known is not None and known[0] in self._of:
                 found.append(self._of[known[0]])
@@ -142,6 +162,11 @@ class StorageTracker(mem_tracker.MemTracker):
         super().__exit__(*args)
         self.is_entered = False
 
+    def abandon(self) -> None:
+        """Stop following from under another mode, which cannot be left: operators still pass through here."""
+        self._restore_resize()
+        self._is_abandoned = True
+
     # -- what torch calls -------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -149,10 +174,12 @@ class StorageTracker(mem_tracker.MemTracker):
         if DTensor in types:
             return NotImplemented  # its local operators come here afterwards
         result = func(*args, **(kwargs or {}))
+        if self._is_abandoned:
+            return result
         if active_fake_mode() is self._fake_mode_on_entry:  # DTensor tries shapes out on fake tensors
             for one in (result,) if isinstance(result, Tensor) else tree_leaves(result):
                 if isinstance(one, Tensor):
-                    self._track(_ANY, one)
+                    self._track(self._any, one)
         return result
 
     # -- what MemTracker calls --------------------------------------------------------------------------------------
@@ -161,25 +188,22 @@ class StorageTracker(mem_tracker.MemTracker):
         self, u_type: Any, winfo: Any, old_mem_consumed: int | None = None, old_reftype: Any = None
     ) -> None:
         """A storage came (ADD), changed its size (SIZE), went (DEL) or got another name of MemTracker's (REF)."""
-        if u_type is mem_tracker._UpdateType.REF or winfo.device.type == "meta":
+        if u_type is _UpdateType.REF or winfo.device.type == "meta":
             return
         self._notice_backward()
         storage = self._of.get(winfo)
         if storage is None:
-            if u_type is mem_tracker._UpdateType.DEL:
-                return
             storage = self._of[winfo] = Storage(0, self.phase, _origin(), winfo.device)
             self.live.add(storage)
-        size = 0 if u_type is mem_tracker._UpdateType.DEL else winfo.mem_consumed
+        size = 0 if u_type is _UpdateType.DEL else winfo.mem_consumed
         change, storage.bytes = size - storage.bytes, size
         if self.recording and change:
             self.log.append((storage, change, self.phase))
 
     def _delete_callback(self, winfo: Any, w_st: Any) -> None:
-        self._update_snap(mem_tracker._UpdateType.DEL, winfo)
-        storage = self._of.pop(winfo, None)
-        if storage is not None:
-            self.live.discard(storage)
+        if winfo in self._of:
+            self._update_snap(_UpdateType.DEL, winfo)
+            self.live.discard(self._of.pop(winfo))
 
     def _notice_backward(self) -> None:
         if self.on_backward is not None and in_backward():
@@ -200,7 +224,13 @@ class _NoModules:
 
 def in_backward() -> bool:
     """Whether autograd is running a graph in this thread; recomputed activations belong to it."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return bool(_current_graph_task_id() != -1)
+
+
+def _require(what: str, owner: object, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise unknown_torch(f"{what} has no {', '.join(missing)}")
 
 
 def _origin() -> str:

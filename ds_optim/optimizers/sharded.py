@@ -34,6 +34,7 @@ from ds_optim.optimizers.launch import (
     run,
     span_tables,
 )
+from ds_optim.optimizers.logical import Logical, LogicalParameter, block_pieces, element_pieces
 from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
 from ds_optim.sharding.binding import Binding, BoundTensor, verify, whole
@@ -283,10 +284,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _runs_of(self, tensor: Tensor) -> Runs:
         if tensor not in self._runs:
             bound = self._bound_tensor(tensor)
-            roles = self._roles_of_parameters()
-            grids = {spec.name: self.blocks(roles[spec.name], spec.shape) for spec in bound.layout.parameters}
-            self._runs[tensor] = block_runs(bound.layout, bound.rank, grids)
+            self._runs[tensor] = block_runs(bound.layout, bound.rank, self._grids(bound.layout))
         return self._runs[tensor]
+
+    def _grids(self, layout: Layout) -> dict[str, BlockGrid]:
+        """The block grid of every parameter of a layout, by name."""
+        roles = self._roles_of_parameters()
+        return {spec.name: self.blocks(roles[spec.name], spec.shape) for spec in layout.parameters}
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -410,6 +414,65 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._tables[key][1]
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def logical(self) -> dict[Tensor, list[LogicalParameter]]:
+        """What is kept for every parameter and which part of it lies on this rank, by local tensor.
+
+        Found from layouts alone: state need not exist yet. Parameters that are not trained are left out.
+        """
+        given = [tensor for group in self.param_groups for tensor in group["params"]]
+        trained = [t for t in given if t.requires_grad or t.grad is not None or t in self.state]
+        found = {}
+        for tensor in list(self._bound) or trained:
+            bound = self._bound_tensor(tensor)
+            pieces = element_pieces(bound.layout, bound.rank)
+            found[tensor] = [
+                LogicalParameter(spec.name, spec.shape, blocks, Logical(spec.numel, tensor.dtype, held, held), state)
+                for spec, blocks, held, state in zip(
+                    bound.layout.parameters,
+                    self._blocks_in_words(tensor),
+                    pieces,
+                    self._logical_state(tensor),
+                    strict=True,
+                )
+            ]
+        return found
+
+    def _logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
+        """The state of every parameter of a local tensor, by key."""
+        bound = self._bound_tensor(tensor)
+        found: list[dict[str, Logical]] = [
+            {key: Logical(spec.numel, self.state_dtype, held, held) for key in self.rule.element_state}
+            for spec, held in zip(bound.layout.parameters, element_pieces(bound.layout, bound.rank), strict=True)
+        ]
+        if self.rule.block_state:
+            blocks = block_pieces(bound.layout, bound.rank, self._grids(bound.layout), self._runs_of(tensor))
+            for state, of_blocks in zip(found, blocks, strict=True):
+                state.update(dict.fromkeys(self.rule.block_state, of_blocks))
+        return found
+
+    def _blocks_in_words(self, tensor: Tensor) -> list[str]:
+        """The blocks of every parameter of a local tensor; equal words mean equal blocks."""
+        layout = self._bound_tensor(tensor).layout
+        if not self.rule.block_state:
+            return [""] * len(layout.parameters)
+        return [str(grid) for grid in self._grids(layout).values()]
+
+    def structural_settings(self) -> dict[str, Any]:
+        """The settings that decide what state there is: a checkpoint belongs to an optimizer with the same ones."""
+        return {"state_dtype": str(self.state_dtype).removeprefix("torch.")}
+
+    def state_of(self, tensor: Tensor) -> dict[str, Any]:
+        """The state of a local tensor; made, all zero and before the first step, if there is none."""
+        return self._state_of(tensor)
+
+    @property
+    def bound_tensors(self) -> Mapping[Tensor, BoundTensor]:
+        """The local tensors of the engine, none without one."""
+        return self._bound
+
+    def forget_past(self) -> None:
+        """Drop what was remembered of earlier steps outside the state: call it after the state was written."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps the dtype and shape it was saved with.

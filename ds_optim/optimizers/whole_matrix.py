@@ -7,6 +7,7 @@ the blocks of a parameter are, what it keeps for one, what one costs and how a s
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import abstractmethod
 from collections import Counter
@@ -21,6 +22,7 @@ from torch import Tensor
 from ds_optim.optimizers.adamw import adam_scalars, adamw_update
 from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, stack_size
 from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, Tables, idle_parameters, row_major
+from ds_optim.optimizers.logical import Logical, element_pieces, owned_pieces, packed
 from ds_optim.optimizers.owner_state import (
     BLOCKS,
     by_identity,
@@ -240,11 +242,12 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     def _reorder(self, tensor: Tensor) -> None:
         """Bring the state of a tensor's blocks into the order of a new plan: new parameters shift the refreshes."""
-        plan, index = self._plan_of(tensor)
-        state = self.state[tensor]
-        kept = by_identity(plan, plan.of_tensor(index), state[BLOCKS])
+        plan, _ = self._plan_of(tensor)
+        state, owned = self.state[tensor], self._owned(tensor)
+        kept = by_identity(plan, owned, state[BLOCKS])
         assert kept is not None, "the blocks of a parameter do not change"
-        state.update(selected(plan, state, kept, self._owned(tensor), self.block_state))
+        if kept != owned:
+            state.update(selected(plan, state, kept, owned, self.block_state))
 
     def _plan_of(self, tensor: Tensor) -> tuple[Plan, int]:
         """The plan of a tensor's shard group, and the tensor's index there."""
@@ -409,6 +412,45 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             )
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
+        plan, index = self._plan_of(tensor)
+        bound = self._bound_tensor(tensor)
+        matrices = {plan.blocks[block].parameter for block in plan.of_tensor(index)}
+        pieces = element_pieces(bound.layout, bound.rank)
+        adams = packed([[] if parameter in matrices else held for parameter, held in enumerate(pieces)])
+        found = owned_pieces(plan, index, self._owned(tensor), self.block_state)
+        for parameter, spec in enumerate(bound.layout.parameters):
+            if parameter not in matrices:
+                held = adams[parameter]
+                found[parameter] = {
+                    key: Logical(spec.numel, self.state_dtype, held, held) for key in self.rule.element_state
+                }
+        return found
+
+    def _blocks_in_words(self, tensor: Tensor) -> list[str]:
+        plan, index = self._plan_of(tensor)
+        tiles: dict[int, list[tuple[int, Tile]]] = {}
+        for block in plan.of_tensor(index):
+            one = plan.blocks[block]
+            tiles.setdefault(one.parameter, []).append((one.index, one.tile))
+        words = []
+        for parameter in range(len(plan.layouts[index].parameters)):
+            listed = [tile for _, tile in sorted(tiles.get(parameter, []), key=lambda entry: entry[0])]
+            if listed:
+                largest = "x".join(str(size) for size in max(tile.shape for tile in listed))
+                hashed = hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+                words.append(f"{len(listed)} of at most {largest} (hash {hashed})")
+            else:
+                words.append("no matrix: Adam")
+        return words
+
+    def structural_settings(self) -> dict[str, Any]:
+        return {**super().structural_settings(), **{key: self.defaults[key] for key in self.structure}}
+
+    def forget_past(self) -> None:
+        self._verdicts.clear()
+        self._forget_plans()  # and what rules remember along with them
 
     def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
         problems = super().state_problems(state_dict)
