@@ -42,8 +42,8 @@ measured) / measured. Optimizer state: bytes. Model states: the worst of paramet
 Activations: what the forward pass leaves. Forward, backward, step: the highest sum of all categories in that phase.
 `FAIL`: beyond what is allowed (to the byte; 1 %; 10 %).
 
-A Llama of 3.4 M parameters, 2 sequences of 64 tokens per rank (or 1 of 1,024); buckets of 1 M elements, since DeepSpeed's own would be
-larger than all the rest.
+A Llama of 3.4 M parameters, 2 sequences of 64 tokens per rank (or 1 of 1,024); buckets of 1 M elements, since
+DeepSpeed's own would be larger than all the rest.
 """
 
 
