@@ -210,13 +210,13 @@ def page(
 {time.perf_counter() - started:.0f} s.
 
 A Llama of {parameters / 1e6:.2f} M parameters ({LAYERS} layers, {HIDDEN} wide, vocabulary {VOCABULARY}) on the \
-interpreter's own text ({about}), {BATCH} x {LENGTH} tokens a step. AdamW (lr {LEARNING_RATE:g}, betas {BETAS["betas"]}, weight \
-decay 0.1, {WARMUP} steps of warm-up) for {SWITCH} steps: held-out loss {at_switch:.4f}. Unswitched it goes on to \
-{unswitched[0]:.4f} after 1 step and {unswitched[-1]:.4f} after {AFTER}. One seed.
+interpreter's own text ({about}), {BATCH} x {LENGTH} tokens a step. AdamW (lr {LEARNING_RATE:g}, betas \
+{BETAS["betas"]}, weight decay 0.1, {WARMUP} steps of warm-up) for {SWITCH} steps: held-out loss {at_switch:.4f}. \
+Unswitched it goes on to {unswitched[0]:.4f} after 1 step and {unswitched[-1]:.4f} after {AFTER}. One seed.
 
 Held-out loss relative to the unswitched run at the same step, in percent; negative is better. `held`: a warm start \
-is never more than {ALLOWED:.0%} above, at the first and at every tenth of the {AFTER} steps. "Cold" has the weights and \
-no state. `lr` is a multiple of AdamW's.
+is never more than {ALLOWED:.0%} above, at the first and at every tenth of the {AFTER} steps. "Cold" has the \
+weights and no state. `lr` is a multiple of AdamW's.
 
 | optimizer | lr | start | {" | ".join(f"step {n}" for n in columns)} | worst | held |
 |---|---:|---|{"---:|" * (len(columns) + 1)}---|

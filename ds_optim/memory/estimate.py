@@ -44,6 +44,7 @@ from ds_optim.subject import Subject, SubjectError, meta_model, subject
 _PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
 _SAMPLES = 200  # points of a timeline that are kept
 _RANKS_LOOKED_AT = 16
+_RANKS_OF_MANY = 4  # and the last one
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +116,8 @@ def request_of(
 def predict(request: Request) -> Record:
     """The record of a steady training step.
 
-    All ranks of a small job are looked at, and some of a large one (`_RANKS_LOOKED_AT`): a partition's fullest rank
-    depends on where parameters are cut.
+    All ranks of a job of up to 16 are looked at, and five of a larger one, where they differ by a few per cent at most:
+    a partition's fullest rank depends on where parameters are cut.
 
     Raises:
         SubjectError: the model, the optimizer, the strategy or the number of ranks cannot be predicted.
@@ -172,7 +173,25 @@ class _Prepared:
 
 
 def _prepare(request: Request) -> _Prepared:
-    training = _judge(request)
+    _judge(request)
+    fixed = {"micro_batch": 1, "seq_length": 1, "checkpointing": False, "states_only": True}
+    return _prepared(_Asked(replace(request, **fixed, device_memory=None, reserve=0, command="")))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request as the key of a cache."""
+
+    request: Request
+
+    def __hash__(self) -> int:
+        return hash(repr(self.request))
+
+
+@lru_cache(maxsize=4)
+def _prepared(asked: _Asked) -> _Prepared:
+    request = asked.request
+    training = Training.of(request.deepspeed)
     settings = dict(request.settings)
     if request.precision == "pure bf16":
         settings.setdefault("state_dtype", torch.bfloat16)
@@ -280,7 +299,7 @@ def _terms(
 def _ranks_to_look_at(world_size: int) -> list[int]:
     if world_size <= _RANKS_LOOKED_AT:
         return list(range(world_size))
-    return sorted({world_size - 1, *(world_size * part // _RANKS_LOOKED_AT for part in range(_RANKS_LOOKED_AT))})
+    return sorted({world_size - 1, *(world_size * part // _RANKS_OF_MANY for part in range(_RANKS_OF_MANY))})
 
 
 # --------------------------------------------------------------------------------------------------------- the record
@@ -469,7 +488,8 @@ def _notes(request: Request) -> list[str]:
     notes = [f"A steady step (not the first), {passes} per step."]
     if request.world_size > _RANKS_LOOKED_AT:
         notes.append(
-            f"{_RANKS_LOOKED_AT + 1} of {request.world_size} ranks were looked at; another may hold a little more."
+            f"{len(_ranks_to_look_at(request.world_size))} of {request.world_size} ranks were looked at; another may hold "
+            "one or two per cent more."
         )
     if request.device_memory is not None and request.reserve:
         notes.append(

@@ -204,8 +204,8 @@ class RankRecord(_Model):
 
     @property
     def peak(self) -> Moment | None:
-        """The highest of all peaks and moments."""
-        return max(self.moments, key=lambda moment: moment.total, default=None)
+        """The highest of all peaks and moments, by what the device must hold."""
+        return max(self.moments, key=lambda moment: moment.on_device, default=None)
 
     @property
     def state_bytes(self) -> int:
@@ -285,7 +285,7 @@ class Record(_Model):
     @property
     def fullest(self) -> RankRecord:
         """The rank with the highest peak."""
-        return max(self.ranks, key=lambda rank: rank.peak.total if rank.peak else 0)
+        return max(self.ranks, key=lambda rank: rank.peak.on_device if rank.peak else 0)
 
     def save(self, path: str | Path) -> None:
         """Write JSON: whole, or not at all."""

@@ -1,0 +1,188 @@
+"""The commands ``ds-optim checkpoint convert | inspect | verify``."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+checkpoint_app = typer.Typer(
+    no_args_is_help=True, help="Canonical checkpoints: made from DeepSpeed's, listed, checked."
+)
+
+_Directory = Annotated[
+    Path, typer.Argument(exists=True, file_okay=False, help="Of the checkpoints, or one checkpoint's folder.")
+]
+_Tag = Annotated[str | None, typer.Option(help="Which checkpoint; else the one that `latest` names.")]
+
+
+@checkpoint_app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="IN", exists=True, file_okay=False, help="What DeepSpeed's save_checkpoint wrote."),
+    ],
+    directory: Annotated[
+        Path, typer.Argument(metavar="OUT", file_okay=False, help="Of canonical checkpoints; made if missing.")
+    ],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="The transformers config.json: AdamMini, Shampoo, SWAN, ZeRO-0."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--deepspeed", exists=True, dir_okay=False, help="The DeepSpeed JSON; else what was saved of it."),
+    ] = None,
+    tag: _Tag = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Also read objects of unknown classes, which may run code.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint directory that DeepSpeed wrote with one of our optimizers into the canonical form.
+
+    One process, no engine, no accelerator. Exit status 1, and nothing is written, if it cannot be done exactly.
+    """
+    from ds_optim.checkpoint.convert import convert as convert_files
+    from ds_optim.subject import meta_model
+
+    try:
+        made = convert_files(
+            source,
+            directory,
+            model=meta_model(_json(model)) if model else None,
+            deepspeed_config=_json(config) if config else None,
+            tag=tag,
+            trust=trust,
+        )
+    except (RuntimeError, ValueError) as error:  # a CheckpointError; a config or roles that are refused
+        _stop(error)
+    _say(f"written: {made}")
+
+
+@checkpoint_app.command("inspect")
+def inspect_checkpoint(
+    directory: _Directory,
+    tag: _Tag = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """List what a canonical checkpoint holds: optimizer, steps, parameters with shapes, dtypes, state and bytes.
+
+    Its tensors are not read; `verify` checks them.
+    """
+    try:
+        folder = _folder(directory, tag)
+        found = _contents(folder)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        _stop(error)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show(found)
+
+
+@checkpoint_app.command()
+def verify(directory: _Directory, tag: _Tag = None) -> None:
+    """Check every file of a canonical checkpoint against its checksum. Exit status 1 if it is not whole."""
+    from ds_optim.checkpoint.directory import MANIFEST, damages
+
+    try:
+        folder = _folder(directory, tag)
+        problems = damages(folder)
+    except (RuntimeError, OSError) as error:
+        _stop(error)
+    if problems:
+        _stop(RuntimeError(f"{folder} is damaged:\n- " + "\n- ".join(problems)))
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    _say(f"{folder} is whole: {len(files)} files, {sum(one['bytes'] for one in files.values()):,} bytes")
+
+
+def _folder(directory: Path, tag: str | None) -> Path:
+    """The folder of the checkpoint that was asked for: by tag, by ``latest``, or the one that was given itself."""
+    from ds_optim.checkpoint.directory import LATEST, MANIFEST, CheckpointError, folder_of
+
+    latest = directory / LATEST
+    if tag is None and latest.is_file():
+        tag = latest.read_text(encoding="utf-8").strip()
+    folder = folder_of(directory, tag) if tag else directory
+    if not (folder / MANIFEST).exists() and any(folder.glob("*_model_states.pt")):
+        raise CheckpointError(
+            f"{folder} is DeepSpeed's own checkpoint: make it canonical with ds-optim checkpoint convert"
+        )
+    return folder
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """What ``about.json`` says, with the bytes of the tensors and files beside it."""
+    from ds_optim.checkpoint import ranges
+    from ds_optim.checkpoint.directory import ABOUT, MANIFEST, CheckpointError, read_about
+
+    if not (folder / ABOUT).is_file():
+        raise CheckpointError(f"there is no {ABOUT} in {folder}: no canonical checkpoint, or damaged (see verify)")
+    about = read_about(folder)
+    stored = {name: numel * dtype.itemsize for name, (numel, dtype) in ranges.lengths(folder).items()}
+    totals = {"weights": 0, "state": 0, "module": 0}
+    for name, entry in about["parameters"].items():
+        weight = stored.get(f"weights.{name}", 0)
+        state = sum(stored.get(f"state.{name}.{key}", 0) for key in entry["state"])
+        entry["bytes"] = {"weights": weight, "state": state}
+        totals["weights"] += weight
+        totals["state"] += state
+    for name, entry in about["module"].items():
+        entry["bytes"] = stored.get(f"module.{name}", 0)
+        totals["module"] += entry["bytes"]
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    return {"folder": str(folder), **about, "bytes": {**totals, "files": sum(one["bytes"] for one in files.values())}}
+
+
+def _show(found: dict[str, Any]) -> None:
+    parameters, size = found["parameters"], found["bytes"]
+    settings = ", ".join(f"{key} {value}" for key, value in found["structure"].items())
+    _say(f"{found['folder']}, saved {found['saved']} by {found['world_size']} ranks")
+    _say(f"optimizer: {found['optimizer'] or 'none, weights alone'}" + (f" ({settings})" if settings else ""))
+    if found["engine"]:
+        _say("engine: " + ", ".join(f"{key} {value}" for key, value in found["engine"].items()))
+    table = Table()
+    for heading, right in (("parameter", False), ("shape", False), ("dtype", False), ("step", True), ("state", False)):
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    table.add_column("bytes", justify="right")
+    for name, entry in parameters.items():
+        state = ", ".join(f"{key} {one['dtype']} x {one['numel']:,}" for key, one in entry["state"].items())
+        step = "-" if entry["step"] is None else str(entry["step"])
+        shape = "x".join(map(str, entry["shape"])) or "scalar"
+        table.add_row(name, shape, entry["dtype"], step, state or "-", f"{sum(entry['bytes'].values()):,}")
+    for name, entry in found["module"].items():
+        shape = "x".join(map(str, entry["shape"])) or "scalar"
+        table.add_row(name, shape, entry["dtype"], "-", "not trained", f"{entry['bytes']:,}")
+    Console().print(table)
+    elements = sum(math.prod(entry["shape"]) for entry in parameters.values())
+    _say(
+        f"{elements:,} trained parameters: weights {size['weights']:,} bytes, state {size['state']:,}; "
+        f"not trained {size['module']:,}; files {size['files']:,}"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not an object")
+    return content
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _stop(error: BaseException) -> NoReturn:
+    Console().print("[bold red]problem:[/]", end=" ")
+    _say(str(error) if not isinstance(error, KeyError) else f"{error} is missing in what describes the checkpoint")
+    raise typer.Exit(1) from error

@@ -1,0 +1,301 @@
+"""A checkpoint's directory: whole or not there, and every damage found before anything is read.
+
+    DIRECTORY/latest                 the tag of the newest checkpoint
+    DIRECTORY/TAG/manifest.json      format number, size and SHA-256 of every other file; written last
+    DIRECTORY/TAG/about.json         what the checkpoint holds
+    DIRECTORY/TAG/objects.pt         learning-rate scheduler and client state (pickled)
+    DIRECTORY/TAG/.metadata, *.distcp    tensors, by torch.distributed.checkpoint
+
+A checkpoint is written under a temporary name and renamed when it is on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ds_optim.sharding.exchange import from_all_ranks
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ABOUT = "about.json"
+OBJECTS = "objects.pt"
+LATEST = "latest"
+_SHOWN = 20  # problems in one message
+
+T = TypeVar("T")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, is damaged, or does not fit. The same on every rank."""
+
+
+class NewerFormatError(CheckpointError):
+    """A later version of ds_optim wrote the checkpoint."""
+
+
+def rank() -> int:
+    """Of this process; 0 if it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def raise_everywhere(problems: Sequence[str], subject: str, remedy: str = "") -> None:
+    """One `CheckpointError` with every rank's problems on every rank, if any rank has one."""
+    found = list(dict.fromkeys(problem for of_rank in from_all_ranks(list(problems)) for problem in of_rank))
+    if found:
+        raise CheckpointError(in_one(found, subject, remedy))
+
+
+def in_one(problems: Sequence[str], subject: str, remedy: str = "") -> str:
+    """One message for several problems."""
+    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    text = f"{subject}:\n- " + "\n- ".join([*problems[:_SHOWN], *more])
+    return f"{text}\n{remedy}" if remedy else text
+
+
+def on_every_rank(work: Callable[[], T], subject: str, *, only: int | None = None) -> T:
+    """Do something on every rank (or on one, ``only``), and raise on all of them if it fails on any.
+
+    Returns:
+        This rank's result, or that of the one rank.
+    """
+    result: Any = None
+    problem: list[str] = []
+    try:
+        if only in (None, rank()):
+            result = work()
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        known = isinstance(error, CheckpointError)
+        problem = [str(error) if known else f"rank {rank()}: {type(error).__name__}: {error}"]
+    raise_everywhere(problem, subject)
+    return result if only is None else from_all_ranks(result)[only]  # type: ignore[no-any-return]
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_checkpoint(directory: Path, tag: str) -> Iterator[Path]:
+    """A folder to write a checkpoint into, which becomes ``directory/tag`` when the block ends. A collective.
+
+    Raises:
+        CheckpointError: on every rank; what was written is removed, and what was there before is untouched.
+    """
+    subject = f"cannot save checkpoint {tag!r} in {directory}, nothing there was changed"
+    folder = directory / f".{tag}.tmp"
+    on_every_rank(lambda: _prepare(directory, tag, folder), subject, only=0)
+    try:
+        try:
+            yield folder
+        except OSError as error:  # raised on every rank alike
+            raise CheckpointError(in_one(str(error).split("\n- "), subject)) from error
+        sums = on_every_rank(lambda: {path.name: _described(path) for path in _share(_files(folder))}, subject)
+        everyones = {name: found for of_rank in from_all_ranks(sums) for name, found in of_rank.items()}
+        on_every_rank(lambda: _publish(directory, tag, folder, everyones), subject, only=0)
+    except BaseException:
+        if rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _prepare(directory: Path, tag: str, folder: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / tag
+    if target.exists() and not (target / MANIFEST).exists() and not (target / ABOUT).exists():
+        raise CheckpointError(
+            f"{target} is there and is no checkpoint of this form: save under another tag or directory"
+        )
+    for left in directory.glob(".*.tmp"):  # of runs that were killed while they saved
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    folder.mkdir()
+
+
+def _publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any]) -> None:
+    """Make a written checkpoint whole, name it, and point ``latest`` to it."""
+    ordered = dict(sorted(files.items()))
+    manifest = {"format": FORMAT, "saved": now(), "files": ordered}
+    write_text(folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+    sync_folder(folder)
+    target, old = directory / tag, directory / f".{tag}.old"
+    if target.exists():  # saved again under the same tag: one of the two is always there
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    folder.rename(target)
+    sync_folder(directory)
+    write_text(directory / f".{LATEST}.tmp", tag)
+    (directory / f".{LATEST}.tmp").replace(directory / LATEST)
+    sync_folder(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file and see it onto the disk."""
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """See a folder's entries onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def folder_of(directory: Path, tag: str) -> Path:
+    """Where a checkpoint lies; beside its name, if a save under the same tag was cut short."""
+    target, old = directory / tag, directory / f".{tag}.old"
+    return old if old.is_dir() and not target.exists() else target
+
+
+def whole_checkpoint(directory: Path, tag: str | None, *, fallback: bool) -> Path:
+    """The folder of a checkpoint whose every file is as it was written. A collective; each rank checks a share.
+
+    Args:
+        tag: None for the one that ``latest`` names.
+        fallback: take the newest whole one that is older, if this one is damaged, with one warning.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged and ``fallback`` was not asked for or found nothing.
+        NewerFormatError: a later version wrote it.
+    """
+    first = on_every_rank(lambda: tag or _latest(directory), f"cannot load from {directory}", only=0)
+    found = damages(folder_of(directory, first))
+    if not found:
+        return folder_of(directory, first)
+    message = in_one(found, f"checkpoint {first!r} in {directory} is damaged, nothing was loaded")
+    if not fallback:
+        raise CheckpointError(f"{message}\nLoad an older one: fallback=True, or tag= one of {_tags(directory)}")
+    limit = _age(folder_of(directory, first))
+    older = on_every_rank(
+        lambda: [one for one in _tags(directory) if one != first and _age(folder_of(directory, one)) <= limit],
+        message,
+        only=0,
+    )
+    for other in older:
+        if not damages(folder_of(directory, other)):
+            if rank() == 0:
+                warnings.warn(f"{message}\nLoading the older checkpoint {other!r} instead", stacklevel=3)
+            return folder_of(directory, other)
+    raise CheckpointError(f"{message}\nNo older checkpoint there is whole")
+
+
+def damages(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint's files, the same on every rank: a collective.
+
+    Raises:
+        NewerFormatError: a later version wrote it.
+    """
+
+    def check() -> tuple[list[str], str]:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            files = manifest["files"]
+            if int(manifest["format"]) > FORMAT:
+                return [], f"{folder} has format {manifest['format']}, this version of ds_optim knows {FORMAT}"
+            if manifest.pop("sha256") != _digest(manifest):
+                return [f"{MANIFEST} was changed"], ""
+        except FileNotFoundError:
+            return [
+                f"{MANIFEST} is missing: {'it was not saved to its end' if folder.is_dir() else 'no such folder'}"
+            ], ""
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"], ""
+        return [problem for name in _share(sorted(files)) for problem in _damage(folder / name, files[name])], ""
+
+    answers = from_all_ranks(check())
+    newer = [reason for _, reason in answers if reason]
+    if newer:
+        raise NewerFormatError(f"{newer[0]}: install the version that wrote it, or a later one; nothing was loaded")
+    return sorted({problem for problems, _ in answers for problem in problems})
+
+
+def _damage(path: Path, written: Mapping[str, Any]) -> list[str]:
+    try:
+        size = path.stat().st_size
+        if size != written["bytes"]:
+            return [f"{path.name} has {size} bytes, {written['bytes']} were written"]
+        return [] if _described(path) == dict(written) else [f"{path.name} was changed: its checksum differs"]
+    except FileNotFoundError:
+        return [f"{path.name} is missing"]
+    except OSError as error:
+        return [f"{path.name} cannot be read ({error})"]
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds (its ``about.json``)."""
+    found: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    return found
+
+
+def _latest(directory: Path) -> str:
+    path = directory / LATEST
+    if not path.is_file():
+        listed = _tags(directory)
+        raise CheckpointError(
+            f"there is no file {path}"
+            + (f"; give tag= one of {listed}" if listed else ": nothing was ever saved there")
+        )
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _tags(directory: Path) -> list[str]:
+    """Checkpoints of this form in a directory, the newest first."""
+    with suppress(OSError):
+        found = [path.parent for path in directory.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+        return [folder.name for folder in sorted(found, key=_age, reverse=True)]
+    return []
+
+
+def _age(folder: Path) -> str:
+    """When a checkpoint was saved, from its manifest or, if that cannot be read, from the folder itself."""
+    try:
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["saved"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with suppress(OSError):
+        return datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc).isoformat(timespec="microseconds")
+    return now()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+
+
+def _share(listed: Sequence[T]) -> Sequence[T]:
+    """This rank's part of what all ranks check together."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return listed[rank() :: world]
+
+
+def _described(path: Path) -> dict[str, Any]:
+    hashed, size = hashlib.sha256(), 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            hashed.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": hashed.hexdigest()}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,164 @@
+"""`save` and `load`: one call on all ranks, for an engine or a plain model and optimizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import ds_optim
+from ds_optim.checkpoint import content, ranges
+from ds_optim.checkpoint import engine as engines
+from ds_optim.checkpoint.directory import (
+    ABOUT,
+    FORMAT,
+    OBJECTS,
+    CheckpointError,
+    new_checkpoint,
+    now,
+    on_every_rank,
+    raise_everywhere,
+    read_about,
+    whole_checkpoint,
+    write_text,
+)
+from ds_optim.sharding.exchange import from_all_ranks
+
+
+def save(
+    directory: str | os.PathLike[str],
+    model: Any,
+    optimizer: Any = None,
+    *,
+    tag: str | None = None,
+    client_state: Any = None,
+) -> Path:
+    """Save weights, optimizer state, settings, scheduler and counters in canonical form. All ranks call it.
+
+    Every value is stored once. A rank needs a bounded buffer beside its shards. The checkpoint is whole or not there:
+    it gets its name, and ``latest`` moves, when everything is on the disk.
+
+    Args:
+        directory: of the run's checkpoints; made if missing.
+        model: a DeepSpeed engine whose optimizer is one of ours, or a model.
+        optimizer: of a plain model; None saves its weights alone.
+        tag: the checkpoint's folder in ``directory``. Unset: ``global_step`` and the engine's count, or ``step`` and
+            the optimizer's. A checkpoint of the same tag is replaced.
+        client_state: anything that pickles, the same on all ranks (rank 0's is stored); `load` returns it.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: on every rank, with every rank's reasons: disk full, no permission, not one of our optimizers.
+    """
+    directory = Path(directory)
+    subject, problems = content.subject_of(model, optimizer)
+    raise_everywhere(problems, "this cannot be saved")
+    assert subject is not None
+    engine = subject.engine
+    name = tag or (f"global_step{engine.global_steps}" if engine is not None else f"step{subject.step}")
+    raise_everywhere(_tag_problems(name), "this cannot be saved")
+    about = {
+        "format": FORMAT,
+        "saved": now(),
+        "versions": {"ds_optim": ds_optim.__version__, "torch": torch.__version__},
+        "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        "engine": engines.counters(engine) if engine is not None else None,
+        **content.described(subject),
+    }
+    scheduler = getattr(engine, "lr_scheduler", None)
+    objects = {
+        "client_state": client_state,
+        "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
+    }
+
+    def write_small(folder: Path) -> None:
+        write_text(folder / ABOUT, json.dumps(about, indent=1))
+        with open(folder / OBJECTS, "wb") as stream:
+            torch.save(objects, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    with new_checkpoint(directory, name) as folder:
+        on_every_rank(lambda: write_small(folder), f"cannot save checkpoint {name!r} in {directory}", only=0)
+        ranges.write(folder, content.to_write(subject))
+    return directory / name
+
+
+def load(
+    directory: str | os.PathLike[str],
+    model: Any,
+    optimizer: Any = None,
+    *,
+    tag: str | None = None,
+    fallback: bool = False,
+    load_optimizer_states: bool = True,
+) -> Any:
+    """Load what `save` stored, on any number of ranks and under any strategy. All ranks call it.
+
+    Every file is checked, and every difference between the checkpoint and what is here is named, before anything is
+    changed. The pickled part (scheduler, client state) runs code: load only what you trust.
+
+    Args:
+        directory: as in `save`.
+        model: a DeepSpeed engine whose optimizer is one of ours, or a model.
+        optimizer: of a plain model; None loads weights alone.
+        tag: the checkpoint; unset, the one that ``latest`` names.
+        fallback: if that one is damaged, take the newest older whole one, with one warning.
+        load_optimizer_states: False loads weights, scheduler and counters, and leaves the optimizer as it is.
+
+    Returns:
+        The ``client_state`` that was saved.
+
+    Raises:
+        CheckpointError: on every rank: nothing there, damaged (the files are named), of a later version, or of another
+            optimizer, other settings, roles or shapes (each difference is named).
+    """
+    directory = Path(directory)
+    subject, problems = content.subject_of(model, optimizer)
+    raise_everywhere(problems, "nothing can be loaded into this")
+    assert subject is not None
+    folder = whole_checkpoint(directory, tag, fallback=fallback)
+    about, objects = on_every_rank(
+        lambda: (read_about(folder), torch.load(folder / OBJECTS, map_location="cpu", weights_only=False)),
+        f"cannot load checkpoint {folder}, nothing was changed",
+    )
+    states = load_optimizer_states and subject.optimizer is not None
+    raise_everywhere(
+        content.misfits(subject, about, states=states),
+        f"checkpoint {folder} does not fit, nothing was changed",
+        "Load it with what it was saved with; weights alone: load_optimizer_states=False." if states else "",
+    )
+    reading = content.to_read(subject, about, states=states)
+    try:
+        ranges.read(folder, reading.tensors)
+    except OSError as error:  # raised on every rank alike
+        raise CheckpointError(f"reading {folder} failed half-way, load again before you go on:\n- {error}") from error
+    reading.finish()
+    if states:
+        assert subject.optimizer is not None
+        content.restore_settings(subject, about)
+        subject.optimizer.forget_past()
+    engine = subject.engine
+    if engine is not None:
+        engines.publish_weights(engine, subject.optimizer.bound_tensors if subject.optimizer is not None else {})
+        if about["engine"] is not None:
+            engines.restore_counters(engine, about["engine"])
+        if engine.lr_scheduler is not None and objects["lr_scheduler"] is not None:
+            engine.lr_scheduler.load_state_dict(objects["lr_scheduler"])
+    return objects["client_state"]
+
+
+def _tag_problems(tag: str) -> list[str]:
+    found = []
+    if not tag or tag.startswith(".") or Path(tag).name != tag or tag == "latest":
+        found.append(f"tag {tag!r} is not the name of a folder")
+    others = sorted(set(from_all_ranks(tag)))
+    if len(others) > 1:
+        found.append(f"ranks would save under different tags: {', '.join(others)}")
+    return found
