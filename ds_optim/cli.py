@@ -2,6 +2,7 @@
 
 ``doctor``: what is installed, what resolves to what, what is refused. ``estimate``: what a training will hold and what
 every rank will do. ``claims``: the published savings, judged. ``report``: a page about recorded runs.
+``checkpoint``: convert, inspect, verify.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ds_optim.checkpoint.command import checkpoint_app
 from ds_optim.memory.claims_command import claims
 from ds_optim.memory.estimate_command import estimate
 from ds_optim.memory.report_command import report
@@ -137,6 +139,7 @@ def _print_refusals(console: Console, config: Path | None) -> list[str]:
 app.command()(estimate)
 app.command()(claims)
 app.command()(report)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def main() -> None:

@@ -1,10 +1,9 @@
 """Where the memory of one training step is, measured once near the start of a run, and a page about it at the end.
 
 The accountant follows the run from before the model is made to the end of the fourth step, which is the one that is
-reported: the first also makes the optimizer's state and builds kernels, and ZeRO-3 looks on for up to three steps before
-it fetches parameters ahead. Three bare steps later it knows what following
-cost, writes the record and is gone. When the run has ended, the first rank predicts the same run, and one with AdamW,
-and writes the page.
+reported: the first also makes the optimizer's state and builds kernels, and ZeRO-3 looks on for up to three steps
+before it fetches parameters ahead. Three bare steps later it knows what following cost, writes the record and is gone.
+When the run has ended, the first rank predicts the same run, and one with AdamW, and writes the page.
 """
 
 import contextlib

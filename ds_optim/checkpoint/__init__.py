@@ -5,11 +5,28 @@ import ds_optim.checkpoint
 ds_optim.checkpoint.save("checkpoints", engine, client_state={"epoch": 3})
 client_state = ds_optim.checkpoint.load("checkpoints", engine)         # fewer ranks, another ZeRO stage, ...
 ds_optim.checkpoint.load("checkpoints", model, optimizer)              # without DeepSpeed
+
+Importing this costs nothing until a name is used.
 """
 
-from ds_optim.checkpoint.directory import CheckpointError as CheckpointError
-from ds_optim.checkpoint.save_load import load as load
-from ds_optim.checkpoint.save_load import save as save
-from ds_optim.checkpoint.warm_start import warm_start as warm_start
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["CheckpointError", "load", "save", "warm_start"]
+if TYPE_CHECKING:
+    from ds_optim.checkpoint.directory import CheckpointError as CheckpointError
+    from ds_optim.checkpoint.save_load import load as load
+    from ds_optim.checkpoint.save_load import save as save
+
+_HOME = {
+    "CheckpointError": "ds_optim.checkpoint.directory",
+    "load": "ds_optim.checkpoint.save_load",
+    "save": "ds_optim.checkpoint.save_load",
+}
+
+__all__ = ["CheckpointError", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ds_optim.checkpoint' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

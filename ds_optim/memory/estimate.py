@@ -487,9 +487,9 @@ def _notes(request: Request) -> list[str]:
     passes = "one micro-batch" if request.passes == 1 else f"{request.passes} micro-batches, the last one shown"
     notes = [f"A steady step (not the first), {passes} per step."]
     if request.world_size > _RANKS_LOOKED_AT:
+        looked_at = len(_ranks_to_look_at(request.world_size))
         notes.append(
-            f"{len(_ranks_to_look_at(request.world_size))} of {request.world_size} ranks were looked at; another may hold "
-            "one or two per cent more."
+            f"{looked_at} of {request.world_size} ranks were looked at; another may hold one or two per cent more."
         )
     if request.device_memory is not None and request.reserve:
         notes.append(
