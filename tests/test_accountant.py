@@ -692,10 +692,15 @@ def measured_by_the_kernel(hidden: int) -> str:
     return record.model_dump_json()
 
 
-def test_the_process_agrees_about_deepspeed(pool: Pools) -> None:
-    """Steady state and peak of a step over two ranks; a small engine first, so that libraries are loaded."""
-    pool(2).run(measured_by_the_kernel, 64)
-    for text in pool(2).run(measured_by_the_kernel, 1024):
+def test_the_process_agrees_about_deepspeed() -> None:
+    """Steady state and peak of a step over two ranks; a small engine first, so that libraries are loaded.
+
+    In new processes: what others freed before would be used again, and not be seen by the system.
+    """
+    with Pools() as pools:
+        pools(2).run(measured_by_the_kernel, 64)
+        found = pools(2).run(measured_by_the_kernel, 1024)
+    for text in found:
         checks = Record.model_validate_json(text).ranks[0].checks
         assert len(checks) == 2
         for check in checks:
