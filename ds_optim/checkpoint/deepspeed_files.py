@@ -36,8 +36,24 @@ class _Plain:
     """Stands for a class of DeepSpeed's: its attributes are kept, its code is not needed."""
 
 
+class _Stage(int):
+    """Stands for DeepSpeed's enumeration of ZeRO stages."""
+
+
+def _member(kind: Any, name: str) -> str:
+    """Stands for ``getattr``, by which early releases of Python 3.11 store members of enumerations.
+
+    Raises:
+        TypeError: it is asked of anything else.
+    """
+    if kind is not _Stage:
+        raise TypeError(f"getattr({kind!r}, {name!r}) in a checkpoint")
+    return name
+
+
 _STANDING_FOR: list[Any] = [
-    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    *((_member, name) for name in ("getattr", "builtins.getattr", "__builtin__.getattr")),
     (type("LossScaler", (_Plain,), {}), "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (type("DynamicLossScaler", (_Plain,), {}), "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (type("Fragment", (_Plain,), {}), "deepspeed.utils.tensor_fragment.fragment_address"),
