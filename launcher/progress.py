@@ -20,7 +20,8 @@ class OptimizerClock:
     """Time inside the basic optimizer's ``step()`` alone: without DeepSpeed's clipping, casting and gathering.
 
     It listens with `torch.optim.Optimizer`'s own step hooks, so any optimizer can be timed. ZeRO calls ``step()`` once
-    per parameter group or sub-group; the calls of one training step are summed.
+    per parameter group or sub-group; the calls of one training step are summed. A ``step()`` that calls its parent's is
+    heard twice, and counts once.
 
     Args:
         optimizer: the optimizer that DeepSpeed wraps.
@@ -32,16 +33,21 @@ class OptimizerClock:
         self._synchronize = synchronize
         self._started = 0.0
         self._seconds = 0.0
+        self._depth = 0
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
 
     def _before(self, *_: Any) -> None:
-        self._synchronize()
-        self._started = time.perf_counter()
+        self._depth += 1
+        if self._depth == 1:
+            self._synchronize()
+            self._started = time.perf_counter()
 
     def _after(self, *_: Any) -> None:
-        self._synchronize()
-        self._seconds += time.perf_counter() - self._started
+        self._depth -= 1
+        if self._depth == 0:
+            self._synchronize()
+            self._seconds += time.perf_counter() - self._started
 
     def take(self) -> float:
         """Seconds since the last call."""
