@@ -27,8 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from rich.progress import track
 
-from ds_optim.estimate import plans
+from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.sharding.plan import imbalance
+from ds_optim.sharding.predict import predicted_layouts
+from ds_optim.subject import meta_model, subject
 from pool import Pools
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +122,10 @@ def computed_table() -> tuple[list[str], bool]:
     for model, ranks, optimizer, stage in track(cases, description="computing"):
         config = json.loads((ROOT / "configs" / "models" / f"{model}.json").read_text())
         started = time.perf_counter()
-        ((plan, exchange, _),) = plans(config, {}, optimizer, stage, [ranks])
+        about = subject(meta_model(config), {}, optimizer, {})
+        made = about.optimizer
+        assert isinstance(made, WholeMatrixOptimizer)
+        plan = made.plan_over(predicted_layouts(about.groups, stage, ranks))
         seconds = time.perf_counter() - started
         costs = plan.costs
         per_rank = len(plan.blocks) / ranks
@@ -130,7 +135,7 @@ def computed_table() -> tuple[list[str], bool]:
         most = float((costs.sent + costs.received).max()) / 2 * 4 / 1e9
         lines.append(
             f"| {model} | {optimizer} | {stage} | {ranks} | {per_rank:.1f} | {even[0]:.2f} | {even[1]:.2f} | "
-            f"{even[2]:.2f} | {plan.waiting(exchange['bucket_size']):.2f} | {costs.sent.mean() / costs.floor:.2f} | "
+            f"{even[2]:.2f} | {plan.waiting(made.exchange_bucket_size):.2f} | {costs.sent.mean() / costs.floor:.2f} | "
             f"{most:.3f} | {seconds:.0f} |"
         )
     return lines, good
@@ -181,9 +186,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _pools = Pools()
-    try:
-        status = main()
-    finally:
-        _pools.close()
-    sys.exit(status)
+    with Pools() as _pools:
+        sys.exit(main())

@@ -123,9 +123,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    _pools = Pools()
-    try:
-        status = main()
-    finally:
-        _pools.close()
-    sys.exit(status)
+    with Pools() as _pools:
+        sys.exit(main())

@@ -8,7 +8,6 @@ every rank will do. ``claims``: the published savings, judged. ``report``: a pag
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from importlib import import_module
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_optim.checkpoint.command import checkpoint_app
+from ds_optim.json_file import read_object
 from ds_optim.memory.claims_command import claims
 from ds_optim.memory.estimate_command import estimate
 from ds_optim.memory.report_command import report
@@ -127,9 +127,9 @@ def _print_refusals(console: Console, config: Path | None) -> list[str]:
             console.print(f"  - {refusal.reason}", highlight=False)
         return []
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = read_object(config)
     except ValueError as error:
-        return [f"{config} is not JSON: {error}"]
+        return [str(error)]
     name, reasons = judge(content)
     who = name or '"optimizer" is not one of ours; judged for an AdamMini made by hand'
     console.print(f"{config}: {who}: {'refused' if reasons else 'accepted'}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
@@ -29,9 +28,9 @@ from ds_optim.optimizers.shampoo import Shampoo
 from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps, raise_on_all_ranks
 from ds_optim.optimizers.swan import SWAN
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
-from ds_optim.role import Role, is_decay_exempt
+from ds_optim.role import Role
 from ds_optim.role_overrides import override_roles
-from ds_optim.roles import canonical_name, infer_roles, logical_shape
+from ds_optim.roles import canonical_name, exempt_names, infer_roles, logical_shape
 from ds_optim.sharding import zero
 from ds_optim_autoload import ENGINE
 
@@ -186,15 +185,13 @@ def _exempt(
     engine: Any, no_decay: tuple[str, ...] | None, inferred: Mapping[str, Role]
 ) -> tuple[set[Tensor], list[str]]:
     """The parameters without weight decay, and patterns that match none."""
-    listed = [(canonical_name(name), parameter) for name, parameter in engine.module.named_parameters()]
-    if no_decay is None:
-        return {parameter for name, parameter in listed if is_decay_exempt(inferred[name])}, []
+    named = {canonical_name(name): parameter for name, parameter in engine.module.named_parameters()}
     problems = [
         f'"no_decay": {pattern!r} matches no parameter'
-        for pattern in no_decay
-        if not any(fnmatchcase(name, pattern) for name, _ in listed)
+        for pattern in no_decay or ()
+        if not exempt_names(named, inferred, [pattern])
     ]
-    return {p for name, p in listed if any(fnmatchcase(name, pattern) for pattern in no_decay)}, problems
+    return {named[name] for name in exempt_names(named, inferred, no_decay)}, problems
 
 
 def _roles(engine: Any, given: Any, inferred: Mapping[str, Role]) -> Mapping[str, Role]:

@@ -5,8 +5,9 @@ parameters are empty until they are gathered.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ __all__ = [
     "Part",
     "Role",
     "canonical_name",
+    "exempt_names",
     "infer_roles",
     "is_decay_exempt",
     "logical_shape",
     "override_roles",
     "param_groups",
     "resolve_roles",
+    "shapes_and_roles",
     "warn_unclaimed",
 ]
 
@@ -164,6 +167,30 @@ def warn_unclaimed(
             stacklevel=3,
         )
     return unclaimed
+
+
+def shapes_and_roles(model: nn.Module, given: Any) -> tuple[dict[str, tuple[int, ...]], Mapping[str, Role]]:
+    """Logical shape and role of every parameter of a model, by name.
+
+    Args:
+        given: overrides, as in `override_roles`; None for none.
+    """
+    shapes = {canonical_name(name): logical_shape(parameter) for name, parameter in model.named_parameters()}
+    inferred = infer_roles(model)
+    return shapes, inferred if given is None else override_roles(inferred, given, shapes)
+
+
+def exempt_names(names: Iterable[str], roles: Mapping[str, Role], patterns: Sequence[str] | None) -> list[str]:
+    """Those parameters that are spared weight decay.
+
+    Args:
+        names: to choose from.
+        roles: norms and biases are spared if there are no patterns.
+        patterns: name patterns that prevail; an empty list spares nobody.
+    """
+    if patterns is None:
+        return [name for name in names if is_decay_exempt(roles[name])]
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

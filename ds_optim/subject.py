@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
 from ds_optim.optimizers.sharded import ShardedOptimizer
-from ds_optim.role import Role, is_decay_exempt
-from ds_optim.roles import canonical_name, infer_roles, logical_shape, override_roles
+from ds_optim.role import Role
+from ds_optim.roles import canonical_name, exempt_names, shapes_and_roles
 from ds_optim.sharding.layout import ParameterSpec
 
 
@@ -64,16 +63,10 @@ def subject(
     """
     cls, options = _optimizer(deepspeed_config, optimizer)
     options.update(settings)
-    inferred = infer_roles(model)
     named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    shapes = {name: logical_shape(parameter) for name, parameter in named.items()}
-    given = options.pop("roles", None)
-    roles = inferred if given is None else override_roles(inferred, given, shapes)
+    shapes, roles = shapes_and_roles(model, options.pop("roles", None))
     patterns = (deepspeed_config.get("ds_optim") or {}).get("no_decay") if optimizer is None else None
-    if patterns is None:
-        exempt = [name for name in named if is_decay_exempt(roles[name])]
-    else:
-        exempt = [name for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    exempt = exempt_names(named, roles, patterns)
     groups = [group for group in ([name for name in named if name not in exempt], exempt) if group]
     made = cls([{"params": [(name, named[name]) for name in group]} for group in groups], roles=roles, **options)
     return Subject(made, [[ParameterSpec(name, shapes[name]) for name in group] for group in groups], roles, options)

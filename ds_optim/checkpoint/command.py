@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ds_optim.json_file import read_object
+
 checkpoint_app = typer.Typer(
     no_args_is_help=True, help="Canonical checkpoints: made from DeepSpeed's, listed, checked."
 )
@@ -56,8 +58,8 @@ def convert(
         made = convert_files(
             source,
             directory,
-            model=meta_model(_json(model)) if model else None,
-            deepspeed_config=_json(config) if config else None,
+            model=meta_model(read_object(model)) if model else None,
+            deepspeed_config=read_object(config) if config else None,
             tag=tag,
             trust=trust,
         )
@@ -166,16 +168,6 @@ def _show(found: dict[str, Any]) -> None:
         f"{elements:,} trained parameters: weights {size['weights']:,} bytes, state {size['state']:,}; "
         f"not trained {size['module']:,}; files {size['files']:,}"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not an object")
-    return content
 
 
 def _say(text: str) -> None:

@@ -7,11 +7,9 @@ were; this file only brings its answer and the files together.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,23 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ds_optim
 from ds_optim.checkpoint import content, ranges
 from ds_optim.checkpoint import engine as engines
 from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles, RankStates
 from ds_optim.checkpoint.directory import (
-    ABOUT,
-    FORMAT,
-    OBJECTS,
     CheckpointError,
+    heading,
     in_one,
     new_checkpoint,
-    now,
-    write_text,
+    write_small,
 )
 from ds_optim.optimizers.sharded import ShardedOptimizer
-from ds_optim.role import Role, is_decay_exempt
-from ds_optim.roles import canonical_name, infer_roles, logical_shape, override_roles
+from ds_optim.role import Role
+from ds_optim.roles import canonical_name, exempt_names, shapes_and_roles
 from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated
 
@@ -75,7 +69,7 @@ def convert(
     files = DeepSpeedFiles(Path(source), tag, trust=trust)
     config = deepspeed_config if deepspeed_config is not None else files.config
     cls, given = _optimizer_of(config)
-    shapes, roles = _roles_of(model, given)
+    shapes, roles = shapes_and_roles(model, given) if model is not None else ({}, {})
     groups = _groups_at_zero_0(files, model, config or {}, shapes, roles)
     layouts = files.layouts(groups)
     _require_fit(files, cls, model, shapes, layouts)
@@ -99,13 +93,7 @@ def convert(
             about = {**_about(files, states, config or {}), **content.described(subject)}
 
     with new_checkpoint(Path(directory), files.tag) as folder:
-        write_text(folder / ABOUT, json.dumps(about, indent=1))
-        with open(folder / OBJECTS, "wb") as stream:
-            torch.save(
-                {"client_state": files.client_state or None, "lr_scheduler": files.main.get("lr_scheduler")}, stream
-            )
-            stream.flush()
-            os.fsync(stream.fileno())
+        write_small(folder, about, files.client_state or None, files.main.get("lr_scheduler"))
         ranges.write(folder, {name: _together(parts) for name, parts in merged.items()})
     return Path(directory) / files.tag
 
@@ -122,15 +110,6 @@ def _optimizer_of(config: Mapping[str, Any] | None) -> tuple[type[ShardedOptimiz
             found = f"the optimizer was {name}, which is none of {', '.join(names())}"
         raise CheckpointError(f'{found}: give a DeepSpeed JSON whose "optimizer" names it (--deepspeed)')
     return names()[name], Settings.of(config or {}).all_options(config or {}).get("roles")
-
-
-def _roles_of(model: nn.Module | None, given: Any) -> tuple[dict[str, tuple[int, ...]], Mapping[str, Role]]:
-    """Logical shape and role of every parameter of the model."""
-    if model is None:
-        return {}, {}
-    shapes = {canonical_name(name): logical_shape(parameter) for name, parameter in model.named_parameters()}
-    inferred = infer_roles(model)
-    return shapes, inferred if given is None else override_roles(inferred, given, shapes)
 
 
 def _groups_at_zero_0(
@@ -150,15 +129,9 @@ def _groups_at_zero_0(
         )
     from ds_optim.deepspeed_plugin import Settings
 
-    patterns = Settings.of(config).no_decay
-
-    def exempt(name: str) -> bool:
-        if patterns is None:
-            return is_decay_exempt(roles[name])
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
     named = [canonical_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    split = [[name for name in named if not exempt(name)], [name for name in named if exempt(name)]]
+    exempt = exempt_names(named, roles, Settings.of(config).no_decay)
+    split = [[name for name in named if name not in exempt], exempt]
     saved = files.main["optimizer"].get("optimizer_state_dict", files.main["optimizer"])["param_groups"]
     candidates = ([group for group in split if group], [named])
     sizes = [len(group["params"]) for group in saved]
@@ -314,13 +287,7 @@ def _about(files: DeepSpeedFiles, states: RankStates, config: Mapping[str, Any])
         micro_steps=steps * (window if isinstance(window, int) else 1),  # DeepSpeed does not save it
         optimizer=SimpleNamespace(loss_scaler=states.scaler),
     )
-    return {
-        "format": FORMAT,
-        "saved": now(),
-        "versions": {"ds_optim": ds_optim.__version__, "torch": torch.__version__},
-        "world_size": files.world_size,
-        "engine": engines.counters(engine),
-    }
+    return heading(files.world_size, engines.counters(engine))
 
 
 def _together(parts: Sequence[ranges.Ranges]) -> ranges.Ranges:

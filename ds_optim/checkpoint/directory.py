@@ -22,8 +22,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
+import ds_optim
 from ds_optim.sharding.exchange import from_all_ranks
 
 FORMAT = 1
@@ -136,6 +138,31 @@ def _publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any]) 
     (directory / f".{LATEST}.tmp").replace(directory / LATEST)
     sync_folder(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def heading(world_size: int, counters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The part of ``about.json`` that says when and by what it was written.
+
+    Args:
+        world_size: ranks of the run.
+        counters: the engine's; None without one.
+    """
+    return {
+        "format": FORMAT,
+        "saved": now(),
+        "versions": {"ds_optim": ds_optim.__version__, "torch": torch.__version__},
+        "world_size": world_size,
+        "engine": counters,
+    }
+
+
+def write_small(folder: Path, about: Mapping[str, Any], client_state: Any, lr_scheduler: Any) -> None:
+    """Write what is not tensors: ``about.json`` and ``objects.pt``; they are on the disk on return."""
+    write_text(folder / ABOUT, json.dumps(about, indent=1))
+    with open(folder / OBJECTS, "wb") as stream:
+        torch.save({"client_state": client_state, "lr_scheduler": lr_scheduler}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-import ds_optim
 from ds_optim.checkpoint import content, ranges
 from ds_optim.checkpoint import engine as engines
 from ds_optim.checkpoint.directory import (
-    ABOUT,
-    FORMAT,
     OBJECTS,
     CheckpointError,
+    heading,
     new_checkpoint,
-    now,
     on_every_rank,
     raise_everywhere,
     read_about,
     whole_checkpoint,
-    write_text,
+    write_small,
 )
 from ds_optim.sharding.exchange import from_all_ranks
 
@@ -64,28 +61,17 @@ def save(
     name = tag or (f"global_step{engine.global_steps}" if engine is not None else f"step{subject.step}")
     raise_everywhere(_tag_problems(name), "this cannot be saved")
     about = {
-        "format": FORMAT,
-        "saved": now(),
-        "versions": {"ds_optim": ds_optim.__version__, "torch": torch.__version__},
-        "world_size": dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
-        "engine": engines.counters(engine) if engine is not None else None,
+        **heading(
+            dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+            engines.counters(engine) if engine is not None else None,
+        ),
         **content.described(subject),
     }
     scheduler = getattr(engine, "lr_scheduler", None)
-    objects = {
-        "client_state": client_state,
-        "lr_scheduler": scheduler.state_dict() if scheduler is not None else None,
-    }
-
-    def write_small(folder: Path) -> None:
-        write_text(folder / ABOUT, json.dumps(about, indent=1))
-        with open(folder / OBJECTS, "wb") as stream:
-            torch.save(objects, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-
+    schedule = scheduler.state_dict() if scheduler is not None else None
     with new_checkpoint(directory, name) as folder:
-        on_every_rank(lambda: write_small(folder), f"cannot save checkpoint {name!r} in {directory}", only=0)
+        small = partial(write_small, folder, about, client_state, schedule)
+        on_every_rank(small, f"cannot save checkpoint {name!r} in {directory}", only=0)
         ranges.write(folder, content.to_write(subject))
     return directory / name
 

@@ -8,7 +8,6 @@ three along the pass.
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import math
 import platform
 from collections import Counter
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from ds_optim.memory.provenance import installed
 from ds_optim.memory.record import (
     Amount,
     Category,
@@ -34,14 +34,13 @@ from ds_optim.memory.record import (
     StateEntry,
 )
 from ds_optim.memory.simulate import Timeline, simulate
-from ds_optim.memory.strategies import Bytes, Ints, Partition, Terms, plain, zero_0, zero_1_and_2, zero_3
-from ds_optim.memory.training import Precision, Training, without_auto
+from ds_optim.memory.strategies import Bytes, Ints, Partition, Terms, plain, total, zero_0, zero_1_and_2, zero_3
+from ds_optim.memory.training import Precision, Training, in_words, without_auto
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.predict import predicted_layouts
 from ds_optim.subject import Subject, SubjectError, meta_model, subject
 
-_PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
 _SAMPLES = 200  # points of a timeline that are kept
 _RANKS_LOOKED_AT = 16
 _RANKS_OF_MANY = 4  # and the last one
@@ -147,6 +146,12 @@ def largest_micro_batch(request: Request, limit: int = 4096) -> int:
     return low
 
 
+def planned(request: Request) -> WholeMatrixOptimizer | None:
+    """The optimizer with the plan that a prediction rests on; None where no block travels."""
+    made = _prepare(request).about.optimizer
+    return made if isinstance(made, WholeMatrixOptimizer) else None
+
+
 def highest(record: Record) -> int:
     """Bytes on the device at the highest peak of the fullest rank; what is offloaded does not count."""
     return max(moment.on_device for rank in record.ranks for moment in rank.moments)
@@ -224,12 +229,8 @@ def _record(request: Request, prepared: _Prepared) -> Record:
 # ------------------------------------------------------------------------------------------------------ the strategy
 
 
-def _judge(request: Request) -> Training:
-    """The JSON, read.
-
-    Raises:
-        SubjectError: everything that is wrong with a request, in one message.
-    """
+def _judge(request: Request) -> None:
+    """Refuse a request with everything that is wrong with it, in one `SubjectError`."""
     training = Training.of(request.deepspeed)
     problems = training.problems()
     if request.world_size < 1:
@@ -249,7 +250,6 @@ def _judge(request: Request) -> Training:
         problems = judge(without_auto(request.deepspeed))[1]
     if problems:
         raise SubjectError("; ".join(problems))
-    return training
 
 
 def positions_of(model: Mapping[str, Any]) -> int | None:
@@ -267,8 +267,7 @@ def _zero_config(request: Request, training: Training) -> Any:
     try:
         return zero_settings({**training.zero_values, "stage": request.stage})
     except ValidationError as error:
-        listed = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        raise SubjectError("DeepSpeed refuses zero_optimization: " + "; ".join(listed)) from error
+        raise SubjectError(f"DeepSpeed refuses zero_optimization: {in_words(error)}") from error
 
 
 def _terms(
@@ -365,7 +364,7 @@ def _rank_record(one: _Rank, offloads: bool, timeline: Timeline | None) -> RankR
     inside = _added(steady, {Category.PARAMETERS: -terms.persistent})
     during = _added(inside, terms.step)
     candidates = [_added(during, workspace) for workspace in one.workspaces] + [_added(inside, terms.before_optimizer)]
-    moments += [moment(max(candidates, key=_total), peak_of="step"), moment(steady, name="after step")]
+    moments += [moment(max(candidates, key=total), peak_of="step"), moment(steady, name="after step")]
     if samples:
         rows = [after_backward, *reversed(candidates), steady]
         samples += [
@@ -403,10 +402,6 @@ def _amounts(amounts: Mapping[Category, int]) -> dict[Category, Amount]:
 
 def _added(one: Mapping[Category, int], other: Mapping[Category, int]) -> Bytes:
     return {category: one.get(category, 0) + other.get(category, 0) for category in {**one, **other}}
-
-
-def _total(amounts: Mapping[Category, int]) -> int:
-    return sum(amounts.values())
 
 
 def _present(amounts: Mapping[Category, int]) -> Bytes:
@@ -455,16 +450,10 @@ def _timeline(model: _Frozen, dtype: torch.dtype, micro_batch: int, seq_length: 
 def _provenance(request: Request, prepared: _Prepared) -> Provenance:
     about = prepared.about
     cls = type(about.optimizer)
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return Provenance(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         machine=f"none: predicted on {platform.machine()}, {platform.system()}",
-        versions=versions,
+        versions=installed(),
         model=request.model_name,
         parameters=about.numel,
         optimizer=f"ds_optim.{cls.__name__}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -14,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ds_optim.json_file import read_object
 
 if TYPE_CHECKING:
     from ds_optim.memory.estimate import Request
@@ -102,8 +103,8 @@ def estimate(
     if capacity is not None and set_aside >= capacity:
         raise typer.BadParameter(f"--reserve {reserve} leaves nothing of --device-memory {device_memory}")
     try:
-        content = _json(config) if config else {}
-        shape = _json(model)
+        content = read_object(config) if config else {}
+        shape = read_object(model)
         if seq_length is None:  # 0 is refused below
             seq_length = min(2048, positions_of(shape) or 2048)
         for ranks in world_size:
@@ -138,9 +139,7 @@ def estimate(
             if plan and request.stage is not None:
                 _show_plan(console, request, all_ranks)
             if capacity is not None:
-                _show_fit(
-                    console, [request, *([baseline] if baseline else [])], [record, *([beside] if beside else [])]
-                )
+                _show_fit(console, asked, found)
     except ValueError as error:
         console.print(Text.assemble(("problem:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(1) from error
@@ -157,23 +156,14 @@ def _precision(asked: str | None, plain: bool) -> str | None:
 
 def _show_plan(console: Console, request: Request, all_ranks: bool) -> None:
     """Who computes what, where blocks have owners."""
-    from ds_optim.estimate import plans
-    from ds_optim.memory.training import without_auto
+    from ds_optim.memory.estimate import planned
 
-    content = without_auto(request.deepspeed)
-    for made, exchange, title in plans(request.model, content, request.optimizer, request.stage, [request.world_size]):
+    made = planned(request)
+    if made is not None:
+        title = f"{type(made).__name__}, ZeRO {request.stage}, {request.world_size} ranks"
         console.print(f"\n{title}", style="bold", highlight=False)
-        console.print(made.explain(**exchange, all_ranks=all_ranks), highlight=False)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, not an object")
-    return content
+        exchange = {"bucket_size": made.exchange_bucket_size, "exchange_bytes": made.exchange_dtype.itemsize}
+        console.print(made.plan.explain(**exchange, all_ranks=all_ranks), highlight=False)
 
 
 def _show(console: Console, record: Record, beside: Record | None) -> None:

@@ -60,8 +60,13 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter, where they are installed; Python's too."""
-    found = {"python": platform.python_version()}
+    """Of Python, and of the packages that matter."""
+    return {"python": platform.python_version(), **installed()}
+
+
+def installed() -> dict[str, str]:
+    """Versions of the packages that matter, where they are installed."""
+    found = {}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -120,7 +120,9 @@ def zero_0(one: Partition) -> Terms:
 def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
     """A flat copy of all weights, a master partition, and gradients averaged bucket by bucket."""
     padded = sum(one.local) * one.world_size
-    kept = _whole_parameters_in_partition(one) * one.width
+    mine = _held(one)
+    order = [(spec.name, spec.numel * one.width) for group in one.groups for spec in group]
+    kept = sum(size for name, size in order if name in mine)  # their gradients are kept whole
     bucket = one.config.reduce_bucket_size
     buffers = bucket * one.width * (2 if one.config.overlap_comm else 1)
     steady = {Category.PARAMETERS: padded * one.width, Category.MASTER: sum(one.local) * one.master}
@@ -147,9 +149,8 @@ def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
         offloaded[Category.GRADIENTS] += kept
 
     def backward(timeline: Timeline) -> dict[Category, Ints]:
-        reduction = _Reduction(bucket * one.width, 0 if one.offload else kept, _held(one))
+        reduction = _Reduction(bucket * one.width, 0 if one.offload else kept, mine)
         if late:
-            order = [(spec.name, spec.numel * one.width) for group in one.groups for spec in group]
             arrived = _accumulated(timeline) if one.accumulates else _arrived(timeline)
             gradients = np.append(arrived, reduction.afterwards(order, len(timeline.backward)))
         else:
@@ -168,10 +169,10 @@ def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
     for position, elements in enumerate(one.local):
         flat, handed = elements * one.width, elements * one.master
         cast = handed if one.master != one.width else 0  # fp32 weights are flattened and handed over as they are
-        before = max(before, {Category.GRADIENTS: kept + cast, Category.WORKSPACE: flat}, key=_sum)
+        before = max(before, {Category.GRADIENTS: kept + cast, Category.WORKSPACE: flat}, key=total)
         # All gradients are views of one tensor, which goes with the last group.
         left = kept if position + 1 < len(one.local) else 0
-        during = max(during, {Category.GRADIENTS: left + handed}, key=_sum)
+        during = max(during, {Category.GRADIENTS: left + handed}, key=total)
     return Terms(steady, 0, held, _nothing, backward, {Category.GRADIENTS: kept}, during, before)
 
 
@@ -269,7 +270,8 @@ def _nothing(_: Timeline) -> dict[Category, Ints]:
     return {}
 
 
-def _sum(amounts: Mapping[Category, int]) -> int:
+def total(amounts: Mapping[Category, int]) -> int:
+    """All categories together."""
     return sum(amounts.values())
 
 
@@ -362,12 +364,6 @@ def _held(one: Partition) -> frozenset[str]:
     return frozenset(
         layout.parameters[fragment.parameter].name for layout in one.layouts for fragment in layout.fragments(one.rank)
     )
-
-
-def _whole_parameters_in_partition(one: Partition) -> int:
-    """Elements of the parameters of which this rank holds a part: their gradients are kept whole."""
-    held = _held(one)
-    return sum(spec.numel for group in one.groups for spec in group if spec.name in held)
 
 
 def _persistent(one: Partition) -> int:

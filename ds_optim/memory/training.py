@@ -73,8 +73,7 @@ class Training(_Part):
         try:
             return cls.model_validate(_given(config))
         except ValidationError as error:
-            listed = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-            raise SubjectError("the DeepSpeed JSON cannot be read: " + "; ".join(listed)) from error
+            raise SubjectError(f"the DeepSpeed JSON cannot be read: {in_words(error)}") from error
 
     @property
     def precision(self) -> Precision:
@@ -129,6 +128,11 @@ class Training(_Part):
         if self.sequence_parallel_size > 1 or self.tensor_parallel.get("autotp_size", 1) not in (0, 1):
             found.append("sequence and tensor parallelism are not predicted: data-parallel ranks only")
         return found
+
+
+def in_words(error: ValidationError) -> str:
+    """Every value that was refused, and why, in one line."""
+    return "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
 
 
 def _given(value: Any) -> Any:

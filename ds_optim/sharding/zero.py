@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -291,13 +292,10 @@ class GradientWatch:
         return self._seen.get(name) == window
 
 
-def zero_settings(config: Mapping[str, Any]) -> Any:
-    """A JSON's ``zero_optimization`` with DeepSpeed's own defaults filled in; ``"auto"`` counts as left out.
+def zero_settings(config: Mapping[str, Any]) -> DeepSpeedZeroConfig:
+    """A JSON's ``zero_optimization`` with DeepSpeed's own defaults filled in.
 
     Raises:
-        ValueError: DeepSpeed refuses it.
+        pydantic.ValidationError: DeepSpeed refuses it.
     """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    given = {key: value for key, value in dict(config).items() if value != "auto"}
-    return DeepSpeedZeroConfig(**given)
+    return DeepSpeedZeroConfig(**config)
