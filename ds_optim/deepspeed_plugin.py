@@ -114,6 +114,7 @@ def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[A
     basic = engine.basic_optimizer
     if isinstance(basic, ShardedOptimizer):
         basic.bind(zero.read(engine), _roles(engine, basic._roles_given, inferred))
+        zero.guard_state_access(engine, type(basic).__name__, basic.element_keys)
     return result
 
 
@@ -145,8 +146,11 @@ def _prepare_from_json(
     grouped = any(isinstance(entry, dict) for entry in parameters)
     if grouped and settings.no_decay:
         problems.append('"no_decay" has no effect on parameter groups that you made: leave it out')
-    exempt, pattern_problems = _exempt(engine, settings.no_decay, inferred)
+    patterns = settings.no_decay
+    exempt, pattern_problems = _exempt(engine, patterns, inferred)
     _raise_on_all_ranks([*problems, *pattern_problems])
+    if options.get("roles") is not None:  # they were judged
+        exempt, _ = _exempt(engine, patterns, _roles(engine, options["roles"], inferred))
     engine._config.optimizer_params = options
     _allow_cpu_offload(engine)
     if grouped:
@@ -181,17 +185,15 @@ def option_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> l
     return problems + cls.setting_problems({key: value for key, value in options.items() if value != "auto"})
 
 
-def _exempt(
-    engine: Any, no_decay: tuple[str, ...] | None, inferred: Mapping[str, Role]
-) -> tuple[set[Tensor], list[str]]:
+def _exempt(engine: Any, no_decay: tuple[str, ...] | None, roles: Mapping[str, Role]) -> tuple[set[Tensor], list[str]]:
     """The parameters without weight decay, and patterns that match none."""
     named = {canonical_name(name): parameter for name, parameter in engine.module.named_parameters()}
     problems = [
         f'"no_decay": {pattern!r} matches no parameter'
         for pattern in no_decay or ()
-        if not exempt_names(named, inferred, [pattern])
+        if not exempt_names(named, roles, [pattern])
     ]
-    return {named[name] for name in exempt_names(named, inferred, no_decay)}, problems
+    return {named[name] for name in exempt_names(named, roles, no_decay)}, problems
 
 
 def _roles(engine: Any, given: Any, inferred: Mapping[str, Role]) -> Mapping[str, Role]:

@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_optim.checkpoint.directory import CheckpointError as CheckpointError
+    from ds_optim.checkpoint.gathered import full_state as full_state
     from ds_optim.checkpoint.save_load import load as load
     from ds_optim.checkpoint.save_load import save as save
 
 _HOME = {
     "CheckpointError": "ds_optim.checkpoint.directory",
+    "full_state": "ds_optim.checkpoint.gathered",
     "load": "ds_optim.checkpoint.save_load",
     "save": "ds_optim.checkpoint.save_load",
 }
 
-__all__ = ["CheckpointError", "load", "save"]
+__all__ = ["CheckpointError", "full_state", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -246,7 +246,7 @@ def _misfit_groups(subject: Subject, about: Mapping[str, Any]) -> list[str]:
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _parts(pieces: list[Piece], values: Tensor | None) -> list[tuple[int, Tensor]]:
+def held_parts(pieces: list[Piece], values: Tensor | None) -> list[tuple[int, Tensor]]:
     """The ranges and where their values lie; a rank that owns no block of a local tensor has no such state there."""
     if not pieces:
         return []
@@ -261,7 +261,7 @@ def to_write(subject: Subject) -> dict[str, Ranges]:
 
     def add(name: str, logical: Logical, values: Tensor | None) -> None:
         if logical.numel:
-            found[name] = Ranges(logical.numel, logical.dtype, _parts(logical.written, values), CHUNK_ELEMENTS)
+            found[name] = Ranges(logical.numel, logical.dtype, held_parts(logical.written, values), CHUNK_ELEMENTS)
 
     for tensor, one in subject.listed():
         add(f"weights.{one.name}", one.weight, row_major(tensor))
@@ -317,10 +317,10 @@ def to_read(subject: Subject, about: Mapping[str, Any], *, states: bool) -> Read
         flat = reading.flat(tensor)
         state = _make_state(subject, tensor, parameters, about) if states else None
         for one in parameters:
-            reading.add(stored_as(one.name), one.weight.numel, _parts(one.weight.read, flat))
+            reading.add(stored_as(one.name), one.weight.numel, held_parts(one.weight.read, flat))
             for key, logical in one.state.items() if state is not None else ():
                 assert state is not None
-                parts = _parts(logical.read, state.get(key))
+                parts = held_parts(logical.read, state.get(key))
                 if key in about["parameters"][one.name]["state"]:
                     reading.add(f"state.{one.name}.{key}", logical.numel, parts)
                 else:  # never used: its gradients were zero

@@ -1,18 +1,20 @@
 """Reads the layout out of a DeepSpeed engine: ZeRO 0, 1, 2, 3 and BF16_Optimizer.
 
-Reads, never writes. Every private attribute is named in `_ATTRIBUTES` and guarded by one check. What DeepSpeed states
-is checked against two independent witnesses: where the model's weights really lie, and that the fp32 master holds the
-same values there.
+Reads; only `guard_state_access` wraps methods. Every private attribute is named in `_ATTRIBUTES` and guarded by one
+check. What DeepSpeed states is checked against two independent witnesses: where the model's weights really lie, and
+that the fp32 master holds the same values there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import wrapt
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -37,6 +39,9 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
         "single_partition_of_fp32_groups",
         "cpu_offload",
         "micro_step_id",
+        "_hp_optimizer_states_linked",
+        "_lazy_init_hp_params_optimizer_state",
+        "_link_all_hp_params",
     ),
     DeepSpeedZeroOptimizer_Stage3: (
         "fp16_groups",
@@ -45,9 +50,27 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
         "_get_sub_group_process_group",
         "micro_step_id",
     ),
-    BF16_Optimizer: ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition", "real_dp_process_group"),
+    BF16_Optimizer: (
+        "bf16_groups",
+        "bf16_groups_flat",
+        "fp32_groups_flat_partition",
+        "real_dp_process_group",
+        "_hp_optimizer_states_linked",
+        "_lazy_init_hp_params_optimizer_state",
+        "_link_all_hp_params",
+    ),
     FP16_UnfusedOptimizer: ("fp16_groups", "fp32_groups"),
 }
+
+# What `deepspeed.utils.safe_get_full_optimizer_state` and its relatives call: of a parameter at ZeRO-1/2, of the
+# wrapper at ZeRO-3.
+_STATE_ACCESS = (
+    "get_full_hp_param",
+    "set_full_hp_param",
+    "get_local_fp32_param",
+    "set_local_hp_param",
+    "get_hp_param_device",
+)
 
 _COMPARE_ELEMENTS = 1 << 24  # values compared at a time: bounds the check's memory
 
@@ -83,6 +106,51 @@ def read(engine: Any) -> Binding:
             f"or 3; deepspeed versions known to work: {KNOWN_VERSIONS}"
         )
     return Binding(reader.tensors, problems=tuple(reader.problems))
+
+
+def guard_state_access(engine: Any, optimizer: str, keys: tuple[str, ...]) -> None:
+    """Let DeepSpeed's ``safe_get_full_optimizer_state`` and its relatives read per-element state only.
+
+    They slice whatever has that key by elements: of blocks that would be other values than the ones asked for at
+    ZeRO-3, and at ZeRO-1/2 an error on some ranks for which the others wait. The methods of this engine's objects are
+    wrapped, not DeepSpeed's classes. At ZeRO-1/2 DeepSpeed ties state to parameters once, after the first step of the
+    first parameter group, and never again: state that was made or loaded later is tied here.
+
+    Args:
+        optimizer: its name, for the error.
+        keys: of the state that has one value per element of every parameter.
+    """
+
+    def guard(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        key = signature(wrapped).bind(*args, **kwargs).arguments.get("optim_state_key")
+        if key is not None and key not in keys:
+            known = f"only {' and '.join(keys)} is" if keys else "nothing that this optimizer keeps is"
+            raise ValueError(
+                f"{optimizer}: {known} one value per element in each rank's partition, {key!r} is not; "
+                "ds_optim.checkpoint.full_state(engine, parameter_name) gathers everything that is kept for a parameter"
+            )
+        if key is not None and link is not None:
+            wrapper._hp_optimizer_states_linked = False
+            link()
+        return wrapped(*args, **kwargs)
+
+    def guarded(one: Any) -> None:
+        for name in _STATE_ACCESS:
+            if hasattr(one, name):
+                setattr(one, name, wrapt.FunctionWrapper(getattr(one, name), guard))
+
+    def guarded_parameters(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        for parameter in engine.module.parameters():
+            guarded(parameter)
+
+    wrapper = engine.optimizer
+    link = getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None)
+    guarded(wrapper)
+    for parameter in engine.module.parameters():
+        guarded(parameter)
+    if link is not None:  # after a load and after `reload_states` parameters get new methods
+        wrapper._link_all_hp_params = wrapt.FunctionWrapper(wrapper._link_all_hp_params, guarded_parameters)
 
 
 def _refused(problem: str) -> Binding:

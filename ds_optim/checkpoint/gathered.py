@@ -1,0 +1,50 @@
+"""`full_state`: what an optimizer keeps for one parameter, gathered from all ranks, for a look at it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.checkpoint import content
+from ds_optim.checkpoint.directory import raise_everywhere
+from ds_optim.sharding.exchange import from_all_ranks
+
+
+def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor]:
+    """The whole state of one parameter, on every rank. All ranks call it; for debugging, not for every step.
+
+    Args:
+        model: a DeepSpeed engine whose optimizer is one of ours, or a model.
+        name: of the parameter, without wrapper prefixes.
+        optimizer: of a plain model.
+
+    Returns:
+        By key, on the CPU: state per element in the parameter's shape; state of blocks flat, block behind block in the
+        order of their index. Empty before the first step.
+
+    Raises:
+        CheckpointError: on every rank: no such parameter is trained, or the optimizer is none of ours.
+    """
+    subject, problems = content.subject_of(model, optimizer)
+    found = [] if subject is None else [entry for entry in subject.listed() if entry[1].name == name]
+    if subject is not None and not found:
+        problems = [f"no parameter called {name!r} is trained here"]
+    raise_everywhere(problems, "there is no state to gather")
+    assert subject is not None
+    assert subject.optimizer is not None
+    tensor, one = found[0]
+    state = subject.optimizer.state.get(tensor) or {}
+    gathered = {}
+    for key, logical in one.state.items():
+        parts = content.held_parts(logical.written, state.get(key)) if state else []
+        everyones = from_all_ranks([(start, values.cpu()) for start, values in parts])
+        if not any(everyones):
+            continue
+        whole = torch.zeros(logical.numel, dtype=logical.dtype)
+        for start, values in (part for of_rank in everyones for part in of_rank):
+            whole[start : start + len(values)] = values
+        per_element = key in subject.optimizer.rule.element_state
+        gathered[key] = whole.view(one.shape) if per_element else whole
+    return gathered
