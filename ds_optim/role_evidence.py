@@ -23,6 +23,7 @@ from ds_optim.role_names import (
     ROUTER,
     VALUE,
     VECTORS,
+    adapter_part,
     is_bias,
 )
 
@@ -96,9 +97,19 @@ def place_of(model: nn.Module, name: str, shapes: dict[int, Shape]) -> Place:
     return Place(leaf, tuple(modules), shapes)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that wrappers around it wrap."""
+    while inner := [one for key, one in module._modules.items() if key in _WRAPPERS and one is not None]:
+        module = inner[0]
+    return module
+
+
 def claim(place: Place, shape: Shape) -> Role:
     """The role of one parameter by what its place says; "other" with the source "fallback" if nothing speaks."""
-    for role in _claims(place, shape):
+    names = [attribute for attribute, _ in place.modules]
+    part = None if is_bias(place.leaf) else adapter_part(names)
+    claims = _claims(place, shape) if part is None else _adapter(place, names.index(part), part, shape)
+    for role in claims:
         if not contradictions(role, shape):
             return role
     return Role("other", source="fallback")
@@ -126,8 +137,40 @@ def _claims(place: Place, shape: Shape) -> Iterator[Role]:
         yield Role("embedding", max(0, len(shape) - 2), max(0, len(shape) - 2), source="name")
     elif leaf in GAINS and is_vector(shape):
         yield Role("norm", source="name")
-    elif isinstance(holder, nn.RNNBase | nn.RNNCellBase | nn.Bilinear) or place.holder_name.startswith("lora_"):
+    elif isinstance(holder, nn.RNNBase | nn.RNNCellBase | nn.Bilinear):
         yield Role("linear")
+
+
+def _adapter(place: Place, index: int, part: str, shape: Shape) -> Iterator[Role]:
+    """Claims on what PEFT puts beside the weight of the module before ``index`` in a place's modules.
+
+    A weight of (out, in) gets an update B A. A, (rank, in), is a linear map to a few directions. B, (out, rank), has
+    the output rows of the weight, and so its heads, parts and kind. An embedding's A is (rank, tokens).
+    """
+    if part == "lora_magnitude_vector":
+        yield Role("norm", source="name")
+    elif part == "trainable_tokens_delta":
+        yield Role("embedding", source="name")
+    elif part == "lora_embedding_A":
+        yield Role("embedding", output_dim=1, source="name")
+    elif isinstance(place.holder, nn.modules.conv._ConvNd):
+        yield Role("conv")
+    else:
+        if part == "lora_B":
+            yield from _rows_of_adapted(place, index, shape)
+        yield Role("linear", source="name")
+
+
+def _rows_of_adapted(place: Place, index: int, shape: Shape) -> Iterator[Role]:
+    """The role of the adapted weight, for a matrix (out, rank) that has its output rows."""
+    name, module = place.modules[index - 1]
+    adapted = unwrapped(module)
+    for leaf in ("weight", "in_proj_weight"):  # the latter of nn.MultiheadAttention
+        weight = place.shapes.get(id(adapted._parameters.get(leaf)), ())
+        if len(weight) == 2:
+            base = claim(Place(leaf, (*place.modules[: index - 1], (name, adapted)), place.shapes), weight)
+            if weight[base.output_dim] == shape[0]:
+                yield replace(base, output_dim=0)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -203,10 +246,9 @@ def _query_rows(place: Place, attention: nn.Module) -> int | None:
     """Output rows of the query's weight in an attention module, where it has one of its own."""
     for name in children(attention) & QUERY:
         module = attention._modules.get(name)
-        while module is not None and (inner := [m for key, m in module._modules.items() if key in _WRAPPERS]):
-            module = inner[0]
         if module is None:
             continue
+        module = unwrapped(module)
         shape = place.shapes.get(id(module._parameters.get("weight")), ())
         output_dim = _output_dim(module, shape)
         if output_dim is not None:

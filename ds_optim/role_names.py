@@ -3,6 +3,8 @@
 Within a module of known type they tell one matrix from another; without a module they are the last resort.
 """
 
+from collections.abc import Sequence
+
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -40,6 +42,14 @@ VECTORS = _words(
 """Parameters without a module of their own that hold one vector per token or position."""
 GAINS = _words("lambda1 lambda_1 lambda_2 gamma gamma_1 gamma_2 layer_scale layer_scale_1 layer_scale_2")
 """Parameters without a module of their own that scale a vector, as a norm's weight does."""
+
+ADAPTER = _words("lora_A lora_B lora_E lora_embedding_A lora_embedding_B lora_magnitude_vector trainable_tokens_delta")
+"""Attributes of PEFT's layers (LoRA, DoRA, AdaLoRA, trainable tokens) that hold one weight per adapter."""
+
+
+def adapter_part(path: Sequence[str]) -> str | None:
+    """The attribute of PEFT's on the way to a parameter, if there is one."""
+    return next((attribute for attribute in reversed(path) if attribute in ADAPTER), None)
 
 
 def is_bias(leaf: str) -> bool:

@@ -9,7 +9,21 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ds_optim.role import KINDS, Kind, Part, Role, contradictions
-from ds_optim.role_names import FUSED, GAINS, HEAD, KEY, MLP, OUTPUT, QUERY, ROUTER, TOKENS, VALUE, VECTORS, is_bias
+from ds_optim.role_names import (
+    FUSED,
+    GAINS,
+    HEAD,
+    KEY,
+    MLP,
+    OUTPUT,
+    QUERY,
+    ROUTER,
+    TOKENS,
+    VALUE,
+    VECTORS,
+    adapter_part,
+    is_bias,
+)
 
 _KEYS = tuple(field.name for field in fields(Role) if field.name != "source")
 _AMBIGUOUS = frozenset({"c_attn", "c_proj", "c_fc"})
@@ -93,7 +107,24 @@ def _changes(value: Any) -> tuple[list[str], dict[str, Any]]:
 
 def roles_from_names(shapes: Shapes) -> dict[str, Role]:
     """What names and shapes alone can tell: enough for most blocks, but not how many rows a head has."""
-    return {name: Role(_kind_by_name(name, shape), source="name") for name, shape in shapes.items()}
+    return {name: _role_by_name(name, shape) for name, shape in shapes.items()}
+
+
+def _role_by_name(name: str, shape: tuple[int, ...]) -> Role:
+    *path, leaf = name.split(".")
+    part = None if is_bias(leaf) else adapter_part(path)
+    if part == "lora_embedding_A":
+        return Role("embedding", output_dim=1, source="name")
+    if part == "trainable_tokens_delta":
+        return Role("embedding", source="name")
+    if part == "lora_magnitude_vector":
+        return Role("norm", source="name")
+    if part == "lora_B":  # it has the output rows of the weight that it adapts
+        kind = _kind_by_name(".".join([*path[: path.index(part)], "weight"]), shape)
+        return Role("linear" if kind == "other" and len(shape) == 2 else kind, source="name")
+    if part is not None:
+        return Role("linear" if len(shape) == 2 else "other", source="name")
+    return Role(_kind_by_name(name, shape), source="name")
 
 
 def _kind_by_name(name: str, shape: tuple[int, ...]) -> Kind:

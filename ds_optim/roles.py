@@ -58,18 +58,17 @@ def infer_roles(model: nn.Module) -> dict[str, Role]:
     Returns:
         ``{name: role}``, names as ``canonical_name`` gives them; tied weights once, under their first name.
     """
-    return _named(model, _roles_by_parameter(model))
+    by_name, _ = _inferred(model)
+    return by_name
 
 
-def _named(model: nn.Module, by_parameter: Mapping[int, Role]) -> dict[str, Role]:
-    return {canonical_name(name): by_parameter[id(parameter)] for name, parameter in model.named_parameters()}
-
-
-def _roles_by_parameter(model: nn.Module) -> dict[int, Role]:
-    """Roles by identity of the parameter. A weight that embeds anywhere is an embedding, whatever it is tied to."""
+def _inferred(model: nn.Module) -> tuple[dict[str, Role], dict[int, Role]]:
+    """Roles by name and by identity. A weight that embeds anywhere is an embedding, whatever it is tied to."""
+    heads = {id(weight) for weight in _output_embeddings(model)}
+    # Listed once: PEFT's MultiheadAttention makes its frozen weights anew whenever somebody lists modules.
     uses = list(model.named_parameters(remove_duplicate=False))
     shapes = {id(parameter): logical_shape(parameter) for _, parameter in uses}
-    heads = {id(weight) for weight in _output_embeddings(model)}
+    first = {id(parameter): canonical_name(name) for name, parameter in reversed(uses)}
     roles: dict[int, Role] = {}
     for name, parameter in uses:
         key = id(parameter)
@@ -78,7 +77,7 @@ def _roles_by_parameter(model: nn.Module) -> dict[int, Role]:
             role = replace(role, kind="head", source="module")
         if key not in roles or (role.kind == "embedding" and roles[key].kind != "embedding"):
             roles[key] = role
-    return roles
+    return {first[key]: role for key, role in roles.items()}, roles
 
 
 def _output_embeddings(model: nn.Module) -> Iterator[Tensor]:
@@ -112,8 +111,7 @@ def resolve_roles(
         ValueError: every reason why these roles cannot be those of these parameters, in one message.
     """
     if isinstance(roles, nn.Module):
-        by_parameter = _roles_by_parameter(roles)
-        found = _named(roles, by_parameter)
+        found, by_parameter = _inferred(roles)
         found.update({name: by_parameter[id(p)] for p, name in (names or {}).items() if id(p) in by_parameter})
         return _by_name(found, shapes, "the model given as `roles` has no such parameter")
     if roles is None:
@@ -203,7 +201,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Returns:
         ``[decayed, exempt]`` as ``{"params": [...], "weight_decay": ...}``; a group without parameters is left out.
     """
-    by_parameter = _roles_by_parameter(model)
+    _, by_parameter = _inferred(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     exempt = [parameter for parameter in trained if is_decay_exempt(by_parameter[id(parameter)])]
     decayed = [parameter for parameter in trained if not is_decay_exempt(by_parameter[id(parameter)])]

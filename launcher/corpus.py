@@ -261,7 +261,11 @@ class Windows:
 
     def global_batch(self, number: int, size: int) -> np.ndarray:
         """Sequences ``(size, length)``, int64, of batch ``number``; every epoch visits the windows in a new order."""
-        return np.stack([self._window(i) for i in self._numbers(number * size, size)]).astype(np.int64)
+        return self.sequences(number * size, size)
+
+    def sequences(self, start: int, size: int) -> np.ndarray:
+        """Sequences ``(size, length)``, int64, after the first ``start`` of the run."""
+        return np.stack([self._window(i) for i in self._numbers(start, size)]).astype(np.int64)
 
     def _numbers(self, start: int, size: int) -> list[int]:
         numbers: list[int] = []

@@ -16,6 +16,7 @@ from typing import Any
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 OPTIMIZERS = ("adamw", "lion", "adan", "adam_mini", "shampoo", "swan")  # configs/<name>_zero2.json
 STAGES = (0, 1, 2, 3)
+CHECKPOINT_FORMS = ("canonical", "deepspeed")
 
 
 class SettingsError(ValueError):
@@ -45,7 +46,11 @@ class Settings:
     output: Path | None
     save: Path | None
     save_every: int
+    checkpoint_form: str
+    keep: int | None
     resume: Path | None
+    autoresume: bool
+    fallback: bool
     memory_report: Path | None
 
     @property
@@ -90,10 +95,7 @@ def read(arguments: Sequence[str] | None = None, world_size: int = 1) -> Setting
             problems.append(f"--{option.replace('_', '-')} is {getattr(given, option)}; 0 turns it off")
     if not 0 <= given.warmup < 1:
         problems.append(f"--warmup is {given.warmup}; it is the share of the steps, from 0 up to but not including 1")
-    if given.save_every and given.save is None:
-        problems.append("--save-every needs --save DIR")
-    if given.resume is not None and not given.resume.is_dir():
-        problems.append(f"--resume {given.resume}: no such directory")
+    _check_checkpoints(given, problems)
     if given.memory_report is not None and given.memory_report.exists() and not given.memory_report.is_dir():
         problems.append(f"--memory-report {given.memory_report}: that is a file; give a directory")
     steps = _steps(given, deepspeed, world_size, problems)
@@ -118,7 +120,11 @@ def read(arguments: Sequence[str] | None = None, world_size: int = 1) -> Setting
         output=given.output,
         save=given.save,
         save_every=given.save_every,
+        checkpoint_form=given.checkpoint_form,
+        keep=given.keep,
         resume=given.resume,
+        autoresume=given.autoresume,
+        fallback=given.fallback,
         memory_report=given.memory_report,
     )
 
@@ -173,23 +179,56 @@ def _parser() -> argparse.ArgumentParser:
     default_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "causal-lm-corpus"
     text.add_argument("--cache", type=Path, default=default_cache, metavar="DIR", help=f"({default_cache})")
 
-    watch = parser.add_argument_group("watching, saving, resuming")
+    watch = parser.add_argument_group("watching")
     watch.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between two log lines (10)")
     watch.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps between two held-out losses (off)")
     watch.add_argument("--eval-sequences", type=int, default=64, metavar="N", help="held-out sequences to use (64)")
     watch.add_argument("--output", type=Path, metavar="DIR", help="write every step (JSON lines) and a summary here")
-    watch.add_argument("--save", type=Path, metavar="DIR", help="save a DeepSpeed checkpoint at the end")
-    watch.add_argument("--save-every", type=int, default=0, metavar="N", help="and every N steps (off)")
-    watch.add_argument("--resume", type=Path, metavar="DIR", help="continue from DIR, or from DIR/global_stepN")
     watch.add_argument(
         "--memory-report",
         type=Path,
         metavar="DIR",
         help="measure where the memory of the fourth step is, and write DIR/measured.json and DIR/report.html",
     )
+
+    keep = parser.add_argument_group("saving and resuming (see docs/checkpoints.md)")
+    keep.add_argument("--save", type=Path, metavar="DIR", help="save a checkpoint at the end, in DIR/global_stepN")
+    keep.add_argument("--save-every", type=int, default=0, metavar="N", help="and every N steps (off)")
+    keep.add_argument("--keep", type=int, metavar="N", help="only the N newest checkpoints in DIR (all)")
+    keep.add_argument(
+        "--checkpoint-form",
+        choices=CHECKPOINT_FORMS,
+        default="canonical",
+        help="canonical: resumes on any number of ranks and at any ZeRO stage (default); "
+        "deepspeed: DeepSpeed's own, for any optimizer, same ranks and stage",
+    )
+    again = keep.add_mutually_exclusive_group()
+    again.add_argument("--resume", type=Path, metavar="DIR", help="continue from DIR, or from DIR/global_stepN")
+    again.add_argument(
+        "--autoresume",
+        action="store_true",
+        help="continue from the --save directory if it holds a checkpoint: one command starts and restarts a run",
+    )
+    keep.add_argument(
+        "--fallback", action="store_true", help="if that checkpoint is damaged, take the newest whole one before it"
+    )
     # The launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
+
+
+def _check_checkpoints(given: argparse.Namespace, problems: list[str]) -> None:
+    needing = {"--save-every": given.save_every, "--keep": given.keep is not None, "--autoresume": given.autoresume}
+    if given.save is None:
+        problems += [f"{option} needs --save DIR" for option, is_given in needing.items() if is_given]
+    if given.keep is not None and given.keep < 1:
+        problems.append(f"--keep is {given.keep}; it must be 1 or more")
+    if given.keep is not None and given.checkpoint_form == "deepspeed":
+        problems.append("--keep removes canonical checkpoints only, not those of --checkpoint-form deepspeed")
+    if given.fallback and given.resume is None and not given.autoresume:
+        problems.append("--fallback needs --resume DIR or --autoresume")
+    if given.resume is not None and not given.resume.is_dir():
+        problems.append(f"--resume {given.resume}: no such directory")
 
 
 def _read_json(path: Path, what: str, problems: list[str]) -> dict[str, Any] | None:

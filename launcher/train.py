@@ -6,10 +6,11 @@ Which optimizer runs is said by the DeepSpeed JSON alone. This file is an ordina
 calls ``deepspeed.initialize`` with a config, and goes forward, backward, step. At the end it says how the held-out loss
 moved, what share of the step the optimizer took, and how many bytes of optimizer state each rank holds.
 
-`settings` reads the command line, `corpus` the text, `progress` shows what happens, `state_table` counts the bytes of
-state, and `memory_report` measures all memory of one step if asked to.
+`settings` reads the command line, `corpus` the text, `progress` shows what happens, `checkpoints` saves and resumes,
+`state_table` counts the bytes of state, and `memory_report` measures all memory of one step if asked to.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -26,6 +27,7 @@ from typing import Any
 # interpreter, which is not on the PATH where the environment was not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+import checkpoints
 import corpus
 import deepspeed
 import settings
@@ -50,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"train.py cannot start:\n{error}", file=sys.stderr, flush=True)
         status = 2
+    except checkpoints.SaveError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"train.py stopped: {error}", file=sys.stderr, flush=True)
+        status = 1
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
@@ -64,11 +70,12 @@ def run(chosen: settings.Settings) -> None:
 
     torch.manual_seed(chosen.seed)
     about = chosen.model, chosen.model_path.stem, chosen.deepspeed, chosen.seq_length
-    with MemoryReport(chosen.memory_report, *about) as memory:
+    with contextlib.ExitStack() as ending, MemoryReport(chosen.memory_report, *about) as memory:
         engine, model = _engine(chosen)
+        ending.callback(engine.destroy)
+        checkpoints.check(engine, chosen)
         memory.watch(engine)
         _train(chosen, engine, model, text, memory)
-    engine.destroy()
     page = memory.page()
     if page is not None:
         print(f"\nmemory report: {page.resolve()}", flush=True)
@@ -79,14 +86,29 @@ def _train(
 ) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     optimizer = engine.basic_optimizer
-    first = _resume(engine, chosen) if chosen.resume else 0
+    batch = chosen.micro_batch * chosen.accumulation * ranks
+    plan = {option: getattr(chosen, option) for option in ("steps", "seed", "seq_length")}
+    plan["text"] = text.directory.name  # made of the text itself
+    start = checkpoints.Start()
+    if chosen.resume or chosen.autoresume:
+        start = checkpoints.resume(engine, chosen, plan, batch)
+    first = start.steps
+    if first >= chosen.steps:  # a restarted run that had reached its end
+        if rank == 0:
+            print(f"nothing to do: {start.origin}", flush=True)
+        return
+
+    def state_after(step: int) -> dict[str, Any]:
+        return {**plan, "batch": batch, "sequences": batches.taken(step)}
+
     clock = OptimizerClock(optimizer, get_accelerator().synchronize)
     meter = StateMeter(model, optimizer)
-    batches = Batches(corpus.Windows(text.train, chosen.seq_length, chosen.seed), chosen, rank, ranks, engine.device)
+    windows = corpus.Windows(text.train, chosen.seq_length, chosen.seed)
+    batches = Batches(windows, chosen, rank, ranks, engine.device, start)
     evaluation = HeldOut(corpus.Windows(text.held_out, chosen.seq_length, 0), chosen, rank, ranks, engine.device)
 
     with Progress(rank == 0, first, chosen.steps, chosen.log_every, chosen.output) as progress:
-        progress.say(_opening(chosen, model, text, ranks, engine))
+        progress.say(_opening(chosen, model, text, batches, engine, start))
         before = evaluation.loss(engine)
         progress.held_out(first, before)
         shares: list[float] = []
@@ -120,11 +142,11 @@ def _train(
             if chosen.eval_every and done % chosen.eval_every == 0 and done < chosen.steps:
                 progress.held_out(done, evaluation.loss(engine))
             if chosen.save_every and done % chosen.save_every == 0 and done < chosen.steps:
-                _save(engine, chosen, done)
+                checkpoints.save(engine, chosen, done, state_after(done))
         after = evaluation.loss(engine)
         progress.held_out(chosen.steps, after)
         if chosen.save:
-            _save(engine, chosen, chosen.steps)
+            checkpoints.save(engine, chosen, chosen.steps, state_after(chosen.steps))
     _close(progress, chosen, meter, before, after, shares)
 
 
@@ -209,13 +231,14 @@ def shared_text(chosen: settings.Settings, local_rank: int) -> corpus.Corpus:
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """This rank's share of every global batch."""
+    """This rank's share of every global batch. The text goes on where a resumed run left it, whatever its batch was."""
 
     windows: corpus.Windows
     chosen: settings.Settings
     rank: int
     ranks: int
     device: torch.device | str
+    start: checkpoints.Start = checkpoints.Start()  # noqa: RUF009 (frozen)
 
     @property
     def sequences_per_step(self) -> int:
@@ -225,9 +248,13 @@ class Batches:
     def tokens_per_step(self) -> int:
         return self.sequences_per_step * self.chosen.seq_length
 
+    def taken(self, steps: int) -> int:
+        """Sequences of the text that the run's first ``steps`` steps took, all ranks together."""
+        return self.start.sequences + (steps - self.start.steps) * self.sequences_per_step
+
     def of_step(self, step: int) -> Iterator[torch.Tensor]:
         """Token ids (micro_batch, seq_length), int64, one per accumulation step; ranks never share a sequence."""
-        ids = torch.from_numpy(self.windows.global_batch(step, self.sequences_per_step))
+        ids = torch.from_numpy(self.windows.sequences(self.taken(step), self.sequences_per_step))
         own = ids.view(self.chosen.accumulation, self.ranks, self.chosen.micro_batch, -1)[:, self.rank]
         return (micro.to(self.device) for micro in own)
 
@@ -261,43 +288,26 @@ def _mean_over_ranks(value: torch.Tensor) -> float:
     return value.item() / dist.get_world_size()
 
 
-# --------------------------------------------------------------------------------------------------- saving and ending
+# -------------------------------------------------------------------------------------------------- opening and ending
 
 
-def _save(engine: Any, chosen: settings.Settings, step: int) -> None:
-    engine.save_checkpoint(str(chosen.save), tag=f"global_step{step}", client_state={"steps": chosen.steps})
-
-
-def _resume(engine: Any, chosen: settings.Settings) -> int:
-    """The number of steps that were done. ``--resume`` names a checkpoint directory, or one tag inside it."""
-    assert chosen.resume is not None
-    path = chosen.resume
-    tagged = not (path / "latest").exists()
-    loaded, state = engine.load_checkpoint(str(path.parent if tagged else path), tag=path.name if tagged else None)
-    if loaded is None:
-        raise settings.SettingsError([f"--resume {path}: there is no DeepSpeed checkpoint"])
-    if engine.global_steps >= chosen.steps:
-        raise settings.SettingsError([f"--resume {path}: all of its {chosen.steps} steps are done"])
-    if state["steps"] != chosen.steps:
-        raise settings.SettingsError(
-            [
-                f"--resume {path}: that run was planned for {state['steps']} steps and this one for {chosen.steps}; "
-                f"the learning rate follows the plan, so give --steps {state['steps']}"
-            ]
-        )
-    return int(engine.global_steps)
-
-
-def _opening(chosen: settings.Settings, model: torch.nn.Module, text: corpus.Corpus, ranks: int, engine: Any) -> str:
+def _opening(
+    chosen: settings.Settings,
+    model: torch.nn.Module,
+    text: corpus.Corpus,
+    batches: Batches,
+    engine: Any,
+    start: checkpoints.Start,
+) -> str:
     # Under ZeRO-3 the parameters are empty by now; DeepSpeed keeps their sizes beside them.
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-    tokens = Batches(corpus.Windows(text.train, chosen.seq_length, 0), chosen, 0, ranks, "cpu").tokens_per_step
     return (
         f"model      {chosen.model_path.name}: {parameters:,} parameters\n"
         f"optimizer  {chosen.optimizer_name} ({type(engine.basic_optimizer).__module__}), "
-        f"ZeRO-{chosen.zero_stage}, {ranks} ranks, {engine.device}\n"
+        f"ZeRO-{chosen.zero_stage}, {batches.ranks} ranks, {engine.device}\n"
         f"text       {text.about}\n"
-        f"run        {chosen.steps} steps of {tokens:,} tokens"
+        f"run        {chosen.steps} steps of {batches.tokens_per_step:,} tokens"
+        + (f"\nresumed    {start.origin}" if start.origin else "")
     )
 
 

@@ -26,7 +26,7 @@ class OddLlama(nn.Module):
     elements than there are ranks; a module that only some steps use.
     """
 
-    def __init__(self, *, tied: bool = False) -> None:
+    def __init__(self, *, tied: bool = False, layers: int = 2) -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,7 +34,7 @@ class OddLlama(nn.Module):
             vocab_size=VOCABULARY,
             hidden_size=21,
             intermediate_size=27,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=3,
             num_key_value_heads=1,
             head_dim=6,
@@ -56,10 +56,14 @@ class OddLlama(nn.Module):
         return loss
 
 
-def constant_gradient(name: str, shape: tuple[int, ...], step: int, seed: int) -> Tensor:
-    """The gradient of one parameter at one step: 3 * integer * 2^-10, |integer| <= 28, some of them zero."""
+def constant_gradient(name: str, shape: tuple[int, ...], step: int, seed: int, more_bits: int = 0) -> Tensor:
+    """The gradient of one parameter at one step: 3 * integer * 2^-10, |integer| <= 28, some of them zero.
+
+    ``more_bits``: as many binary places behind the integer, for fp32 only; averages stay exact up to 16.
+    """
     generator = torch.Generator().manual_seed(hash((seed, step)) % 2**31 + sum(map(ord, name)))
-    return 3.0 * torch.randint(-28, 29, shape, generator=generator).float() / 1024
+    largest = 28 << more_bits
+    return 3.0 * torch.randint(-largest, largest + 1, shape, generator=generator).float() / (1024 << more_bits)
 
 
 def learning_rate(step: int) -> float:
@@ -78,6 +82,7 @@ class Case:
     zero: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
+    layers: int = 2
     zero_init: bool = False
     frozen: tuple[str, ...] = ()
     user_groups: bool = False
@@ -85,6 +90,7 @@ class Case:
     accumulation: int = 1
     steps: int = 10
     seed: int = 0
+    more_bits: int = 0  # of the gradients; their squares then round when they are added up
     unused_from: int | None = None  # `sometimes` is used before this step only
 
     def config(self) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def build_model(case: Case) -> nn.Module:
     """The case's model, the same weights on every rank and under every strategy."""
     torch.manual_seed(1234 + case.seed)
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(case.precision, torch.bfloat16)
-    model = OddLlama(tied=case.tied).to(dtype)
+    model = OddLlama(tied=case.tied, layers=case.layers).to(dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in case.frozen))
     return model
@@ -168,7 +174,7 @@ def install_gradients(model: nn.Module, case: Case, clock: dict[str, int]) -> No
         key, shape = canonical_name(name), logical_shape(parameter)
 
         def constant(grad: Tensor, key: str = key, shape: tuple[int, ...] = shape) -> Tensor:
-            return constant_gradient(key, shape, clock["step"], case.seed).to(grad.dtype)
+            return constant_gradient(key, shape, clock["step"], case.seed, case.more_bits).to(grad.dtype)
 
         parameter.register_hook(constant)
 

@@ -49,7 +49,7 @@ def gradient(case: Case, name: str, shape: tuple[int, ...], step: int) -> Tensor
     """What the optimizer sees: micro-batches add up, unused parameters count as zero."""
     if case.unused_from is not None and step >= case.unused_from and "sometimes" in name:
         return torch.zeros(shape)
-    return case.accumulation * constant_gradient(name, shape, step, case.seed)
+    return case.accumulation * constant_gradient(name, shape, step, case.seed, case.more_bits)
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

@@ -78,7 +78,7 @@ def plan_of(model: Model, layouts: Sequence[Layout], optimizer: WholeMatrixOptim
     tiles = {name: optimizer.tiles(Role(kind), shape) for name, (shape, kind) in model.items()}
     stateless = isinstance(optimizer, ds_optim.SWAN)
     frequency, staggered = optimizer.frequency, optimizer.staggered
-    plans = make_plans([(one, "group") for one in layouts], tiles, optimizer.work, frequency, staggered, stateless)
+    plans = make_plans([(one, "group", 1) for one in layouts], tiles, optimizer.work, frequency, staggered, stateless)
     ((plan, tensors),) = plans
     assert tensors == tuple(range(len(layouts)))
     return plan

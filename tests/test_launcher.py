@@ -6,6 +6,8 @@ import inspect
 import json
 import math
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -194,8 +196,9 @@ def test_every_wrong_setting_is_listed_in_one_error(tmp_path: Path) -> None:
     config.write_text(json.dumps({"optimizer": {"params": {"lr": "auto"}}}))
     model.write_text(json.dumps({"max_position_embeddings": 64}))
     arguments = f"--deepspeed {config} --model {model} --seq-length 128 --steps 0 --warmup 1.5 --save-every 3".split()
+    arguments += f"--log-every 0 --keep 0 --checkpoint-form deepspeed --resume {tmp_path / 'nowhere'}".split()
     with pytest.raises(settings.SettingsError) as error:
-        settings.read([*arguments, "--log-every", "0", "--resume", str(tmp_path / "nowhere")])
+        settings.read(arguments)
     wanted = (
         "names no optimizer",
         'no "train_micro_batch_size_per_gpu"',
@@ -205,11 +208,18 @@ def test_every_wrong_setting_is_listed_in_one_error(tmp_path: Path) -> None:
         "no step at all",
         "--warmup is 1.5",
         "--save-every needs --save",
+        "--keep needs --save",
+        "--keep is 0; it must be 1 or more",
+        "--keep removes canonical checkpoints only",
         "--log-every is 0",
         "nowhere: no such directory",
     )
     assert [text for text in wanted if text not in str(error.value)] == []
     assert str(error.value).count("\n  - ") + 1 == len(wanted)
+    with pytest.raises(settings.SettingsError, match=r"--autoresume needs --save DIR"):
+        settings.read(["--autoresume"])
+    with pytest.raises(settings.SettingsError, match=r"--fallback needs --resume DIR or --autoresume"):
+        settings.read(["--fallback"])
 
 
 def test_a_config_that_is_no_json_is_named_with_the_place(tmp_path: Path) -> None:
@@ -277,9 +287,10 @@ def test_configs_are_explained_key_by_key() -> None:
 
 
 def test_the_training_job_does_not_name_the_package() -> None:
-    """Only the memory report does, which is loaded if it is asked for."""
-    named = [path.name for path in LAUNCHER.glob("*.py") if "ds_optim" in path.read_text()]
-    assert named == ["memory_report.py"]
+    """Only the memory report and the canonical checkpoints do, and both import it when they are asked for."""
+    named = {path.name: path.read_text() for path in LAUNCHER.glob("*.py") if "ds_optim" in path.read_text()}
+    assert sorted(named) == ["checkpoints.py", "memory_report.py"]
+    assert not [text for text in named.values() if re.search(r"^(import|from) ds_optim", text, re.MULTILINE)]
 
 
 # ------------------------------------------------------------------------------------------------------ log and memory
@@ -367,35 +378,137 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
 def train_in_pool(arguments: list[str]) -> None:
     import train
 
-    train.run(settings.read(arguments, world_size=2))
+    train.run(settings.read(arguments, world_size=int(os.environ["WORLD_SIZE"])))
 
 
-def test_two_ranks_train_under_the_deepspeed_launcher_and_resume(pool: Any, texts: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def short(texts: Path, tmp_path: Path) -> list[str]:
+    """Arguments of a run of six steps of a tiny Llama, eight sequences each on two ranks."""
     model = tmp_path / "model.json"
     shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
     small = json.loads((CONFIGS / "models" / "llama_small.json").read_text())
     model.write_text(json.dumps({**small, **shape, "num_attention_heads": 4, "num_key_value_heads": 2}))
-    common = ["--model", model, "--text", texts, "--cache", tmp_path / "cache", "--seq-length", 32, "--steps", 6]
-    common += ["--micro-batch", 4, "--eval-sequences", 8, "--log-every", 1]
+    text = ["--model", model, "--text", texts, "--cache", tmp_path / "cache", "--seq-length", 32]
+    return [*map(str, text), "--steps", "6", "--micro-batch", "4", "--eval-sequences", "8", "--log-every", "1"]
 
-    whole = launch(*common, "--save", tmp_path / "saved", "--save-every", 3, "--output", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    assert "AdamMini (ds_optim.optimizers.adam_mini), ZeRO-2, 2 ranks" in whole.stdout
+
+def losses(output: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm by step."""
+    records = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in records if "loss" in r}
+
+
+def from_step(step: int, values: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
+    return {number: value for number, value in values.items() if number > step}
+
+
+def test_two_ranks_train_under_the_deepspeed_launcher_and_resume(pool: Any, short: list[str], tmp_path: Path) -> None:
+    saving = ["--save", str(tmp_path / "saved"), "--save-every", "3"]
+    launched = launch(*short, *saving, "--output", tmp_path / "whole")
+    assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert "AdamMini (ds_optim.optimizers.adam_mini), ZeRO-2, 2 ranks" in launched.stdout
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["held_out_loss_after"] < summary["held_out_loss_before"]
     assert 0 < summary["optimizer_share"] < 1
     assert len(summary["bytes_per_rank"]) == 2
     assert all(0.5 < r["state"] / r["adamw_state"] < 0.56 for r in summary["bytes_per_rank"])
+    whole = losses(tmp_path / "whole")
+    assert all(math.isfinite(value) for pair in whole.values() for value in pair)
 
-    rest = [*common, "--resume", tmp_path / "saved" / "global_step3", "--output", tmp_path / "resumed"]
-    pool(2).run(train_in_pool, list(map(str, rest)))
+    there = ["--resume", str(tmp_path / "saved" / "global_step3")]
+    pool(2).run(train_in_pool, [*short, *there, "--output", str(tmp_path / "same")])
+    assert losses(tmp_path / "same") == from_step(3, whole)
 
-    def losses(name: str) -> dict[int, tuple[float, float]]:
-        records = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
-        return {r["step"]: (r["loss"], r["grad_norm"]) for r in records if "loss" in r}
+    # Four ranks under ZeRO-3 see the same sequences; their gradients are added up in another order, in bf16.
+    elsewhere = [*short, *there, "--micro-batch", "2", "--zero-stage", "3", "--output", str(tmp_path / "four")]
+    pool(4).run(train_in_pool, elsewhere)
+    for step, pair in from_step(3, whole).items():
+        assert losses(tmp_path / "four")[step] == pytest.approx(pair, rel=1e-2)
 
-    assert losses("resumed") == {step: value for step, value in losses("whole").items() if step > 3}
-    assert all(math.isfinite(value) for pair in losses("whole").values() for value in pair)
+
+def test_a_run_goes_on_in_the_text_with_another_batch() -> None:
+    import checkpoints
+    import train
+
+    windows = corpus.Windows(np.arange(4000, dtype=np.uint16), 10, seed=0)
+    chosen: Any = SimpleNamespace(micro_batch=4, accumulation=1, seq_length=10)
+    two = train.Batches(windows, chosen, 0, 2, "cpu")
+    assert (two.taken(3), train.Batches(windows, chosen, 0, 3, "cpu", checkpoints.Start(3, 24)).taken(4)) == (24, 36)
+    before = [train.Batches(windows, chosen, rank, 2, "cpu").of_step(step) for step in range(3) for rank in range(2)]
+    start = checkpoints.Start(3, two.taken(3))
+    after = [
+        train.Batches(windows, chosen, rank, 3, "cpu", start).of_step(step) for step in (3, 4) for rank in range(3)
+    ]
+    seen = [ids for part in (*before, *after) for ids in part]
+    assert sorted(torch.cat(seen)[:, 0].tolist()) == sorted(windows.sequences(0, 24 + 24)[:, 0].tolist())
+
+
+def test_one_command_starts_and_restarts_a_run(pool: Any, short: list[str], tmp_path: Path) -> None:
+    saved, cut, logs = tmp_path / "saved", tmp_path / "cut", tmp_path / "logs"
+
+    def run(directory: Path, output: str, *more: str) -> None:
+        arguments = [*short, "--save", str(directory), "--autoresume", "--output", str(logs / output), *more]
+        pool(2).run(train_in_pool, arguments)
+
+    def tags(directory: Path) -> list[str]:
+        return sorted(path.name for path in directory.iterdir())
+
+    run(saved, "whole", "--save-every", "1", "--keep", "3")
+    assert sorted(losses(logs / "whole")) == [1, 2, 3, 4, 5, 6]
+    assert tags(saved) == ["global_step4", "global_step5", "global_step6", "latest"]
+
+    # A run that was cut after its fifth step, its last checkpoint damaged.
+    shutil.copytree(saved, cut, ignore=shutil.ignore_patterns("global_step6"))
+    (cut / "latest").write_text("global_step5")
+    (cut / "global_step5" / "about.json").write_text("")
+    for said in pool(2).run(refusal_in_pool, [*short, "--save", str(cut), "--autoresume"]):
+        assert "about.json has 0 bytes" in said
+        assert "fallback" in said
+    run(cut, "rest", "--fallback", "--keep", "1")
+    assert losses(logs / "rest") == from_step(4, losses(logs / "whole"))
+    assert tags(cut) == ["global_step5", "global_step6", "latest"]  # what is not whole is not for us to remove
+    run(cut, "done")
+    assert not (logs / "done").exists()
+
+    # The first save of all was killed before `latest` was written.
+    shutil.rmtree(cut)
+    shutil.copytree(saved, cut, ignore=shutil.ignore_patterns("global_step5", "global_step6", "latest"))
+    run(cut, "first")
+    assert losses(logs / "first") == from_step(4, losses(logs / "whole"))
+
+
+def test_a_resumed_run_keeps_its_plan(pool: Any, short: list[str], tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "text.txt").write_text(prose(1, 20000))
+    pool(2).run(train_in_pool, [*short, "--save", str(saved), "--save-every", "3"])
+    other = ["--steps", "7", "--seed", "3", "--seq-length", "16", "--text", str(tmp_path / "other")]
+    for said in pool(2).run(refusal_in_pool, [*short, *other, "--resume", str(saved)]):
+        assert "that run had --steps 6 and this one has 7; give --steps 6" in said
+        assert "give --seed 0" in said
+        assert "give --seq-length 32" in said
+        assert "that run read another text" in said
+    for said in pool(2).run(refusal_in_pool, [*short, "--resume", str(saved)]):
+        assert "all of its 6 steps are done" in said
+    for said in pool(2).run(refusal_in_pool, [*short, "--optimizer", "lion", "--resume", str(saved)]):
+        assert "it is of AdamMini, not of Lion" in said
+    for said in pool(2).run(refusal_in_pool, [*short, "--resume", str(tmp_path / "other")]):
+        assert "there is no checkpoint" in said
+
+
+def test_deepspeeds_own_form_serves_any_optimizer(pool: Any, short: list[str], tmp_path: Path) -> None:
+    config = json.loads((CONFIGS / "adam_mini_zero2.json").read_text())
+    config |= {"optimizer": {"type": "Adagrad", "params": {"lr": 0.01}}, "zero_allow_untested_optimizer": True}
+    (tmp_path / "adagrad.json").write_text(json.dumps(config))
+    common = [*short, "--deepspeed", str(tmp_path / "adagrad.json"), "--save", str(tmp_path / "saved")]
+    for said in pool(2).run(refusal_in_pool, common):
+        assert "--save: Adagrad is not an optimizer of ds_optim" in said
+        assert "--checkpoint-form deepspeed" in said
+    common += ["--checkpoint-form", "deepspeed", "--save-every", "4"]
+    pool(2).run(train_in_pool, [*common, "--output", str(tmp_path / "whole")])
+    (tmp_path / "saved" / "latest").write_text("global_step4")
+    pool(2).run(train_in_pool, [*common, "--autoresume", "--output", str(tmp_path / "rest")])
+    assert losses(tmp_path / "rest") == from_step(4, losses(tmp_path / "whole"))
 
 
 def test_a_wrong_config_gives_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

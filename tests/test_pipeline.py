@@ -60,7 +60,7 @@ def grid_of(spec: ParameterSpec) -> list[Box]:
 @cache
 def plan_of(kind: str, world_size: int) -> Plan:
     tiled = {spec.name: [Tile(box, box.shape) for box in grid_of(spec)] for spec in SPECS}
-    layouts = [(layout, "group") for layout in layouts_of(kind, world_size)]
+    layouts = [(layout, "group", 1) for layout in layouts_of(kind, world_size)]
     ((plan, _),) = make_plans(layouts, tiled, lambda shape: Work(float(torch.Size(shape).numel())), 1, False, True)
     return plan
 
@@ -211,7 +211,7 @@ def one_owner(world_size: int) -> list[list[float]]:
     """A replicated parameter of one block: its update is broadcast by whoever owns it."""
     layout = Replicated(ParameterSpec("w", (2, 2)), world_size)
     box = Box((0, 0), (2, 2))
-    ((plan, _),) = make_plans([(layout, 0)], {"w": [Tile(box, (2, 2))]}, lambda shape: Work(1.0), 1, False, True)
+    ((plan, _),) = make_plans([(layout, 0, 1)], {"w": [Tile(box, (2, 2))]}, lambda shape: Work(1.0), 1, False, True)
     found = []
     for dtype in DTYPES.values():
         for owner in range(world_size):

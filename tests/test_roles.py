@@ -22,6 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from ds_optim.optimizers.adam_mini import adam_mini_blocks
+from ds_optim.optimizers.matrix_roles import is_matrix
 from ds_optim.role import Part, Role, is_vector
 from ds_optim.roles import (
     canonical_name,
@@ -464,25 +465,116 @@ def test_wrappers_change_neither_names_nor_roles(models: Callable[[str], nn.Modu
     assert infer_roles(wrapped) == roles
 
 
+def lora(name: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return peft.get_peft_model(MODELS[name]().eval(), peft.LoraConfig(r=2, **options))
+
+
 def test_a_lora_model_keeps_the_roles_of_the_model_under_it(models: Callable[[str], nn.Module]) -> None:
-    config = peft.LoraConfig(
-        r=2, target_modules=["q_proj", "k_proj", "down_proj", "embed_tokens"], modules_to_save=["lm_head"]
-    )
-    model = peft.get_peft_model(MODELS["llama"](), config)
-    roles, base = infer_roles(model), infer_roles(models("llama"))
-    assert len(roles) == len(list(model.named_parameters()))
+    model = lora("llama", target_modules="all-linear", use_dora=True, modules_to_save=["lm_head"])
+    roles, base, shapes = infer_roles(model), infer_roles(models("llama")), shapes_of(model)
+    assert list(roles) == list(shapes)
     for name, role in base.items():
         if name != "lm_head.weight":
             assert roles[name] == role
     assert roles["lm_head.modules_to_save.default.weight"].kind == "head"
-    for name, role in roles.items():
-        if "lora_" in name:
-            assert role.kind == "linear"
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    rank_rows = [canonical_name(name) for name in trained if "lora_A.default" in name]
-    assert len(rank_rows) == 3
-    assert all(adam_mini_blocks(roles[name], shapes_of(model)[name]).num_blocks == 2 for name in rank_rows)
-    assert unclaimed_by_adam_mini(roles, shapes_of(model)) == []
+    assert unclaimed_by_adam_mini(roles, shapes) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "vit"])
+def test_lora_b_has_the_output_rows_of_its_weight_and_lora_a_directions(name: str) -> None:
+    layers = {"gpt2": ["c_attn", "c_proj", "c_fc"], "gpt_neox": ["query_key_value", "dense"]}
+    model = lora(name, target_modules=layers.get(name, ["q_proj", "k_proj", "v_proj", "o_proj"]))
+    roles, shapes = infer_roles(model), shapes_of(model)
+    adapted = [path.split(".lora_B.")[0] for path in roles if ".lora_B." in path]
+    assert len(adapted) >= 2
+    for path in adapted:
+        a, b, weight = f"{path}.lora_A.default.weight", f"{path}.lora_B.default.weight", roles[f"{path}.weight"]
+        assert (roles[a].kind, adam_mini_blocks(roles[a], shapes[a]).num_blocks) == ("linear", 2)
+        assert (roles[b].kind, roles[b].head_dim, roles[b].parts) == (weight.kind, weight.head_dim, weight.parts)
+        assert roles[b].output_dim == 0  # also where the weight is (in, out)
+        whole = adam_mini_blocks(weight, shapes[f"{path}.weight"])
+        assert adam_mini_blocks(roles[b], shapes[b]).runs == whole.runs
+        assert is_matrix(roles[a], shapes[a])
+        assert is_matrix(roles[b], shapes[b])
+
+
+@pytest.mark.parametrize("layer", ["q_proj", "k_proj"])
+def test_a_block_of_lora_b_is_a_head(layer: str) -> None:
+    model = lora("llama", target_modules=[layer])
+    (name,) = [name for name, _ in model.named_parameters() if "lora_B" in name]
+    parameter, role = model.get_parameter(name), infer_roles(model)[canonical_name(name)]
+    grid = adam_mini_blocks(role, tuple(parameter.shape))
+    blocks = block_of_each_element(grid, tuple(parameter.shape))
+    inputs = inputs_of(model)
+
+    @torch.no_grad()
+    def attention() -> Tensor:
+        return model(**inputs, output_attentions=True).attentions[0]
+
+    before, group = attention(), HEADS // grid.num_blocks
+    assert grid.num_blocks == {"q_proj": HEADS, "k_proj": KEY_HEADS}[layer]
+    for block in range(grid.num_blocks):
+        with Perturbed(parameter, blocks == block):
+            after = attention()
+        changed = {head for head in range(HEADS) if not torch.equal(before[:, head], after[:, head])}
+        assert changed == set(range(block * group, (block + 1) * group))
+
+
+def test_what_an_adapter_adds_to_tokens_and_heads_belongs_to_tokens() -> None:
+    model = lora("llama", target_modules=["embed_tokens", "lm_head"])
+    roles, shapes = infer_roles(model), shapes_of(model)
+    embedding, head = "model.embed_tokens.lora_embedding_{}.default", "lm_head.lora_{}.default.weight"
+    found = {text: roles[text] for text in (embedding.format("A"), head.format("B"))}
+    assert [role.kind for role in found.values()] == ["embedding", "head"]
+    for text, role in found.items():
+        grid = adam_mini_blocks(role, shapes[text])
+        token = 1 if "embedding" in text else 0
+        assert grid.num_blocks == VOCABULARY == shapes[text][token]
+        blocks = block_of_each_element(grid, shapes[text])
+        assert torch.equal(blocks.movedim(token, 0)[:, 0], torch.arange(VOCABULARY))
+        assert not is_matrix(role, shapes[text])  # Shampoo and SWAN leave tokens to Adam
+    for text in (embedding.format("B"), head.format("A")):
+        assert roles[text].kind == "linear"
+        assert is_matrix(roles[text], shapes[text])
+
+
+def test_vectors_of_an_adapter() -> None:
+    dora = lora("llama", target_modules=["q_proj"], use_dora=True, trainable_token_indices=[1, 5])
+    roles, shapes = infer_roles(dora), shapes_of(dora)
+    (magnitude,) = [name for name in roles if "lora_magnitude_vector" in name]
+    assert adam_mini_blocks(roles[magnitude], shapes[magnitude]).num_blocks == 1
+    assert is_decay_exempt(roles[magnitude])
+    (tokens,) = [name for name in roles if "trainable_tokens_delta" in name]
+    assert (roles[tokens].kind, adam_mini_blocks(roles[tokens], shapes[tokens]).num_blocks) == ("embedding", 2)
+    ada = peft.get_peft_model(MODELS["llama"](), peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9))
+    kinds = {name.split(".")[-2]: role for name, role in infer_roles(ada).items() if "lora_" in name}
+    assert {part: role.kind for part, role in kinds.items()} == {
+        "lora_A": "linear",
+        "lora_B": "query",
+        "lora_E": "linear",
+    }
+
+
+def test_adapters_of_convolutions_stacked_experts_and_torchs_attention() -> None:
+    vit = lora("vit", target_modules=["projection"])
+    assert {role.kind for name, role in infer_roles(vit).items() if "lora_" in name} == {"conv"}
+    experts = lora("mixtral", target_modules=[], target_parameters=["mlp.experts.down_proj"])
+    assert {role.kind for name, role in infer_roles(experts).items() if "lora_" in name} == {"linear"}
+    torchs = nn.TransformerEncoderLayer(12, 3, 16)
+    roles = infer_roles(peft.get_peft_model(torchs, peft.LoraConfig(r=2, target_modules=["self_attn"])))
+    fused = roles["self_attn.lora_B.default.weight"]
+    assert (fused.kind, fused.head_dim, [part.kind for part in fused.parts]) == ("fused", 4, list(PARTS))
+
+
+def test_adapters_by_name_alone() -> None:
+    model = lora("llama", target_modules=["embed_tokens", "q_proj", "down_proj"], use_dora=True)
+    trained = {canonical_name(name) for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: shape for name, shape in shapes_of(model).items() if name in trained}
+    named, inferred = resolve_roles(None, shapes), infer_roles(model)
+    assert {name: (role.kind, role.output_dim) for name, role in named.items()} == {
+        name: (inferred[name].kind, inferred[name].output_dim) for name in shapes
+    }
 
 
 def test_torch_modules_have_roles_without_transformers() -> None:

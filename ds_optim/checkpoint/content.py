@@ -24,6 +24,9 @@ from ds_optim.optimizers.launch import row_major
 from ds_optim.optimizers.logical import Logical, LogicalParameter, Piece
 from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.roles import canonical_name, logical_shape
+from ds_optim.sharding import dtensor
+from ds_optim.sharding.binding import local_of
+from ds_optim.sharding.layout import Scattered
 
 _NOT_SETTINGS = ("params", "param_names")
 
@@ -79,9 +82,17 @@ def subject_of(model: Any, optimizer: Any) -> tuple[Subject | None, list[str]]:
         called = names.get(tensor)  # an optimizer without an engine may not have been told names
         subject.parameters[tensor] = [replace(one, name=called) if called else one for one in parameters]
     trained = {one.name for _, one in subject.listed()}
+    scattered = []
     for parameter, name in names.items():
-        if name not in trained:
+        if isinstance(dtensor.read(name, parameter).layout, Scattered):
+            scattered.append(name)
+        elif name not in trained:
             subject.untrained[name] = (logical_shape(parameter), *engines.local_weight(parameter))
+    if scattered:
+        return None, [
+            f"{', '.join(scattered[:5])}{' ...' if len(scattered) > 5 else ''}: not sharded along dimension 0 (tensor "
+            "parallelism); use torch.distributed.checkpoint with torch's get_optimizer_state_dict"
+        ]
     subject.untrained.update({name: (tuple(buffer.shape), 0, buffer) for name, buffer in _buffers(model)})
     return subject, []
 
@@ -251,7 +262,7 @@ def held_parts(pieces: list[Piece], values: Tensor | None) -> list[tuple[int, Te
     if not pieces:
         return []
     assert values is not None
-    flat = values.view(-1)
+    flat = local_of(values).view(-1)
     return [(piece.start, flat[piece.offset : piece.offset + piece.stop - piece.start]) for piece in pieces]
 
 
@@ -264,7 +275,7 @@ def to_write(subject: Subject) -> dict[str, Ranges]:
             found[name] = Ranges(logical.numel, logical.dtype, held_parts(logical.written, values), CHUNK_ELEMENTS)
 
     for tensor, one in subject.listed():
-        add(f"weights.{one.name}", one.weight, row_major(tensor))
+        add(f"weights.{one.name}", one.weight, row_major(local_of(tensor)))
         state = subject.optimizer.state.get(tensor) if subject.optimizer is not None else None
         if state:
             for key, logical in one.state.items():
@@ -295,9 +306,10 @@ class Reading:
             self.tensors[name] = Ranges(numel, parts[0][1].dtype, parts)
 
     def flat(self, tensor: Tensor) -> Tensor:
-        flat = row_major(tensor)
-        if not tensor.is_contiguous():
-            self.copies.append((flat, tensor))
+        local = local_of(tensor).detach()
+        flat = row_major(local)
+        if not local.is_contiguous():
+            self.copies.append((flat, local))
         return flat
 
     @torch.no_grad()

@@ -252,7 +252,7 @@ def _subject_of(
     _step_over(optimizer, states.masters)
     saved = states.optimizer["state"]
     optimizer.state = defaultdict(
-        dict, {master: saved[key] for key, master in optimizer._keyed(states.optimizer) if key in saved}
+        dict, {master: saved[key] for key, master in optimizer.keyed(states.optimizer) if key in saved}
     )
     return content.Subject(
         nn.Module(),

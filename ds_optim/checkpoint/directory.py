@@ -119,6 +119,9 @@ def _prepare(directory: Path, tag: str, folder: Path) -> None:
         )
     for left in directory.glob(".*.tmp"):  # of runs that were killed while they saved
         shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for left in directory.glob(".*.old"):  # of runs that were killed before they removed what they had replaced
+        if (directory / left.name[1 : -len(".old")]).exists():
+            shutil.rmtree(left)
     folder.mkdir()
 
 
@@ -138,6 +141,30 @@ def _publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any]) 
     (directory / f".{LATEST}.tmp").replace(directory / LATEST)
     sync_folder(directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_older(directory: Path, tag: str, keep: int) -> None:
+    """Remove whole checkpoints other than ``tag`` and the ``keep - 1`` newest of the others. One rank calls it.
+
+    What is not complete is neither counted nor touched. What cannot be removed stays, with a warning.
+    """
+    others = [one for one in _tags(directory) if one != tag and _is_complete(directory / one)]
+    for other in others[keep - 1 :]:
+        going = directory / f".{other}.tmp"  # never half there under its name; the next save removes what is left
+        try:
+            (directory / other).rename(going)
+            shutil.rmtree(going)
+        except OSError as error:
+            warnings.warn(f"the old checkpoint {directory / other} cannot be removed: {error}", stacklevel=3)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Every file is there with its size; whether their bytes are right is not looked at."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == written["bytes"] for name, written in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def heading(world_size: int, counters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -277,13 +304,12 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 def _latest(directory: Path) -> str:
     path = directory / LATEST
-    if not path.is_file():
-        listed = _tags(directory)
-        raise CheckpointError(
-            f"there is no file {path}"
-            + (f"; give tag= one of {listed}" if listed else ": nothing was ever saved there")
-        )
-    return path.read_text(encoding="utf-8").strip()
+    if path.is_file():
+        return path.read_text(encoding="utf-8").strip()
+    listed = _tags(directory)
+    if not listed:
+        raise CheckpointError(f"there is no file {path}: nothing was ever saved there")
+    return listed[0]  # the first save there was killed between naming the checkpoint and writing `latest`
 
 
 def _tags(directory: Path) -> list[str]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding import dtensor
+from ds_optim.sharding.binding import BoundTensor, local_of
 
 _ENGINE = ("global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler")
 _ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -92,7 +94,11 @@ def restore_counters(engine: Any, found: Mapping[str, Any]) -> None:
 
 
 def local_weight(parameter: Tensor) -> tuple[int, Tensor]:
-    """Where this rank's part of a parameter begins and its elements, flat; the whole of it without ZeRO-3."""
+    """Where this rank's part of a parameter begins and its elements; the whole of it without ZeRO-3 or FSDP2."""
+    if isinstance(parameter, DTensor):
+        bound = dtensor.read("", parameter)
+        fragments = bound.layout.fragments(bound.rank)
+        return fragments[0].start if fragments else 0, local_of(parameter).detach()
     if not hasattr(parameter, "ds_tensor"):
         return 0, parameter.detach()
     sliced: Any = parameter

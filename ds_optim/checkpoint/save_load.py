@@ -19,7 +19,9 @@ from ds_optim.checkpoint.directory import (
     new_checkpoint,
     on_every_rank,
     raise_everywhere,
+    rank,
     read_about,
+    remove_older,
     whole_checkpoint,
     write_small,
 )
@@ -33,6 +35,7 @@ def save(
     *,
     tag: str | None = None,
     client_state: Any = None,
+    keep: int | None = None,
 ) -> Path:
     """Save weights, optimizer state, settings, scheduler and counters in canonical form. All ranks call it.
 
@@ -46,6 +49,8 @@ def save(
         tag: the checkpoint's folder in ``directory``. Unset: ``global_step`` and the engine's count, or ``step`` and
             the optimizer's. A checkpoint of the same tag is replaced.
         client_state: anything that pickles, the same on all ranks (rank 0's is stored); `load` returns it.
+        keep: checkpoints that stay in ``directory``, this one and the newest before it; older whole ones are removed
+            when this one is there. None keeps all.
 
     Returns:
         The checkpoint's folder.
@@ -59,7 +64,7 @@ def save(
     assert subject is not None
     engine = subject.engine
     name = tag or (f"global_step{engine.global_steps}" if engine is not None else f"step{subject.step}")
-    raise_everywhere(_tag_problems(name), "this cannot be saved")
+    raise_everywhere([*_tag_problems(name), *_keep_problems(keep)], "this cannot be saved")
     about = {
         **heading(
             dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
@@ -73,6 +78,8 @@ def save(
         small = partial(write_small, folder, about, client_state, schedule)
         on_every_rank(small, f"cannot save checkpoint {name!r} in {directory}", only=0)
         ranges.write(folder, content.to_write(subject))
+    if keep is not None and rank() == 0:
+        remove_older(directory, name, keep)
     return directory / name
 
 
@@ -148,3 +155,7 @@ def _tag_problems(tag: str) -> list[str]:
     if len(others) > 1:
         found.append(f"ranks would save under different tags: {', '.join(others)}")
     return found
+
+
+def _keep_problems(keep: int | None) -> list[str]:
+    return [f"keep is {keep}; it must be 1 or more, or None"] if keep is not None and keep < 1 else []

@@ -18,7 +18,8 @@ Three backends run a formula (`backend_for` chooses by device, never by size):
 - ``compiled``: `torch.compile` of the formula, for accelerators.
 - ``eager``: the formula as it is, piece by piece: the oracle, and the fallback.
 
-Parameters, gradients and element states may be fp32, bf16 or fp16, block states are fp32. Only elements that a table
+Parameters, gradients and element states may be fp32, bf16 or fp16, block states are fp32. What is written is rounded to
+nearest, bf16 parameters stochastically if a `Rounding` is given. Only elements that a table
 covers are touched (`ds_optim.kernels.tables` says how tables read). Gradients are never written to. Nothing
 synchronises with an accelerator.
 """
@@ -34,9 +35,22 @@ from torch import Tensor
 
 from ds_optim.kernels import compiled, eager, native
 from ds_optim.kernels.build import UnavailableError
+from ds_optim.kernels.rounding import Place, Places, Rounding
 from ds_optim.kernels.tables import Formula, Select
 
-__all__ = ["Backend", "Formula", "Select", "backend_for", "blockwise", "elementwise", "partial_sums"]
+__all__ = [
+    "Backend",
+    "Formula",
+    "Place",
+    "Places",
+    "Rounding",
+    "Select",
+    "backend_for",
+    "blockwise",
+    "descend",
+    "elementwise",
+    "partial_sums",
+]
 
 Backend = Literal["native", "compiled", "eager"]
 
@@ -96,6 +110,7 @@ def elementwise(
     states: Sequence[Sequence[Tensor]],
     spans: Tensor,
     scalars: Mapping[str, float | Tensor],
+    rounding: Rounding | None = None,
 ) -> None:
     """Update ``params`` and ``states`` in place on the elements that ``spans`` covers.
 
@@ -108,12 +123,13 @@ def elementwise(
         states: for every state the list of its tensors, in the order of the formula's arguments.
         spans: int64 CPU tensor (n, 4), see `ds_optim.kernels.tables`.
         scalars: the formula's keyword arguments, numbers or 0-dim tensors.
+        rounding: how bf16 parameters are rounded; None rounds them to nearest.
     """
     if backend == "native":
-        native.elementwise(name, params, grads, states, spans, scalars)
+        native.elementwise(name, params, grads, states, spans, scalars, rounding)
     else:
         driver = compiled if backend == "compiled" else eager
-        driver.elementwise(formula, params, grads, states, spans, scalars)
+        driver.elementwise(formula, params, grads, states, spans, scalars, rounding)
 
 
 def partial_sums(
@@ -153,6 +169,7 @@ def blockwise(
     cut_sums: Tensor,
     scalars: Mapping[str, float | Tensor],
     select: Select = "all",
+    rounding: Rounding | None = None,
 ) -> None:
     """Update ``params``, ``states`` and ``block_states`` in place, block by block.
 
@@ -168,9 +185,29 @@ def blockwise(
         row_runs, column_runs, cut_sums: as for `partial_sums`.
         scalars: the formula's keyword arguments.
         select: ``all`` blocks, only ``uncut`` ones (while the all-reduce travels) or only ``cut`` ones (afterwards).
+        rounding: as for `elementwise`.
     """
+    tables = row_runs, column_runs, cut_sums
     if backend == "native":
-        native.blockwise(name, params, grads, states, block_states, row_runs, column_runs, cut_sums, scalars, select)
+        native.blockwise(name, params, grads, states, block_states, *tables, scalars, select, rounding)
     else:
         driver = compiled if backend == "compiled" else eager
-        driver.blockwise(formula, params, grads, states, block_states, row_runs, column_runs, cut_sums, scalars, select)
+        driver.blockwise(formula, params, grads, states, block_states, *tables, scalars, select, rounding)
+
+
+def descend(
+    backend: Backend, target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int
+) -> None:
+    """``target <- decay target - update`` on bf16 parameters, stochastically rounded.
+
+    Args:
+        backend: what `backend_for` chose.
+        target: bf16, a strided view of a row-major parameter.
+        update: fp32, contiguous, of the same shape.
+        decay: a number or a 0-dim tensor.
+        identity: of the parameter, see `ds_optim.kernels.rounding.identity_of`.
+        first: index of the view's first element in the whole parameter.
+        key: of the step, see `ds_optim.kernels.rounding.key_of`.
+    """
+    driver = {"native": native, "compiled": compiled, "eager": eager}[backend]
+    driver.descend(target, update, decay, identity, first, key)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels import eager
+from ds_optim.kernels.rounding import Rounding, store
 from ds_optim.kernels.tables import (
     ColumnPiece,
     ColumnRun,
@@ -21,7 +22,6 @@ from ds_optim.kernels.tables import (
     Select,
     iterate_column_runs,
     iterate_row_runs,
-    iterate_spans,
 )
 
 ALIGNMENT = 16
@@ -36,15 +36,27 @@ def elementwise(
     states: Sequence[Sequence[Tensor]],
     spans: Tensor,
     scalars: Mapping[str, float | Tensor],
+    rounding: Rounding | None,
 ) -> None:
     """`ds_optim.kernels.elementwise`."""
-    constants = _on_device(scalars, params)
-    for tensor, start, length, has_grad in iterate_spans(spans):
+    constants, words = _on_device(scalars, params), _Words(rounding, params)
+    for tensor, start, length, has_grad in eager.placed_spans(spans, params, rounding):
         local = [params[tensor], *(state[tensor] for state in states)]
         grad = grads[tensor] if has_grad else None
         targets = [_part(target, start, (length,)) for target in local]
-        _call(_apply, formula, targets, _part(grad, start, (length,)), [], constants)
+        _call(_apply, formula, targets, _part(grad, start, (length,)), [], constants, words.at(tensor, start))
     torch.autograd.graph.increment_version(params)
+
+
+@torch.no_grad()
+def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
+    """`ds_optim.kernels.descend`."""
+    device = target.device
+    factor = decay.to(device, torch.float32) if isinstance(decay, Tensor) else _scalar("decay", decay, device)
+    words = [_word("identity", identity, device), _word("first", first, device), _key(key, device)]
+    here, change = (_part(tensor, 0, tuple(tensor.shape), tensor.stride()) for tensor in (target, update))
+    _call(_descend, [here], [change], factor, words)
+    torch.autograd.graph.increment_version(target)
 
 
 @torch.no_grad()
@@ -73,22 +85,25 @@ def blockwise(
     cut_sums: Tensor,
     scalars: Mapping[str, float | Tensor],
     select: Select,
+    rounding: Rounding | None,
 ) -> None:
     """`ds_optim.kernels.blockwise`."""
-    constants = _on_device(scalars, params)
+    constants, words = _on_device(scalars, params), _Words(rounding, params)
     for piece in iterate_row_runs(row_runs, select):
         local = [params[piece.tensor], *(state[piece.tensor] for state in states)]
         grad = grads[piece.tensor] if piece.has_grad else None
         blocks = [_part(state[piece.tensor], piece.slot, (piece.blocks,)) for state in block_states]
+        here = words.at(piece.tensor, piece.start)
         if piece.cut < 0:
             shape = (piece.blocks, piece.length)
             targets = [_part(target, piece.start, shape) for target in local]
-            _call(_apply_rows, formula, targets, _part(grad, piece.start, shape), blocks, cut_sums.dtype, constants)
+            grad_BE = _part(grad, piece.start, shape)
+            _call(_apply_rows, formula, targets, grad_BE, blocks, cut_sums.dtype, constants, here)
         else:
             targets = [_part(target, piece.start, (piece.length,)) for target in local]
             mean_squares = (cut_sums[piece.cut : piece.cut + 1] / piece.numel).float()
             values = [mean_squares, *blocks]
-            _call(_apply, formula, targets, _part(grad, piece.start, (piece.length,)), values, constants)
+            _call(_apply, formula, targets, _part(grad, piece.start, (piece.length,)), values, constants, here)
             eager.advance_blocks(formula, len(states), blocks, mean_squares, constants)
     for run in iterate_column_runs(column_runs, select):
         local = [params[run.tensor], *(state[run.tensor] for state in states)]
@@ -100,7 +115,8 @@ def blockwise(
         for part in run.pieces():
             targets = [_columns(target, run, part) for target in local]
             values = [_part(value, part.first, (part.last - part.first,)) for value in by_column]
-            _call(_apply, formula, targets, _columns(grad, run, part), values, constants)
+            here = words.at(run.tensor, part.start)
+            _call(_apply, formula, targets, _columns(grad, run, part), values, constants, here)
         eager.advance_blocks(formula, len(states), blocks, mean_squares, constants)
     torch.autograd.graph.increment_version(params)
 
@@ -111,12 +127,15 @@ def _apply(
     grad: Tensor | None,
     block_values: list[Tensor],
     scalars: dict[str, Tensor],
+    words: list[Tensor],
 ) -> None:
     """Elements whose block values, if any, are known."""
-    like = targets[0]
-    eager.apply(
-        formula, targets, torch.zeros_like(like).float() if grad is None else grad.float(), block_values, scalars
-    )
+    known_grad = torch.zeros_like(targets[0]).float() if grad is None else grad.float()
+    eager.apply(formula, targets, known_grad, block_values, scalars, words)
+
+
+def _descend(target: list[Tensor], update: list[Tensor], decay: Tensor, words: list[Tensor]) -> None:
+    store(target[0], target[0].float() * decay - update[0], words)
 
 
 def _apply_rows(
@@ -126,6 +145,7 @@ def _apply_rows(
     block_states: list[Tensor],
     dtype: torch.dtype,
     scalars: dict[str, Tensor],
+    words: list[Tensor],
 ) -> None:
     """Whole blocks as the rows of (blocks, elements) targets: sums, block states and elements in one program."""
     grad_BE = torch.zeros_like(targets[0]).float() if grad is None else grad.float()
@@ -133,7 +153,8 @@ def _apply_rows(
     param_BE, *state_BE = [target.float() for target in targets]
     block_state_B1 = [state[:, None] for state in block_states]
     results = formula(param_BE, grad_BE, mean_square_B1, *state_BE, *block_state_B1, **scalars)
-    for target, result in zip(targets, results, strict=False):
+    store(targets[0], results[0], words)
+    for target, result in zip(targets[1:], results[1:], strict=False):
         target.copy_(result)
     for state, result in zip(block_states, results[len(targets) :], strict=True):
         state.copy_(result[:, 0])
@@ -184,6 +205,31 @@ def _on_device(scalars: Mapping[str, float | Tensor], params: Sequence[Tensor]) 
 def _scalar(name: str, value: float, device: torch.device) -> Tensor:
     # One tensor per name: a program that once saw one tensor for two names insists on it.
     return torch.full((), value, dtype=torch.float32, device=device)  # filled there: nothing is sent, nothing waits
+
+
+class _Words:
+    """What parameters are rounded by, as 0-dim tensors where they are: neither a step nor a place is a new program."""
+
+    def __init__(self, rounding: Rounding | None, params: Sequence[Tensor]) -> None:
+        self._rounding, self._params = rounding, params
+        self._key = _key(rounding.key, params[0].device) if rounding is not None and params else None
+
+    def at(self, tensor: int, start: int) -> list[Tensor]:
+        """As `eager.words_at`."""
+        words = eager.words_at(self._rounding, self._params[tensor], tensor, start)
+        if not words or self._key is None:
+            return []
+        device = self._params[tensor].device
+        return [_word("identity", words[0], device), _word("first", words[1], device), self._key]
+
+
+def _key(value: int, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+@lru_cache(maxsize=1 << 14)
+def _word(name: str, value: int, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.int64, device=device)  # one per name, as in `_scalar`
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ds_optim.kernels.rounding import Rounding, store
 from ds_optim.kernels.tables import (
     ColumnPiece,
     ColumnRun,
@@ -38,17 +39,25 @@ def elementwise(
     states: Sequence[Sequence[Tensor]],
     spans: Tensor,
     scalars: Mapping[str, float | Tensor],
+    rounding: Rounding | None,
 ) -> None:
     """`ds_optim.kernels.elementwise`."""
     scalars = rounded(scalars)
-    for tensor, start, length, has_grad in iterate_spans(spans):
+    for tensor, start, length, has_grad in placed_spans(spans, params, rounding):
         param, grad = params[tensor], grads[tensor] if has_grad else None
         local = [state[tensor] for state in states]
         chunk = chunk_of(param.device)
         for first in range(start, start + length, chunk):
             here = slice(first, min(first + chunk, start + length))
             targets = [param[here], *(state[here] for state in local)]
-            apply(formula, targets, gradient(grad, here, targets[0]), [], scalars)
+            words = words_at(rounding, param, tensor, first)
+            apply(formula, targets, gradient(grad, here, targets[0]), [], scalars, words)
+
+
+@torch.no_grad()
+def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
+    """`ds_optim.kernels.descend`."""
+    store(target, target.float().mul_(decay).sub_(update), (identity, first, key))
 
 
 @torch.no_grad()
@@ -76,6 +85,7 @@ def blockwise(
     cut_sums: Tensor,
     scalars: Mapping[str, float | Tensor],
     select: Select,
+    rounding: Rounding | None,
 ) -> None:
     """`ds_optim.kernels.blockwise`."""
     scalars = rounded(scalars)
@@ -86,9 +96,8 @@ def blockwise(
         for part, first, last in _parts(piece, chunk_of(param.device)):
             sums = _row_sums(grad, part, cut_sums.dtype, like=param) if piece.cut < 0 else cut_sums[piece.cut, None]
             mean_squares = (sums / piece.numel).float()
-            _update_rows(
-                formula, param, grad, local, [s[first:last] for s in local_blocks], part, mean_squares, scalars
-            )
+            part_blocks = [s[first:last] for s in local_blocks]
+            _update_rows(formula, param, grad, local, part_blocks, part, mean_squares, scalars, rounding)
     for run in iterate_column_runs(column_runs, select):
         param, grad = params[run.tensor], grads[run.tensor] if run.has_grad else None
         local = [state[run.tensor] for state in states]
@@ -98,7 +107,7 @@ def blockwise(
         else:
             sums = cut_sums[run.cut : run.cut + run.blocks]
         mean_squares = (sums / run.block_numel).float()
-        _update_columns(formula, param, grad, local, local_blocks, run, mean_squares, scalars)
+        _update_columns(formula, param, grad, local, local_blocks, run, mean_squares, scalars, rounding)
 
 
 def rounded(scalars: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
@@ -107,6 +116,26 @@ def rounded(scalars: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
     values = array("f", numbers.values())  # as the C++ kernels round them
     tensors = {name: value.float() for name, value in scalars.items() if isinstance(value, Tensor)}
     return {**dict(zip(numbers, values, strict=True)), **tensors}
+
+
+def placed_spans(
+    spans: Tensor, params: Sequence[Tensor], rounding: Rounding | None
+) -> Iterator[tuple[int, int, int, bool]]:
+    """As `iterate_spans`; where elements are rounded by their places, no span reaches over the end of a parameter."""
+    for tensor, start, length, has_grad in iterate_spans(spans):
+        if rounding is None or params[tensor].dtype != torch.bfloat16:
+            yield tensor, start, length, has_grad
+        else:
+            for place in rounding.places.within(tensor, start, length):
+                yield tensor, place.start, place.length, has_grad
+
+
+def words_at(rounding: Rounding | None, param: Tensor, tensor: int, start: int) -> tuple[int, ...]:
+    """What `store` rounds a parameter's elements from ``start`` on by; nothing if it rounds to nearest."""
+    if rounding is None or param.dtype != torch.bfloat16:
+        return ()
+    place = rounding.places.at(tensor, start)
+    return place.identity, place.first, rounding.key
 
 
 def gradient(grad: Tensor | None, here: slice, like: Tensor) -> Tensor:
@@ -120,10 +149,12 @@ def apply(
     grad: Tensor,
     block_values: Sequence[Tensor],
     scalars: Mapping[str, float | Tensor],
+    words: Sequence[int | Tensor] = (),
 ) -> None:
     """Evaluate the formula on parameter and element states (``targets``) and store what it returns for them.
 
-    ``block_values``, the mean square and the block states, broadcast against the targets and are only read.
+    ``block_values``, the mean square and the block states, broadcast against the targets and are only read. The
+    parameter is rounded by ``words``, see `ds_optim.kernels.rounding.store`.
     """
     if block_values:
         mean_square, *block_states = block_values
@@ -132,7 +163,8 @@ def apply(
         )
     else:
         results = formula(targets[0].float(), grad, *(t.float() for t in targets[1:]), **scalars)
-    for target, result in zip(targets, results, strict=False):
+    store(targets[0], results[0], words)
+    for target, result in zip(targets[1:], results[1:], strict=False):
         target.copy_(result)
 
 
@@ -186,6 +218,7 @@ def _update_rows(
     piece: RowPiece,
     mean_squares: Tensor,
     scalars: Mapping[str, float | Tensor],
+    rounding: Rounding | None,
 ) -> None:
     block_values = [mean_squares[:, None], *(state[:, None] for state in block_states)]
     width = chunk_of(param.device) if piece.blocks == 1 else piece.length
@@ -193,7 +226,8 @@ def _update_rows(
     for first in range(piece.start, stop, piece.blocks * width):
         here = slice(first, min(first + piece.blocks * width, stop))
         targets = [tensor[here].view(piece.blocks, -1) for tensor in (param, *states)]
-        apply(formula, targets, gradient(grad, here, param[here]).view(piece.blocks, -1), block_values, scalars)
+        grad_BE = gradient(grad, here, param[here]).view(piece.blocks, -1)
+        apply(formula, targets, grad_BE, block_values, scalars, words_at(rounding, param, piece.tensor, first))
     advance_blocks(formula, len(states), block_states, mean_squares, scalars)
 
 
@@ -232,11 +266,13 @@ def _update_columns(
     run: ColumnRun,
     mean_squares: Tensor,
     scalars: Mapping[str, float | Tensor],
+    rounding: Rounding | None,
 ) -> None:
     block_values = [value.repeat_interleave(run.width) for value in (mean_squares, *block_states)]
     for part in _column_parts(run, chunk_of(param.device)):
         targets = [column_view(tensor, run, part) for tensor in (param, *states)]
         grad_RC = torch.zeros_like(targets[0], dtype=torch.float32) if grad is None else column_view(grad, run, part)
         here = slice(part.first, part.last)
-        apply(formula, targets, grad_RC.float(), [value[here] for value in block_values], scalars)
+        words = words_at(rounding, param, run.tensor, part.start)
+        apply(formula, targets, grad_RC.float(), [value[here] for value in block_values], scalars, words)
     advance_blocks(formula, len(states), block_states, mean_squares, scalars)

@@ -121,7 +121,8 @@ void update_range(const Rule& rule, const Streams& streams, int64_t tensor, bool
   }
 }
 
-// Spans are (tensor, start, length, has_grad). Returns 0, or the number (from 1) of the first row that is out of bounds.
+// Spans are (tensor, start, length, has_grad). Returns 0, or the number (from 1) of the first row that is out of bounds, or
+// of whose elements some are to be rounded but have no place.
 template <class Rule>
 int64_t update_spans(const Rule& rule, const Streams& streams, const int64_t* numels, const int64_t* spans, int64_t rows,
                      int64_t threads) {
@@ -131,6 +132,7 @@ int64_t update_spans(const Rule& rule, const Streams& streams, const int64_t* nu
     if (tensor < 0 || tensor >= streams.tensors || start < 0 || length < 0 || length > numels[tensor] - start) {
       return row + 1;
     }
+    if (!streams.placed(tensor, start, length)) return row + 1;
     before[size_t(row) + 1] = before[size_t(row)] + length;
   }
   const int64_t total = before.back();

@@ -10,8 +10,9 @@
 //   chunk, fp64 from there on.
 // - All arithmetic on elements is fp32, whatever the tensors' dtypes.
 //
-// storage.h: tensors and their formats. threads.h: who works on what. elementwise.h: AdamW, Lion, Adan. blocks.h: blocks
-// and their sums. adam_mini.h: Adam-mini. This file: the interface.
+// storage.h: tensors and their formats. rounding.h: stochastic rounding to bf16. threads.h: who works on what.
+// elementwise.h: AdamW, Lion, Adan. blocks.h: blocks and their sums. adam_mini.h: Adam-mini. This file: the interface, and
+// the step of whole-matrix rules, whose updates are known.
 
 #include <algorithm>
 #include <cstdint>
@@ -57,10 +58,15 @@ void add_cut_sums(const Streams& streams, const Blocks& blocks, double* cut_sums
   }
 }
 
+void subtract(float* __restrict p, const float* __restrict u, float decay, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = p[i] * decay - u[i];
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The interface. Every function returns 0, or which row of a table is impossible (see update_spans, read_blocks).
+// `rounding` is that of bf16 parameters, null for the nearest.
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -72,10 +78,10 @@ void ds_optim_use_threads(void* region, void* number) {
 
 #define DS_OPTIM_ELEMENTWISE(name, Rule)                                                                              \
   int64_t ds_optim_##name(int64_t tensors, const int64_t* const* streams, const int64_t* numels, const int64_t* spans, \
-                          int64_t rows, const float* scalars, int64_t threads) {                                      \
+                          int64_t rows, const float* scalars, const Rounding* rounding, int64_t threads) {            \
     Rule rule;                                                                                                        \
     std::memcpy(&rule, scalars, sizeof rule);                                                                         \
-    return update_spans(rule, Streams{streams, tensors}, numels, spans, rows, threads);                               \
+    return update_spans(rule, Streams{streams, tensors, rounding}, numels, spans, rows, threads);                     \
   }
 
 DS_OPTIM_ELEMENTWISE(adamw, AdamW)
@@ -95,15 +101,42 @@ int64_t ds_optim_partial_sums(int64_t tensors, const int64_t* const* streams, co
 int64_t ds_optim_adam_mini(int64_t tensors, const int64_t* const* streams, const int64_t* numels, const int64_t* slots,
                            const int64_t* row_runs, int64_t rows, const int64_t* column_runs, int64_t column_rows,
                            const double* cut_sums, int64_t cuts, int64_t select, const float* scalars,
-                           int64_t threads) {
+                           const Rounding* rounding, int64_t threads) {
   Blocks blocks;
   const int64_t bad =
       read_blocks(row_runs, rows, column_runs, column_rows, tensors, numels, slots, cuts, select, &blocks);
   if (bad != 0) return bad;
+  const Streams all{streams, tensors, rounding};
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t* run = row_runs + 9 * row;
+    if (!all.placed(run[0], run[1], run[2])) return row + 1;
+  }
+  for (int64_t row = 0; row < column_rows; ++row) {
+    const int64_t* run = column_runs + 12 * row;
+    if (!all.placed(run[0], run[1], run[2])) return -(row + 1);
+  }
   AdamMini rule;
   std::memcpy(&rule, scalars, sizeof rule);
-  AdamMiniStep(rule, Streams{streams, tensors}, blocks, cut_sums, threads).run();
+  AdamMiniStep(rule, all, blocks, cut_sums, threads).run();
   return 0;
+}
+
+// param <- decay param - update over a bf16 matrix whose rows lie row_stride apart and whose updates lie row by row;
+// `places` has one row, for a tensor 0 that begins at the matrix's first element.
+void ds_optim_descend(uint16_t* param, const float* update, int64_t rows, int64_t columns, int64_t row_stride, float decay,
+                      const Rounding* rounding, int64_t threads) {
+  const int64_t total = rows * columns;
+  run_tasks((total + kTask - 1) / kTask, threads, [&](int64_t task) {
+    alignas(64) float buffer[kBuffer];
+    const int64_t stop = std::min((task + 1) * kTask, total);
+    for (int64_t done = task * kTask, n; done < stop; done += n) {
+      const int64_t row = done / columns, start = row * row_stride + done - row * columns;
+      n = std::min({kBuffer, (row + 1) * columns - done, stop - done});
+      load(param, kBFloat16, start, n, buffer);
+      subtract(buffer, update + done, decay, n);
+      rounding->store(0, start, n, buffer, param + start);
+    }
+  });
 }
 
 }  // extern "C"

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels.build import UnavailableError, built_library
+from ds_optim.kernels.rounding import Place, Places, Rounding
 from ds_optim.kernels.tables import Select
 
 SCALARS = {
@@ -59,15 +61,17 @@ def library() -> ctypes.CDLL:
     for name in ("adamw", "lion", "adan"):
         function = getattr(loaded, f"ds_optim_{name}")
         function.restype = word
-        function.argtypes = [word, pointer, pointer, pointer, word, pointer, word]
+        function.argtypes = [word, pointer, pointer, pointer, word, pointer, pointer, word]
     loaded.ds_optim_partial_sums.restype = word
     loaded.ds_optim_partial_sums.argtypes = [
         *(word, pointer, pointer, pointer, word, pointer, word, pointer, word, word)
     ]
     loaded.ds_optim_adam_mini.restype = word
     loaded.ds_optim_adam_mini.argtypes = [
-        *(word, pointer, pointer, pointer, pointer, word, pointer, word, pointer, word, word, pointer, word)
+        *(word, pointer, pointer, pointer, pointer, word, pointer, word, pointer, word, word, pointer, pointer, word)
     ]
+    loaded.ds_optim_descend.restype = None
+    loaded.ds_optim_descend.argtypes = [pointer, pointer, word, word, word, ctypes.c_float, pointer, word]
     _lend_threads(loaded)
     return loaded
 
@@ -94,6 +98,7 @@ def elementwise(
     states: Sequence[Sequence[Tensor]],
     spans: Tensor,
     scalars: Mapping[str, float | Tensor],
+    rounding: Rounding | None,
 ) -> None:
     """`ds_optim.kernels.elementwise`.
 
@@ -104,7 +109,7 @@ def elementwise(
         raise ValueError(f"no C++ kernel named {name!r} with {len(states)} states; there are {STATES}")
     call = _Streams([("param", params), ("grad", grads), *((f"state {i}", state) for i, state in enumerate(states))])
     _check_table("spans", spans, 4)
-    constants = _scalars(name, scalars)
+    constants, how = _scalars(name, scalars), _rounding(rounding)
     bad = getattr(library(), f"ds_optim_{name}")(
         len(params),
         call.address,
@@ -112,6 +117,7 @@ def elementwise(
         spans.data_ptr(),
         len(spans),
         constants.buffer_info()[0],
+        how and how.buffer_info()[0],
         torch.get_num_threads(),
     )
     _raise_if_bad(bad, spans, None)
@@ -154,6 +160,7 @@ def blockwise(
     cut_sums: Tensor,
     scalars: Mapping[str, float | Tensor],
     select: Select,
+    rounding: Rounding | None,
 ) -> None:
     """`ds_optim.kernels.blockwise`.
 
@@ -166,7 +173,7 @@ def blockwise(
     _check_table("row_runs", row_runs, 9)
     _check_table("column_runs", column_runs, 12)
     _check_sums(cut_sums)
-    constants = _scalars(name, scalars)
+    constants, how = _scalars(name, scalars), _rounding(rounding)
     bad = library().ds_optim_adam_mini(
         len(params),
         call.address,
@@ -180,10 +187,54 @@ def blockwise(
         cut_sums.numel(),
         _SELECT[select],
         constants.buffer_info()[0],
+        how and how.buffer_info()[0],
         torch.get_num_threads(),
     )
     _raise_if_bad(bad, row_runs, column_runs)
     torch.autograd.graph.increment_version(params)
+
+
+def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
+    """`ds_optim.kernels.descend`.
+
+    Raises:
+        ValueError: a tensor is not what the kernel can work on.
+    """
+    _check_tensors("update", [update])
+    if target.dtype != torch.bfloat16 or target.device.type != "cpu" or update.dtype != torch.float32:
+        raise ValueError(f"the C++ kernel subtracts fp32 from bf16 on the CPU, not {update.dtype} from {target.dtype}")
+    *outer, (rows, row_stride), (columns, _) = _merged(target)
+    number, begin = float(decay), 0
+    for corner in product(*(range(size) for size, _ in outer)):
+        skipped = sum(index * stride for index, (_, stride) in zip(corner, outer, strict=True))
+        length = (rows - 1) * row_stride + columns
+        places = Places([Place(0, 0, length, identity, first + skipped)])
+        how = _rounding(Rounding(key, places))
+        library().ds_optim_descend(
+            target.data_ptr() + skipped * target.element_size(),
+            update.data_ptr() + begin * update.element_size(),
+            rows,
+            columns,
+            row_stride,
+            number,
+            how and how.buffer_info()[0],
+            torch.get_num_threads(),
+        )
+        begin += rows * columns
+    torch.autograd.graph.increment_version(target)
+
+
+def _merged(view: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of a row-major view with as few dimensions as possible, at least two; the last stride is 1."""
+    dims: list[tuple[int, int]] = [(1, view.numel())]
+    for size, stride in [*zip(view.shape, view.stride(), strict=True), (1, 1)]:
+        if size == 1 and stride != 1:
+            continue
+        if dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims if len(dims) > 1 else [(1, view.numel()), *dims]
 
 
 _ABSENT = 1 << 62
@@ -297,6 +348,14 @@ def _raise_if_bad(code: int, rows: Tensor, columns: Tensor | None) -> None:
         return
     row = rows[code - 1] if code > 0 or columns is None else columns[-code - 1]
     raise ValueError(f"a row of the table does not fit the tensors or contradicts itself: {row.tolist()}")
+
+
+def _rounding(rounding: Rounding | None) -> array[int] | None:
+    """As the C++ side reads it; alive as long as ``rounding``."""
+    if rounding is None:
+        return None
+    table = rounding.places.table
+    return array("q", [table.data_ptr(), len(table), rounding.key])
 
 
 def _scalars(name: str, scalars: Mapping[str, Any]) -> array[float]:

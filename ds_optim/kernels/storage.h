@@ -1,11 +1,14 @@
 // The tensors of a call, and how their elements become fp32 and go back: bf16 and fp16 pass through small buffers on the
-// stack, which keeps one fp32 core per rule. Rounding is torch's, to nearest with ties to even.
+// stack, which keeps one fp32 core per rule. Rounding is torch's, to nearest with ties to even; parameters in bf16 may be
+// rounded stochastically instead.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
+
+#include "bits.h"
+#include "rounding.h"
 
 namespace ds_optim {
 
@@ -23,18 +26,6 @@ enum Stream : int64_t { kParam = 0, kGrad = 1, kFirstState = 2, kBlockState = 3 
 constexpr int64_t kStep = 64;
 constexpr int64_t kAhead = 256;
 constexpr int64_t kCacheLine = 16;
-
-inline uint32_t bits_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 inline float bf16_to_float(uint16_t h) { return from_bits(uint32_t(h) << 16); }
 
@@ -84,19 +75,29 @@ alignas(64) inline const float kZeros[kBuffer] = {};
 struct Streams {
   const int64_t* const* tables;
   int64_t tensors;
+  const Rounding* rounding = nullptr;  // of parameters; none rounds to nearest
 
   void* address(int64_t stream, int64_t tensor) const { return reinterpret_cast<void*>(tables[stream][tensor]); }
   int64_t dtype(int64_t stream, int64_t tensor) const { return tables[stream][tensors + tensor]; }
+
+  // Whether parameter elements [start, start + length) can be rounded as they should.
+  bool placed(int64_t tensor, int64_t start, int64_t length) const {
+    return rounding == nullptr || dtype(kParam, tensor) != kBFloat16 || rounding->covers(tensor, start, length);
+  }
 };
 
 // A tensor's stream as fp32: fp32 memory as it is, anything else through a buffer. A missing gradient is zeros.
 struct View {
   void* base = nullptr;
-  int64_t dtype = kFloat32;
+  int64_t dtype = kFloat32, tensor = 0;
+  const Rounding* rounding = nullptr;
 
   View() = default;
   View(const Streams& streams, int64_t stream, int64_t tensor, bool present = true)
-      : base(present ? streams.address(stream, tensor) : nullptr), dtype(streams.dtype(stream, tensor)) {}
+      : base(present ? streams.address(stream, tensor) : nullptr),
+        dtype(streams.dtype(stream, tensor)),
+        tensor(tensor),
+        rounding(stream == kParam && dtype == kBFloat16 ? streams.rounding : nullptr) {}
 
   bool direct() const { return base != nullptr && dtype == kFloat32; }
   float* at(int64_t start, int64_t n, float* buffer) const {
@@ -106,7 +107,12 @@ struct View {
     return buffer;
   }
   void put(int64_t start, int64_t n, const float* buffer) const {
-    if (base != nullptr && dtype != kFloat32) store(base, dtype, start, n, buffer);
+    if (base == nullptr || dtype == kFloat32) return;
+    if (rounding != nullptr) {
+      rounding->store(tensor, start, n, buffer, static_cast<uint16_t*>(base) + start);
+    } else {
+      store(base, dtype, start, n, buffer);
+    }
   }
 };
 

@@ -67,6 +67,9 @@ class AdamMini(ShardedOptimizer):
             ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Outside,
             without roles, names decide what they can and every other parameter has one block per output row.
         state_dtype: dtype of ``exp_avg``.
+        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
+            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
+        seed: of that rounding.
 
     Raises:
         ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
@@ -85,9 +88,18 @@ class AdamMini(ShardedOptimizer):
         *,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        bf16_stochastic_round: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, roles=roles, state_dtype=state_dtype)
+        super().__init__(
+            params,
+            defaults,
+            roles=roles,
+            state_dtype=state_dtype,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
+        )
 
     def blocks(self, role: Role, shape: tuple[int, ...]) -> BlockGrid:
         return adam_mini_blocks(role, shape)

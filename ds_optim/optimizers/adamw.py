@@ -73,6 +73,9 @@ class AdamW(ShardedOptimizer):
         weight_decay: decoupled, multiplied by the learning rate. LLM practice 0.1, not on norms and biases.
         roles: accepted for uniformity; an elementwise rule does not need them.
         state_dtype: dtype of the state.
+        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
+            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
+        seed: of that rounding.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -90,9 +93,18 @@ class AdamW(ShardedOptimizer):
         *,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        bf16_stochastic_round: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, roles=roles, state_dtype=state_dtype)
+        super().__init__(
+            params,
+            defaults,
+            roles=roles,
+            state_dtype=state_dtype,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
+        )
 
     def scalars(self, group: dict[str, Any], step: int) -> Scalars:
         return adam_scalars(group, step)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim import kernels
 from ds_optim.linalg.precision import full_precision
 from ds_optim.optimizers.owner_state import BlockState
 from ds_optim.sharding import pipeline
@@ -99,6 +100,7 @@ class BlockStep:
         step: count, from 1.
         step_size: what updates are multiplied by before they are subtracted.
         decay: what parameters are multiplied by before.
+        rounding: of each bf16 tensor that is not rounded to nearest, as the only tensor of a call.
         suspects: collected as stacks are computed.
     """
 
@@ -114,6 +116,7 @@ class BlockStep:
     step: int
     step_size: Any
     decay: Any
+    rounding: Mapping[int, kernels.Rounding]
     suspects: list[Suspects] = field(default_factory=list)
 
     def run(self, buckets: Sequence[Bucket]) -> Tensor:
@@ -181,6 +184,13 @@ class BlockStep:
         flat = self.flat[piece.tensor]
         targets = pipeline.views(flat, piece)
         updates = [part.to(flat.device, torch.float32) for part in pipeline.parts(update, piece)]
+        rounding = self.rounding.get(piece.tensor)
+        if rounding is not None:
+            backend = kernels.backend_for(flat.device)
+            for target, part, rectangle in zip(targets, updates, piece.rectangles, strict=True):
+                place = rounding.places.at(0, rectangle.offset)
+                kernels.descend(backend, target, part, self.decay, place.identity, place.first, rounding.key)
+            return
         if flat.dtype != torch.float32:
             for target, part in zip(targets, updates, strict=True):
                 target.copy_(target.float().mul_(self.decay).sub_(part))

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim import kernels
-from ds_optim.sharding.binding import BoundTensor
+from ds_optim.kernels.rounding import identity_of
+from ds_optim.sharding.binding import BoundTensor, local_of
 from ds_optim.sharding.exchange import PendingSum
 from ds_optim.sharding.runs import Runs, held_spans
 
@@ -94,6 +95,20 @@ def block_tables(runs: Sequence[Runs], idle: Sequence[frozenset[int]]) -> Tables
     return Tables(row_runs=_table(rows, 9), column_runs=_table(columns, 12), num_cuts=cuts)
 
 
+def places(tensors: Sequence[Tensor], bounds: Sequence[BoundTensor]) -> kernels.Places:
+    """Which parameter every element of the bf16 tensors of a call belongs to, and which element of it that is."""
+    return kernels.Places(
+        [
+            kernels.Place(
+                index, part.offset, part.numel, identity_of(bound.layout.parameters[part.parameter].name), part.start
+            )
+            for index, (tensor, bound) in enumerate(zip(tensors, bounds, strict=True))
+            if tensor.dtype == torch.bfloat16
+            for part in bound.layout.fragments(bound.rank)
+        ]
+    )
+
+
 def row_major(tensor: Tensor) -> Tensor:
     """A flat view in row-major order; of a tensor that is not (channels_last) a flat copy, to be put back."""
     return tensor.detach().contiguous().view(-1)
@@ -109,6 +124,7 @@ class Call:
         tables: what to walk.
         scalars: the formula's constants.
         group: the shard group, over which cut blocks are summed.
+        rounding: how the bf16 ones among the tensors are rounded; None rounds them to nearest.
     """
 
     def __init__(
@@ -119,12 +135,13 @@ class Call:
         tables: Tables,
         scalars: Scalars,
         group: dist.ProcessGroup | None,
+        rounding: kernels.Rounding | None = None,
     ) -> None:
-        self.rule, self.tables, self.scalars, self.group = rule, tables, scalars, group
+        self.rule, self.tables, self.scalars, self.group, self.rounding = rule, tables, scalars, group, rounding
         self._copied: list[tuple[Tensor, Tensor]] = []
-        self.params = [self._flat(tensor) for tensor in tensors]
-        self.grads = [None if t.grad is None else t.grad.detach().contiguous().view(-1) for t in tensors]
-        self.states = [[state[name].view(-1) for state in states] for name in rule.element_state]
+        self.params = [self._flat(local_of(tensor)) for tensor in tensors]
+        self.grads = [None if t.grad is None else row_major(local_of(t.grad)) for t in tensors]
+        self.states = [[local_of(state[name]).view(-1) for state in states] for name in rule.element_state]
         self.block_states = [[state[name] for state in states] for name in rule.block_state]
         self.device = self.params[0].device
         self.backend = kernels.backend_for(self.device)
@@ -150,6 +167,9 @@ class Call:
         self.grads = [part(self.grads, s[0], s[1], s[2]) for s in stretches]
         self.params = [part(self.params, s[0], s[1], s[2]) for s in stretches]
         self.states = [[part(of_kind, s[0], s[4], s[2]) for s in stretches] for of_kind in self.states]
+        if self.rounding is not None:
+            bf16 = [index for index, param in enumerate(self.params) if param.dtype == torch.bfloat16]
+            self.rounding = self.rounding.narrowed({index: stretches[index][:3] for index in bf16})
         return self
 
     def elementwise(self) -> None:
@@ -163,6 +183,7 @@ class Call:
             self.states,
             self.tables.spans,
             self.scalars,
+            self.rounding,
         )
 
     def partial_sums(self) -> None:
@@ -184,6 +205,7 @@ class Call:
             self.cut_sums,
             self.scalars,
             select,
+            self.rounding,
         )
 
     def finish(self) -> None:

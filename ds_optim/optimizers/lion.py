@@ -55,6 +55,9 @@ class Lion(ShardedOptimizer):
             ``lr * weight_decay`` stays the same.
         roles: accepted for uniformity; an elementwise rule does not need them.
         state_dtype: dtype of the state; ``torch.bfloat16`` halves it.
+        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
+            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
+        seed: of that rounding.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -72,11 +75,20 @@ class Lion(ShardedOptimizer):
         *,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        bf16_stochastic_round: bool = False,
+        seed: int = 0,
     ) -> None:
         if eps is not None:
             warnings.warn("Lion has no eps: the value given is ignored", stacklevel=2)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
-        super().__init__(params, defaults, roles=roles, state_dtype=state_dtype)
+        super().__init__(
+            params,
+            defaults,
+            roles=roles,
+            state_dtype=state_dtype,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
+        )
 
     def scalars(self, group: dict[str, Any], step: int) -> Scalars:
         lr, (beta1, beta2) = group["lr"], group["betas"]

@@ -77,6 +77,9 @@ class Shampoo(WholeMatrixOptimizer):
             DeepSpeed engine the model is known and patterns only override. Stacked experts and the parts of a fused
             weight never share a block.
         state_dtype: of ``momentum``, ``graft`` and that Adam's state.
+        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
+            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
+        seed: of that rounding.
 
     Raises:
         ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
@@ -113,6 +116,8 @@ class Shampoo(WholeMatrixOptimizer):
         exchange_dtype: torch.dtype | str = torch.float32,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        bf16_stochastic_round: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -134,6 +139,8 @@ class Shampoo(WholeMatrixOptimizer):
             defaults,
             roles=roles,
             state_dtype=state_dtype,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
             exchange_bucket_size=exchange_bucket_size,
             exchange_dtype=exchange_dtype,
         )

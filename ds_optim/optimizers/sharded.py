@@ -9,6 +9,7 @@ one.
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ds_optim import kernels
+from ds_optim.kernels.rounding import key_of
 from ds_optim.optimizers.launch import (
     Call,
     Rule,
@@ -31,13 +34,16 @@ from ds_optim.optimizers.launch import (
     Tables,
     block_tables,
     idle_parameters,
+    places,
     run,
     span_tables,
 )
 from ds_optim.optimizers.logical import Logical, LogicalParameter, block_pieces, element_pieces
+from ds_optim.optimizers.mesh_state import from_mesh, to_mesh
 from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
-from ds_optim.sharding.binding import Binding, BoundTensor, verify, whole
+from ds_optim.sharding import dtensor
+from ds_optim.sharding.binding import Binding, BoundTensor, local_of, verify
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim.sharding.layout import Layout
@@ -88,6 +94,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         defaults: per-group settings.
         roles: what each parameter is: the result of `infer_roles`, the model, or ``{pattern: role}``.
         state_dtype: dtype of the state per element (fp32 or bf16); state per block is always fp32.
+        bf16_stochastic_round: round parameters in bf16 up or down at random, so that on average no update is lost, see
+            `ds_optim.kernels.rounding`. Parameters of other dtypes are rounded to nearest.
+        seed: of that, a whole number >= 0. The same seed, steps and parameter names give the same bits.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -98,8 +107,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
     num_betas = 2
     accumulates = False  # whether the last beta may be 1
 
-    def __init__(self, params: Any, defaults: dict[str, Any], *, roles: Any, state_dtype: torch.dtype | str) -> None:
-        raise_all(self.setting_problems({**defaults, "state_dtype": state_dtype}), type(self).__name__)
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        roles: Any,
+        state_dtype: torch.dtype | str,
+        bf16_stochastic_round: bool,
+        seed: int,
+    ) -> None:
+        rounding = {"bf16_stochastic_round": bf16_stochastic_round, "seed": seed}
+        raise_all(self.setting_problems({**defaults, **rounding, "state_dtype": state_dtype}), type(self).__name__)
+        self.bf16_stochastic_round, self.seed = bf16_stochastic_round, seed
         self._start(roles, dtype_of(state_dtype) or torch.float32)
         super().__init__(params, defaults)
 
@@ -107,10 +127,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.state_dtype = state_dtype
         self._roles_given = roles
         self._names: dict[Tensor, str] = {}
+        self._listed: list[list[str]] = []
         self._bound: dict[Tensor, BoundTensor] = {}
+        self._read: dict[Tensor, BoundTensor] = {}
+        self._checked: set[Tensor] = set()
         self._roles: dict[str, Role] = {}
         self._runs: dict[Tensor, Runs] = {}
         self._tables: dict[tuple[int, ...], tuple[list[Tensor], Tables]] = {}
+        self._places: dict[tuple[int, ...], tuple[list[Tensor], kernels.Places]] = {}
+        self._warned_of_bf16 = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. A bound optimizer belongs to its engine: save the engine's checkpoint instead."""
@@ -119,17 +144,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"this {type(self).__name__} is bound to a DeepSpeed engine and cannot be copied or pickled"
             )
         names = [self._names[tensor] for group in self.param_groups for tensor in group["params"]]
-        return {**super().__getstate__(), "_given": (names, self._roles_given, self.state_dtype)}
+        given = names, self._roles_given, self.state_dtype, self.bf16_stochastic_round, self.seed
+        return {**super().__getstate__(), "_given": given}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         given = state.pop("_given", None)  # absent where torch's load_state_dict hands over what it loaded
         super().__setstate__(state)
         if given is not None:
-            names, roles, state_dtype = given
+            names, roles, state_dtype, self.bf16_stochastic_round, self.seed = given
             self._start(roles, state_dtype)
             tensors = [tensor for group in self.param_groups for tensor in group["params"]]
             self._names = dict(zip(tensors, names, strict=True))
+            self._listed = [[self._names[tensor] for tensor in group["params"]] for group in self.param_groups]
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
@@ -153,6 +180,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             number(key, lambda value: 0 <= value < float("inf"), "a finite number >= 0")
         if dtype_of(settings.get("state_dtype", torch.float32)) is None:
             problems.append(f"state_dtype must be fp32 or bf16, not {settings['state_dtype']!r}")
+        if not isinstance(settings.get("bf16_stochastic_round", False), bool):
+            problems.append(f"bf16_stochastic_round must be true or false, not {settings['bf16_stochastic_round']!r}")
+        seed = settings.get("seed", 0)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            problems.append(f"seed must be a whole number >= 0, not {seed!r}")
         betas = settings.get("betas", None)
         if betas is not None:
             if not isinstance(betas, Sequence) or isinstance(betas, str) or len(betas) != cls.num_betas:
@@ -181,7 +213,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         listed = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in listed]
         raise_all(self.setting_problems(group), f"{type(self).__name__}: a parameter group")
-        problems = []
+        problems = [
+            f"{key} is a setting of the whole optimizer, not of one group"
+            for key in ("bf16_stochastic_round", "seed")
+            if key in group
+        ]
         for entry in listed:
             name, parameter = entry if isinstance(entry, tuple) else (None, entry)
             if not isinstance(parameter, Tensor):
@@ -193,13 +229,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if parameter.is_sparse or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 kind = "sparse" if parameter.is_sparse else str(parameter.dtype)
                 problems.append(f"{self._names[parameter]} is {kind}, not a dense fp32, bf16 or fp16 tensor")
-            if type(parameter.data).__name__ == "DTensor":
-                problems.append(
-                    f"{self._names[parameter]} is a DTensor: FSDP2 and tensor parallelism are not supported yet; "
-                    "use DeepSpeed ZeRO, DDP or a single device"
-                )
+            else:
+                bound = dtensor.read(known, parameter)
+                problems += dtensor.problems(parameter, bound, is_elementwise=self.is_elementwise)
         raise_all(problems, f"{type(self).__name__}")
         super().add_param_group(group)
+        self._listed.append([self._names[parameter] for parameter in group["params"]])
         self._roles = {}
 
     def _name_of(self, parameter: Tensor) -> str:
@@ -237,8 +272,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             binding = replace(binding, problems=(*binding.problems, f"{type(error).__name__}: {error}"))
         verify(binding, "+".join(chosen), plan)
 
+    def _agreed(self) -> str:
+        """What the ranks of a shard group must agree on beyond layouts, as a hash."""
+        return ""
+
     def _on_bind(self) -> str:
-        """Make what depends on the binding, on all ranks alike; what ranks must agree on beyond layouts, as a hash."""
+        """Make what depends on the binding, on all ranks alike; what they must agree on beyond layouts, as a hash."""
         if self.rule.block_state:
             shapes = {spec.name: spec.shape for one in self._bound.values() for spec in one.layout.parameters}
             self._warn_unclaimed({name: self._roles[name] for name in shapes}, shapes)
@@ -255,6 +294,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Whether a strategy's tensors are stepped (`bind` was called), rather than whole parameters."""
         return bool(self._bound)
 
+    @property
+    def element_keys(self) -> tuple[str, ...]:
+        """State of the shape of the local tensor, one value per element."""
+        return self.rule.element_state
+
     def blocks(self, role: Role, shape: tuple[int, ...]) -> BlockGrid:
         """The block grid of a parameter; only blockwise rules have one."""
         raise NotImplementedError(f"{type(self).__name__} has no blocks")
@@ -270,8 +314,70 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     "the engine stepped a tensor that was not there when the optimizer was bound; "
                     "build a new engine after changing the model or its parameter groups"
                 )
-            return whole(self._names[tensor], tensor)
+            if tensor not in self._read:
+                self._resolve_names()
+                self._read[tensor] = dtensor.read(self._names[tensor], tensor, dtensor.replicas_of(self._roles_given))
+            return self._read[tensor]
         return self._bound[tensor]
+
+    def _resolve_names(self) -> None:
+        """Parameters that took the places of others since the groups were made have their names.
+
+        Accelerate builds the optimizer before `fully_shard` and then replaces the parameters in its groups.
+
+        Raises:
+            RuntimeError: they cannot be told apart, or state belongs to the parameters that were replaced.
+        """
+        if all(tensor in self._names for group in self.param_groups for tensor in group["params"]):
+            return
+        names: dict[Tensor, str] = {}
+        for group, listed in zip(self.param_groups, self._listed, strict=False):
+            if len(group["params"]) == len(listed):
+                names.update(zip(group["params"], listed, strict=True))
+        given = {tensor for group in self.param_groups for tensor in group["params"]}
+        lost = [tensor for tensor in self.state if tensor not in given]
+        if names.keys() != given or lost:
+            raise RuntimeError(
+                f"{type(self).__name__}: parameters in its groups were replaced "
+                + ("after it had state for them" if lost else "by another number of parameters")
+                + ": wrap the model (fully_shard, Accelerate) before the first step or load, or make a new optimizer"
+            )
+        self._names = names
+        self._roles = {}
+        self._read.clear()
+        self._forget_layouts()
+
+    def _check_layouts(self, tensors: Sequence[Tensor]) -> None:
+        """Before the first step over parameters that lie in a mesh, compare their layouts over its ranks.
+
+        Raises:
+            ValueError: what cannot be exact, every reason at once.
+            RuntimeError: ranks lay them out differently.
+        """
+        self._resolve_names()
+        new = [tensor for tensor in tensors if tensor not in self._checked]
+        if not new:
+            return
+        problems = []
+        for index, group in enumerate(self.param_groups):
+            meshes = {one.device_mesh for one in group["params"] if isinstance(one, DTensor)}
+            if len(meshes) > 1:
+                problems.append(
+                    f"parameter group {index} has parameters of {len(meshes)} meshes: make one group for each mesh"
+                )
+        for tensor in new:
+            problems += dtensor.problems(tensor, self._bound_tensor(tensor), is_elementwise=self.is_elementwise)
+        raise_all(problems, f"{type(self).__name__}")
+        plan = self._agreed()
+        by_group: dict[dist.ProcessGroup, dict[Tensor, BoundTensor]] = {}
+        for tensor in new:
+            bound = self._bound_tensor(tensor)
+            if bound.owner_group is not None:
+                by_group.setdefault(bound.owner_group, {})[tensor] = bound
+        for group_of_ranks, bounds in by_group.items():
+            used = sorted({kernels.backend_for(tensor.device) for tensor in bounds})
+            verify(Binding(bounds), "+".join(used), plan, group_of_ranks)
+        self._checked.update(new)
 
     def _roles_of_parameters(self) -> dict[str, Role]:
         """The role of every parameter, by name; of whole parameters they are found at the first need."""
@@ -313,6 +419,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for tensor in group["params"]
             if tensor.grad is not None or tensor in self._bound  # inside an engine no gradient is a zero gradient
         ]
+        if not self.is_bound:
+            self._check_layouts([tensor for _, tensor in active])
         if self._is_phantom(active):
             for _, tensor in active:
                 self._state_of(tensor)
@@ -342,7 +450,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self, together: Mapping[Together, list[Tensor]], groups: Mapping[int, dict[str, Any]]
     ) -> list[Callable[[], None]]:
         """Everything that can be refused is refused here; what is returned changes weights, in order."""
-        calls = [self._call(tensors, self.scalars(groups[key.group_id], key.step)) for key, tensors in together.items()]
+        calls = [
+            self._call(tensors, self.scalars(groups[key.group_id], key.step), self._rounding(tensors, key.step))
+            for key, tensors in together.items()
+        ]
         return [partial(run, calls)]
 
     def _is_phantom(self, active: Sequence[tuple[dict[str, Any], Tensor]]) -> bool:
@@ -353,13 +464,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         if self.is_bound or self.state or not active or any(float(group["lr"]) != 0 for group, _ in active):
             return False
-        return not any(bool(tensor.grad.any()) for _, tensor in active if tensor.grad is not None)
+        mine = any(bool(local_of(tensor.grad).any()) for _, tensor in active if tensor.grad is not None)
+        groups = {self._bound_tensor(tensor).owner_group for _, tensor in active} - {None}
+        return not any([mine, *(any(from_all_ranks(mine, group)) for group in groups)])
 
     def _state_of(self, tensor: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[tensor]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name, (shape, dtype) in self._state_spec(tensor).items():
+        if state:
+            if state["step"].device.type != "cpu":  # DeepSpeed's reload_states moves every tensor
+                state["step"] = state["step"].cpu()
+        else:
+            state.update(self.fresh_state(tensor))
+        return state
+
+    def fresh_state(self, tensor: Tensor) -> dict[str, Any]:
+        """The state of a local tensor before its first step. State per element of a DTensor is a DTensor."""
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
+        for name, (shape, dtype) in self._state_spec(tensor).items():
+            if isinstance(tensor, DTensor) and name in self.rule.element_state and shape == tuple(tensor.shape):
+                state[name] = torch.zeros_like(tensor.detach(), dtype=dtype)
+            else:
                 state[name] = torch.zeros(shape, dtype=dtype, device=tensor.device)
         return state
 
@@ -392,11 +516,32 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Drop what was derived from the tensors that were bound before."""
         self._runs.clear()
         self._tables.clear()
+        self._places.clear()
 
-    def _call(self, tensors: list[Tensor], scalars: Scalars) -> Call:
+    def _rounding(self, tensors: list[Tensor], step: int) -> kernels.Rounding | None:
+        """How the bf16 ones among tensors are rounded at a step; None if all are rounded to nearest."""
+        if not any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+            return None
+        if not self.bf16_stochastic_round:
+            if not self._warned_of_bf16:
+                self._warned_of_bf16 = True
+                warnings.warn(
+                    f"{type(self).__name__} steps parameters in bf16 that have no fp32 master copy: rounding to "
+                    "nearest loses every update below 1/512 of a weight; set bf16_stochastic_round=True",
+                    stacklevel=2,
+                )
+            return None
+        together = tuple(id(tensor) for tensor in tensors)
+        if together not in self._places:
+            if len(self._places) >= _TABLES_KEPT + len(self._names):  # whole-matrix rules ask for each tensor as well
+                self._places.clear()
+            self._places[together] = tensors, places(tensors, [self._bound_tensor(tensor) for tensor in tensors])
+        return kernels.Rounding(key_of(self.seed, step), self._places[together][1])
+
+    def _call(self, tensors: list[Tensor], scalars: Scalars, rounding: kernels.Rounding | None) -> Call:
         bounds = [self._bound_tensor(tensor) for tensor in tensors]
         states = [self.state[tensor] for tensor in tensors]
-        return Call(self.rule, tensors, states, self._tables_of(tensors, bounds), scalars, bounds[0].group)
+        return Call(self.rule, tensors, states, self._tables_of(tensors, bounds), scalars, bounds[0].group, rounding)
 
     def _tables_of(self, tensors: list[Tensor], bounds: list[BoundTensor]) -> Tables:
         idle = [idle_parameters(bound) for bound in bounds]
@@ -432,13 +577,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     bound.layout.parameters,
                     self._blocks_in_words(tensor),
                     pieces,
-                    self._logical_state(tensor),
+                    self.logical_state(tensor),
                     strict=True,
                 )
             ]
         return found
 
-    def _logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
+    def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
         """The state of every parameter of a local tensor, by key."""
         bound = self._bound_tensor(tensor)
         found: list[dict[str, Logical]] = [
@@ -474,6 +619,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def forget_past(self) -> None:
         """Drop what was remembered of earlier steps outside the state: call it after the state was written."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`.
+
+        State of blocks of DTensors is brought into the form of a DTensor: all ranks of their mesh must call it.
+        """
+        found: dict[str, Any] = super().state_dict()
+        to_mesh(self, found)
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps the dtype and shape it was saved with.
 
@@ -486,12 +640,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
         restore = self.register_load_state_dict_post_hook(_restore_dtypes, prepend=True)
         try:
-            super().load_state_dict(state_dict)
+            super().load_state_dict(from_mesh(self, state_dict))
         finally:
             keep.remove()
             restore.remove()
 
-    def _keyed(self, state_dict: Mapping[str, Any]) -> list[tuple[Any, Tensor]]:
+    def keyed(self, state_dict: Mapping[str, Any]) -> list[tuple[Any, Tensor]]:
         """The tensors of the groups, each with its key in a state dict; torch judges whether their numbers agree."""
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         keys = [key for group in state_dict["param_groups"] for key in group["params"]]
@@ -500,7 +654,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
         """What in a state dict cannot be this optimizer's, as sentences: other keys, other shapes, other blocks."""
         problems = []
-        for key, tensor in self._keyed(state_dict):
+        for key, tensor in self.keyed(state_dict):
             state = state_dict["state"].get(key)
             if not state:
                 continue

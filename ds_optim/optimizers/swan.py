@@ -89,6 +89,9 @@ class SWAN(WholeMatrixOptimizer):
             ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Stacked
             experts and the parts of a fused weight are whitened one by one.
         state_dtype: of the Adam's state.
+        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
+            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
+        seed: of that rounding.
         alpha: multiplies the updates of matrices.
         ns_steps: Newton-Schulz steps, at 4 s^2 l floating-point operations each for a matrix of sides s <= l.
         ns_beta: their step size; see the module.
@@ -121,6 +124,8 @@ class SWAN(WholeMatrixOptimizer):
         exchange_dtype: torch.dtype | str = torch.float32,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        bf16_stochastic_round: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -137,6 +142,8 @@ class SWAN(WholeMatrixOptimizer):
             defaults,
             roles=roles,
             state_dtype=state_dtype,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
             exchange_bucket_size=exchange_bucket_size,
             exchange_dtype=exchange_dtype,
         )

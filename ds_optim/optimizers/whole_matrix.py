@@ -18,7 +18,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from ds_optim.kernels import Rounding
 from ds_optim.optimizers.adamw import adam_scalars, adamw_update
 from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, stack_size
 from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, Tables, idle_parameters, row_major
@@ -37,7 +39,7 @@ from ds_optim.role import Role
 from ds_optim.roles import warn_unclaimed
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.assignment import Tile, Work
-from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding.binding import BoundTensor, local_of
 from ds_optim.sharding.exchange import Verdict, from_all_ranks
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan, make_plans
@@ -65,6 +67,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         defaults: per-group settings; those in ``structure`` decide blocks, state or schedule and hold for all groups.
         roles: what each parameter is, and so whether it is a matrix.
         state_dtype: dtype of the state per element.
+        bf16_stochastic_round, seed: see `ShardedOptimizer`.
         exchange_bucket_size: elements; no rank has more than four such buckets in flight or in work, unless a single
             block is larger.
         exchange_dtype: of gradients and updates between holders and owners, fp32 or bf16. bf16 rounds what an owner
@@ -87,14 +90,25 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         *,
         roles: Any,
         state_dtype: torch.dtype | str,
+        bf16_stochastic_round: bool,
+        seed: int,
         exchange_bucket_size: int,
         exchange_dtype: torch.dtype | str,
     ) -> None:
         exchange = {"exchange_bucket_size": exchange_bucket_size, "exchange_dtype": exchange_dtype}
-        raise_all(self.setting_problems({**defaults, **exchange, "state_dtype": state_dtype}), type(self).__name__)
+        rounding = {"bf16_stochastic_round": bf16_stochastic_round, "seed": seed}
+        settings = {**defaults, **exchange, **rounding, "state_dtype": state_dtype}
+        raise_all(self.setting_problems(settings), type(self).__name__)
         self.exchange_bucket_size = exchange_bucket_size
         self.exchange_dtype = dtype_of(exchange_dtype) or torch.float32
-        super().__init__(params, defaults, roles=roles, state_dtype=state_dtype)
+        super().__init__(
+            params,
+            defaults,
+            roles=roles,
+            state_dtype=state_dtype,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_exchange": (self.exchange_bucket_size, self.exchange_dtype)}
@@ -146,6 +160,10 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     def step_size(self, group: dict[str, Any]) -> Any:
         """What updates are multiplied by."""
         return group["lr"]
+
+    @property
+    def element_keys(self) -> tuple[str, ...]:
+        return ()  # the fallback's state is packed: matrices have none
 
     def scalars(self, group: dict[str, Any], step: int) -> Scalars:
         """Constants of the Adam that steps what is no matrix."""
@@ -201,12 +219,15 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._begins.clear()
         self._schedules.clear()
 
+    def _agreed(self) -> str:
+        self._make_plans()
+        return "".join(plan.digest for plan in self._plans)
+
     def _on_bind(self) -> str:
         shapes = {spec.name: spec.shape for one in self._bound.values() for spec in one.layout.parameters}
         self._warn_unclaimed({name: self._roles[name] for name in shapes}, shapes)
         self._verdicts.clear()
-        self._make_plans()
-        return "".join(plan.digest for plan in self._plans)
+        return self._agreed()
 
     def plan_over(self, layouts: Sequence[Layout]) -> Plan:
         """The plan for other ranks or another strategy, from shapes alone (see `ds_optim.sharding.predict`).
@@ -214,13 +235,13 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         Args:
             layouts: of the parameters that this optimizer was given, by the names that it was given.
         """
-        return self._plans_over([(layout, None) for layout in layouts])[0][0]
+        return self._plans_over([(layout, None, 1) for layout in layouts])[0][0]
 
     def _plans_over(
-        self, layouts: Sequence[tuple[Layout, dist.ProcessGroup | None]]
+        self, layouts: Sequence[tuple[Layout, dist.ProcessGroup | None, int]]
     ) -> list[tuple[Plan, tuple[int, ...]]]:
         roles = self._roles_of_parameters()
-        specs = {spec.name: spec.shape for layout, _ in layouts for spec in layout.parameters}
+        specs = {spec.name: spec.shape for layout, _, _ in layouts for spec in layout.parameters}
         tiles = {name: self.tiles(roles[name], shape) for name, shape in specs.items()}
         stateless = not any(self.block_state(tile.shape) for of_one in tiles.values() for tile in of_one)
         return make_plans(layouts, tiles, self.work, self.frequency, self.staggered, stateless)
@@ -233,7 +254,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         trained = [t for t in given if t.requires_grad or t.grad is not None or t in self.state]
         tensors = list(self._bound) or trained
         bounds = [self._bound_tensor(tensor) for tensor in tensors]
-        for plan, members in self._plans_over([(bound.layout, bound.group) for bound in bounds]):
+        for plan, members in self._plans_over([(b.layout, b.owner_group, b.replicas) for b in bounds]):
             self._plans.append(plan)
             self._planned.update({tensors[member]: (plan, index) for index, member in enumerate(members)})
         for tensor in tensors:
@@ -265,7 +286,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     def _rank(self, tensor: Tensor) -> int:
         """This process's rank among the owners (a replicated tensor of an engine is bound with rank 0)."""
         bound = self._bound_tensor(tensor)
-        return bound.rank if bound.group is None else dist.get_rank(bound.group)
+        return bound.rank if bound.owner_group is None else dist.get_rank(bound.owner_group)
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -278,18 +299,22 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         return held_spans(bound.layout, bound.rank, idle, self._matrices[tensor])
 
     def _state_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
-        plan, _ = self._plan_of(tensor)
-        return {**self._fallback_spec(tensor), **state_spec(plan, self._owned(tensor), self.block_state)}
+        plan, index = self._plan_of(tensor)
+        spec = {**self._fallback_spec(tensor), **state_spec(plan, self._owned(tensor), self.block_state)}
+        if isinstance(tensor, DTensor):  # torch looks for the same keys on every rank
+            everyones = state_spec(plan, plan.of_tensor(index), self.block_state)
+            spec = {**{name: ((0,), dtype) for name, (_, dtype) in everyones.items()}, **spec}
+        return spec
 
     def _fallback_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
         numel = sum(length for _, length, _ in self._fallback_spans(tensor))
-        shape = tuple(tensor.shape) if numel == tensor.numel() else (numel,)
+        all_adams = not self._matrices[tensor] if isinstance(tensor, DTensor) else numel == tensor.numel()
+        shape = tuple(tensor.shape) if all_adams else (numel,)
         return dict.fromkeys(self.rule.element_state, (shape, self.state_dtype))
 
-    def _state_of(self, tensor: Tensor) -> dict[str, Any]:
-        fresh = not self.state[tensor]
-        state = super()._state_of(tensor)
-        if fresh and BLOCKS in state:
+    def fresh_state(self, tensor: Tensor) -> dict[str, Any]:
+        state = super().fresh_state(tensor)
+        if BLOCKS in state:
             state[BLOCKS].copy_(identities(self._plan_of(tensor)[0], self._owned(tensor)))
         return state
 
@@ -314,14 +339,14 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
-    def _call(self, tensors: list[Tensor], scalars: Scalars) -> Call:
+    def _call(self, tensors: list[Tensor], scalars: Scalars, rounding: Rounding | None) -> Call:
         stretches = []
         for index, tensor in enumerate(tensors):
             begin = 0
             for start, length, has_grad in self._fallback_spans(tensor, idle_parameters(self._bound_tensor(tensor))):
                 stretches.append((index, start, length, has_grad, begin))
                 begin += length
-        return super()._call(tensors, scalars).narrowed(stretches)
+        return super()._call(tensors, scalars, rounding).narrowed(stretches)
 
     def _tables_of(self, tensors: list[Tensor], bounds: list[BoundTensor]) -> Tables:
         return Tables()  # `narrowed` walks other ones
@@ -338,7 +363,10 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._raise_if_failed(min(key.step for key in together) if self.is_bound and together else None)
         launches = super()._prepare(together, groups)
         for key, tensors in together.items():
-            launches.append(partial(self._step_blocks, tensors, groups[key.group_id], key))
+            by_plan: dict[int, list[Tensor]] = {}
+            for tensor in tensors:
+                by_plan.setdefault(id(self._plan_of(tensor)[0]), []).append(tensor)
+            launches += [partial(self._step_blocks, of_plan, groups[key.group_id], key) for of_plan in by_plan.values()]
         return launches
 
     def _step_blocks(self, tensors: list[Tensor], group: dict[str, Any], key: Together) -> None:
@@ -353,15 +381,16 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         buckets = self._schedules[together]
         if not buckets:
             return
-        flat = {index: row_major(tensor) for index, tensor in by_index.items()}
+        flat = {index: row_major(local_of(tensor)) for index, tensor in by_index.items()}
+        ranks = self._bound_tensor(tensors[0]).owner_group
         for tensor in tensors:
             if tensor not in self._begins:
                 self._begins[tensor] = state_begins(plan, self._owned(tensor), self.block_state)
         step = BlockStep(
             plan=plan,
-            wire=pipeline.Wire(key.ranks, key.device, self.exchange_dtype, plan.replicated, self.traffic),
+            wire=pipeline.Wire(ranks, key.device, self.exchange_dtype, plan.replicated, self.traffic),
             flat=flat,
-            grads={index: None if t.grad is None else row_major(t.grad) for index, t in by_index.items()},
+            grads={i: None if t.grad is None else row_major(local_of(t.grad)) for i, t in by_index.items()},
             idle={index: idle_parameters(self._bound_tensor(tensor)) for index, tensor in by_index.items()},
             state={index: self.state[tensor] for index, tensor in by_index.items()},
             begins={index: self._begins[tensor] for index, tensor in by_index.items()},
@@ -370,12 +399,18 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             step=key.step,
             step_size=_number(self.step_size(group)),
             decay=_number(1 - group["lr"] * group["weight_decay"]),
+            rounding={
+                index: rounding
+                for index, tensor in by_index.items()
+                if (rounding := self._rounding([tensor], key.step)) is not None
+            },
         )
         failures = step.run(buckets)
         for index, tensor in by_index.items():
-            if not tensor.is_contiguous():
-                tensor.copy_(flat[index].view(tensor.shape))
-        self._verdicts[together] = _Judged(key.step, Verdict(failures, key.ranks), plan, step.suspects, key.ranks)
+            local = local_of(tensor)
+            if not local.is_contiguous():
+                local.copy_(flat[index].view(local.shape))
+        self._verdicts[together] = _Judged(key.step, Verdict(failures, ranks), plan, step.suspects, ranks)
 
     def _raise_if_failed(self, step: int | None) -> None:
         """Raise on all ranks of a shard group if any of them withheld an update before this step.
@@ -413,7 +448,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def _logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
+    def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
         plan, index = self._plan_of(tensor)
         bound = self._bound_tensor(tensor)
         matrices = {plan.blocks[block].parameter for block in plan.of_tensor(index)}
@@ -462,7 +497,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             ]
         if problems:
             return list(dict.fromkeys(problems))
-        for key, tensor in self._keyed(state_dict):
+        for key, tensor in self.keyed(state_dict):
             kept = state_dict["state"].get(key, {}).get(BLOCKS)
             if kept is not None and not torch.equal(
                 kept.cpu(), identities(self._plan_of(tensor)[0], self._owned(tensor))
@@ -478,7 +513,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         this rank owns.
         """
         found: dict[str, Any] = super().state_dict()
-        for key, tensor in self._keyed(found):
+        for key, tensor in self.keyed(found):
             if key in found["state"] and self._is_spread(tensor):
                 plan, index = self._plan_of(tensor)
                 group, kept = self._bound_tensor(tensor).group, found["state"][key]
@@ -492,7 +527,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `ShardedOptimizer.load_state_dict`; of a gathered state every owner takes its blocks."""
         states = dict(state_dict["state"])
-        for key, tensor in self._keyed(state_dict):
+        for key, tensor in self.keyed(state_dict):
             if states.get(key) and self._is_spread(tensor):
                 plan, index = self._plan_of(tensor)
                 everything, kept = plan.of_tensor(index), states[key]

@@ -83,6 +83,11 @@ class Holding:
     def counts(self) -> Ints:
         return np.diff(self.edges)
 
+    def everywhere(self, replicas: int, shards: int) -> tuple[Ints, Ints]:
+        """The holders and their elements in all replicas of a shard group of ``shards`` ranks."""
+        first = np.arange(replicas).repeat(len(self.ranks)) * shards
+        return first + np.tile(self.ranks, replicas), np.tile(self.counts[: len(self.ranks)], replicas)
+
 
 def holdings(layout: Layout, parameter: int, boxes: Sequence[Box]) -> list[Holding]:
     """Who holds the elements of each of these boxes of one parameter."""
@@ -123,14 +128,17 @@ def stagger(keys: Sequence[tuple[str, int]], works: Sequence[Work], frequency: i
     return offsets
 
 
-def assign(blocks: Sequence[Block], held: Sequence[Holding], world_size: int, frequency: int) -> list[int]:
+def assign(
+    blocks: Sequence[Block], held: Sequence[Holding], world_size: int, frequency: int, replicas: int = 1
+) -> list[int]:
     """The owner of every block.
 
     Args:
         blocks: in an order that is the same on every rank.
-        held: who holds each block's elements.
-        world_size: ranks of the shard group.
+        held: who holds each block's elements in one shard group.
+        world_size: ranks of all shard groups.
         frequency: steps between two refreshes of a block; 1 for a rule without.
+        replicas: shard groups that hold the same.
     """
     if world_size == 1 or not blocks:
         return [0] * len(blocks)
@@ -142,7 +150,7 @@ def assign(blocks: Sequence[Block], held: Sequence[Holding], world_size: int, fr
         rows = [0, 1, 2 + blocks[block].offset % frequency]
         after = loads[rows] + burden[block, rows][:, None]
         worst = after.max(axis=0)
-        owner = _best_holder(held[block], worst)
+        owner = _best_holder(held[block].everywhere(replicas, world_size // replicas), worst)
         if owner < 0:
             owner = int(np.lexsort((after.sum(axis=0), worst))[0])
         owners[block] = owner
@@ -167,13 +175,14 @@ def _burdens(works: Sequence[Work], offsets: Sequence[int], frequency: int, worl
     return burden / np.where(shares > 0, shares, 1.0)
 
 
-def _best_holder(held: Holding, load: Floats) -> int:
+def _best_holder(holders: tuple[Ints, Ints], load: Floats) -> int:
     """The rank that holds most of a block and would not exceed its share by owning it; -1 if there is none."""
-    if not len(held.ranks):
+    ranks, held = holders
+    if not len(ranks):
         return -1
-    counts = np.where(load[held.ranks] <= 1.0 + 1e-9, held.counts, 0)
+    counts = np.where(load[ranks] <= 1.0 + 1e-9, held, 0)
     best = int(counts.argmax())
-    return int(held.ranks[best]) if counts[best] else -1
+    return int(ranks[best]) if counts[best] else -1
 
 
 def _even_out(burden: Floats, owners: Ints, loads: Floats) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated, check, digest
@@ -21,6 +22,8 @@ class BoundTensor:
         layout: what the tensor holds, on every rank of its shard group.
         rank: this process's rank in the group.
         group: the shard group; None for a tensor that this process holds whole.
+        owners: the group over which the owners of blocks are spread, where it is more than the shard group: HSDP
+            replicates shards. Its ranks are those of one replica's shard group behind those of another's.
         used: tells whether a parameter (by name) received a gradient for this step, where the strategy would hand
             over a stale one otherwise; None where gradients can be trusted.
     """
@@ -29,6 +32,17 @@ class BoundTensor:
     rank: int = 0
     group: dist.ProcessGroup | None = None
     used: Callable[[str], bool] | None = None
+    owners: dist.ProcessGroup | None = None
+
+    @property
+    def owner_group(self) -> dist.ProcessGroup | None:
+        """The group over which the owners of blocks are spread."""
+        return self.owners if self.owners is not None else self.group
+
+    @property
+    def replicas(self) -> int:
+        """How many shard groups hold the same."""
+        return 1 if self.owners is None else dist.get_world_size(self.owners) // self.layout.world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +58,17 @@ class Binding:
     problems: tuple[str, ...] = field(default=())
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; any other tensor is all here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(name: str, parameter: Tensor) -> BoundTensor:
     """The binding of a parameter that this process holds whole."""
     return BoundTensor(Replicated(ParameterSpec(name, tuple(parameter.shape))))
 
 
-def verify(binding: Binding, backend: str, plan: str = "") -> None:
+def verify(binding: Binding, backend: str, plan: str = "", over: dist.ProcessGroup | None = None) -> None:
     """Raise on every rank, before any weight changes, unless all ranks can step this binding exactly.
 
     Checks on this rank what the reader of the strategy found, every layout's own sums and the tensors' sizes, then
@@ -59,6 +78,7 @@ def verify(binding: Binding, backend: str, plan: str = "") -> None:
         binding: this rank's.
         backend: the kernels that this rank would use.
         plan: a hash of what else the ranks of a shard group must agree on.
+        over: the ranks that compare, all shard groups of the binding among them; None for all ranks.
 
     Raises:
         RuntimeError: lists every problem of every rank.
@@ -67,24 +87,26 @@ def verify(binding: Binding, backend: str, plan: str = "") -> None:
     for tensor, bound in binding.tensors.items():
         problems += check(bound.layout)
         expected = bound.layout.local_numel(bound.rank)
-        if tensor.numel() != expected:
+        actual = local_of(tensor).numel()
+        if actual != expected:
             names = ", ".join(spec.name for spec in bound.layout.parameters[:3])
-            problems.append(f"local tensor of {names} ... has {tensor.numel()} elements, its layout says {expected}")
+            problems.append(f"local tensor of {names} ... has {actual} elements, its layout says {expected}")
     grouped: dict[tuple[int, ...], list[Layout]] = {}
     for bound in binding.tensors.values():
         grouped.setdefault(_members(bound.group), []).append(bound.layout)
     mine = (problems, {members: digest(layouts) + plan for members, layouts in grouped.items()}, backend)
 
-    ranks = from_all_ranks(mine)
-    reasons = [f"rank {rank}: {problem}" for rank, (found, _, _) in enumerate(ranks) for problem in found]
-    for members in sorted({members for _, hashes, _ in ranks for members in hashes}):
+    answers = from_all_ranks(mine, over)
+    ranks = dict(zip(_members(over) if over is not None else range(len(answers)), answers, strict=True))
+    reasons = [f"rank {rank}: {problem}" for rank, (found, _, _) in ranks.items() for problem in found]
+    for members in sorted({members for _, hashes, _ in answers for members in hashes}):
         hashed = [ranks[rank][1].get(members) for rank in members]
         if len(set(hashed)) > 1:
             by_rank = {rank: _short(value) for rank, value in zip(members, hashed, strict=True)}
             reasons.append(f"the ranks of a shard group lay it out or plan it differently (hash by rank): {by_rank}")
-    kernels = {used for _, _, used in ranks}
+    kernels = {used for _, _, used in answers}
     if len(kernels) > 1:
-        listed = {used: [rank for rank, entry in enumerate(ranks) if entry[2] == used] for used in sorted(kernels)}
+        listed = {used: [rank for rank, entry in ranks.items() if entry[2] == used] for used in sorted(kernels)}
         reasons.append(
             f"ranks would use different kernels, which round differently: {listed}; install a C++ compiler on every "
             "host or set DS_OPTIM_KERNELS to the same value everywhere"

@@ -137,6 +137,41 @@ class SlicedParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class RowSharded:
+    """One parameter cut along its first dimension into runs of ``ceil(rows / world_size)`` rows (FSDP2's ``Shard(0)``).
+
+    The last ranks may hold fewer rows, or none.
+    """
+
+    parameter: ParameterSpec
+    world_size: int
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        return (self.parameter,)
+
+    def _edge(self, rank: int) -> int:
+        """The parameter's element with which the part of ``rank`` begins."""
+        rows = self.parameter.shape[0]
+        row = self.parameter.numel // rows if rows else 0
+        return min(rank * -(-rows // self.world_size), rows) * row
+
+    def local_numel(self, rank: int) -> int:
+        return self._edge(rank + 1) - self._edge(rank)
+
+    def fragments(self, rank: int) -> list[Fragment]:
+        start, stop = self._edge(rank), self._edge(rank + 1)
+        return [Fragment(0, start, stop, 0)] if start < stop else []
+
+    def cuts(self, parameter: int) -> list[int]:
+        edges = {self._edge(rank) for rank in range(1, self.world_size)}
+        return sorted(edges - {0, self.parameter.numel})
+
+    def first_rank(self, parameter: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True, slots=True)
 class Replicated:
     """One whole parameter, the same on every rank (a single device, DDP, ZeRO-0)."""
 
@@ -158,6 +193,19 @@ class Replicated:
 
     def first_rank(self, parameter: int) -> int:
         return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scattered(Replicated):
+    """What one rank holds of a parameter where that is no contiguous range of it (tensor parallelism on dimension 1).
+
+    ``parameter`` has the shape of this rank's part, which stands for itself: good enough for elementwise rules.
+
+    Attributes:
+        placements: how it lies, in words.
+    """
+
+    placements: str
 
 
 def check(layout: Layout) -> list[str]:

@@ -113,26 +113,27 @@ def buffer_bytes(buckets: Sequence[Bucket], itemsize: int) -> tuple[int, int]:
         itemsize: bytes of an element that travels.
     """
 
-    def wire(index: int) -> int:
+    def leaving(index: int) -> int:
         if not 0 <= index < len(buckets) or not buckets[index].travels:
             return 0
         bucket = buckets[index]
         if bucket.gathered:
             return max(bucket.shares) * (1 + len(bucket.shares)) * itemsize
-        if not bucket.from_ranks or not any((*bucket.from_ranks, *bucket.to_ranks)):  # broadcast by owners
+        if not any((*bucket.back_to, *bucket.back_from)):  # broadcast by owners
             others = sorted(bucket.shares, reverse=True)[:2]
             return (bucket.numel + sum(others)) * itemsize
-        return (sum(bucket.from_ranks) + sum(bucket.to_ranks)) * itemsize
+        return (sum(bucket.back_to) + sum(bucket.back_from)) * itemsize
 
     def arriving(index: int) -> int:
-        gathers = 0 <= index < len(buckets) and not any(buckets[index].to_ranks) and not any(buckets[index].from_ranks)
-        return 0 if gathers else wire(index)
+        if not 0 <= index < len(buckets) or not buckets[index].travels:
+            return 0
+        return (sum(buckets[index].from_ranks) + sum(buckets[index].to_ranks)) * itemsize
 
     computing, any_moment = [0], [0]
     for index, bucket in enumerate(buckets):
         work = 4 * bucket.numel
-        computing.append(arriving(index + 1) + work + wire(index - 1))
-        any_moment += [arriving(index) + work + wire(index - 1), arriving(index + 1) + work + wire(index)]
+        computing.append(arriving(index + 1) + work + leaving(index - 1))
+        any_moment += [arriving(index) + work + leaving(index - 1), arriving(index + 1) + work + leaving(index)]
     return max(computing), max(*any_moment, *computing)
 
 
@@ -146,7 +147,7 @@ class _Incoming:
         self._work: Any = None
         if bucket.travels and not wire.replicated:
             self._sent = torch.empty(sum(bucket.to_ranks), dtype=wire.dtype, device=wire.carrier)
-            _read(self._sent, bucket.others, gradient_of)
+            _read(self._sent, bucket.sending, gradient_of)
             self._received, self._work = _all_to_all(self._sent, bucket.to_ranks, bucket.from_ranks, wire)
 
     def unpack(self) -> Tensor:
@@ -186,14 +187,14 @@ class _Outgoing:
         elif bucket.travels and wire.replicated:
             self._sent = work.to(wire.dtype)  # broadcast when the one before has arrived, see `finish`
         elif bucket.travels:
-            self._sent = torch.empty(sum(bucket.from_ranks), dtype=wire.dtype, device=wire.carrier)
+            self._sent = torch.empty(sum(bucket.back_to), dtype=wire.dtype, device=wire.carrier)
             sent = self._sent
             _copy(
                 (sent.narrow(0, part.buffer_start, part.numel), block.narrow(0, part.block_start, part.numel))
                 for block, one in zip(blocks, bucket.owned, strict=True)
-                for part in one.remote
+                for part in one.back
             )
-            self._received, self._work = _all_to_all(sent, bucket.from_ranks, bucket.to_ranks, wire)
+            self._received, self._work = _all_to_all(sent, bucket.back_to, bucket.back_from, wire)
         for block, one in zip(blocks, bucket.owned, strict=True):
             if one.local is not None:
                 apply(one.local, block.narrow(0, one.local.start, one.local.numel))

@@ -29,9 +29,10 @@ class Plan:
         blocks: tensor by tensor, parameter by parameter.
         held: who holds each block.
         owners: the rank that computes each block and keeps its state.
-        world_size: ranks of the group.
+        world_size: ranks of the group and of its replicas.
         frequency: steps between two refreshes of a block; 1 for a rule without.
         stateless: the rule keeps nothing between steps.
+        replicas: shard groups that hold the same, one behind the other in the ranks' order (HSDP).
     """
 
     layouts: tuple[Layout, ...]
@@ -41,6 +42,7 @@ class Plan:
     world_size: int
     frequency: int
     stateless: bool
+    replicas: int = 1
 
     @property
     def replicated(self) -> bool:
@@ -88,7 +90,15 @@ class Plan:
         """
         made = self._buckets(tensors, bucket_size)
         tables = Tables(
-            self.blocks, self.held, self.owners, self.layouts, rank, self.world_size, self.replicated, bucket_size
+            self.blocks,
+            self.held,
+            self.owners,
+            self.layouts,
+            rank,
+            self.world_size,
+            self.replicas,
+            self.replicated,
+            bucket_size,
         )
         return [tables.bucket(members) for members in made]
 
@@ -101,7 +111,7 @@ class Plan:
         if self.stateless:  # nothing ties a block to its tensor: equal shapes of all tensors go together
             for queue in queues:
                 queue.sort(key=self._state_order)
-        return buckets(self.blocks, self.held, queues, self.world_size, bucket_size, self.replicated)
+        return buckets(self.blocks, self.held, queues, self.world_size, self.replicas, bucket_size, self.replicated)
 
     def waiting(self, bucket_size: int) -> float:
         """How much longer a step's arithmetic takes than a fair share of it, since ranks wait for each other.
@@ -128,9 +138,9 @@ class Plan:
     def costs(self) -> Costs:
         """What every rank does in a step."""
         works = [block.work for block in self.blocks]
-        count = np.zeros(self.world_size)
-        received, sent = count.copy(), count.copy()
+        received, sent = np.zeros(self.world_size), np.zeros(self.world_size)
         straddling = 0
+        shards = self.world_size // self.replicas
         for block, held, owner in zip(self.blocks, self.held, self.owners, strict=True):
             numel = block.tile.box.numel
             if not len(held.ranks):  # replicated: the owner's update goes to everybody
@@ -138,13 +148,15 @@ class Plan:
                 received += numel
                 received[owner] -= numel
                 continue
-            remote = held.ranks != owner
-            received[owner] += held.counts[remote].sum()
-            sent[held.ranks[remote]] += held.counts[remote]
-            straddling += numel - int(held.counts.max())
-        if not self.replicated:  # updates take the same way back
-            sent, received = sent + received, received + sent
-            straddling *= 2
+            sources = held.ranks + owner // shards * shards
+            for ranks, counts, to, by in (
+                (sources, held.counts, received, sent),
+                (*held.everywhere(self.replicas, shards), sent, received),
+            ):
+                remote = ranks != owner
+                to[owner] += counts[remote].sum()
+                np.add.at(by, ranks[remote], counts[remote])
+            straddling += (self.replicas + 1) * numel - 2 * int(held.counts.max())
         refreshes = np.zeros((self.frequency, self.world_size))
         for block, owner in zip(self.blocks, self.owners, strict=True):
             refreshes[block.offset, owner] += block.work.refresh_flops
@@ -243,17 +255,18 @@ def _imbalance_of_steps(steady: Floats, refreshes: Floats) -> float:
 
 
 def make_plans(
-    layouts: Sequence[tuple[Layout, object]],
+    layouts: Sequence[tuple[Layout, object, int]],
     tiles: Mapping[str, Sequence[Tile]],
     work: Callable[[tuple[int, ...]], Work],
     frequency: int,
     staggered: bool,
     stateless: bool,
 ) -> list[tuple[Plan, tuple[int, ...]]]:
-    """One plan per shard group, in the order of their first tensors.
+    """One plan per shard group and kind of layout, sharded or replicated, in the order of their first tensors.
 
     Args:
-        layouts: every local tensor's layout and what identifies its shard group, in an order that all ranks share.
+        layouts: every local tensor's layout, what identifies its shard group and how many replicas that has, in an
+            order that all ranks share.
         tiles: the blocks of every parameter, by name; parameters without any are not matrices.
         work: the costs of a block of a shape.
         frequency: steps between two refreshes of a block.
@@ -265,7 +278,7 @@ def make_plans(
     """
     listed = [
         (tensor, parameter, index, tile)
-        for tensor, (layout, _) in enumerate(layouts)
+        for tensor, (layout, _, _) in enumerate(layouts)
         for parameter, spec in enumerate(layout.parameters)
         for index, tile in enumerate(tiles[spec.name])
     ]
@@ -275,8 +288,10 @@ def make_plans(
     offsets = stagger(keys, works, frequency) if staggered else [0] * len(listed)
 
     plans = []
-    for group in dict.fromkeys(group for _, group in layouts):
-        members = tuple(index for index, (_, its) in enumerate(layouts) if its == group)
+    kinds = [(group, replicas, isinstance(layout, Replicated)) for layout, group, replicas in layouts]
+    for kind in dict.fromkeys(kinds):  # what every rank holds travels otherwise than shards do
+        replicas = kind[1]
+        members = tuple(index for index, its in enumerate(kinds) if its == kind)
         position = {tensor: place for place, tensor in enumerate(members)}
         of_group = tuple(layouts[tensor][0] for tensor in members)
         blocks = tuple(
@@ -290,8 +305,8 @@ def make_plans(
             for parameter, spec in enumerate(layout.parameters)
             for found in holdings(layout, parameter, [tile.box for tile in tiles[spec.name]])
         ]
-        world_size = of_group[0].world_size
-        owners = assign(blocks, held, world_size, frequency)
-        plan = Plan(of_group, blocks, tuple(held), tuple(owners), world_size, frequency, stateless)
+        world_size = of_group[0].world_size * replicas
+        owners = assign(blocks, held, world_size, frequency, replicas)
+        plan = Plan(of_group, blocks, tuple(held), tuple(owners), world_size, frequency, stateless, replicas)
         plans.append((plan, members))
     return plans

@@ -2,12 +2,13 @@
 
 All ranks compute all buckets' membership, since a collective needs everyone; the tables of pieces are made for one rank
 only. On the wire a piece is what one rank holds of one block, in the block's row-major order. A bucket's way back has
-the layout of its way in, so both use the same tables and the same buffers. Pure arithmetic.
+the layout of its way in, unless there are replicas of the shard group: gradients come from the owner's own, updates go
+to all of them. Pure arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,12 +59,13 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """One of this rank's blocks in a bucket: what it holds itself, and what others send."""
+    """One of this rank's blocks in a bucket: what it holds itself, what others send, and what goes back to others."""
 
     block: int
     numel: int
     local: Piece | None
     remote: tuple[Segment, ...]
+    back: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,11 @@ class Bucket:
     Attributes:
         owned: blocks to compute, in the order of their state.
         others: what this rank holds of other ranks' blocks, in wire order.
-        from_ranks: elements that each rank sends here for `owned`, and gets back.
-        to_ranks: elements that this rank sends to each rank for `others`, and gets back.
+        sending: those of them whose owners want this rank's gradient.
+        from_ranks: elements that each rank sends here for `owned`.
+        to_ranks: elements that this rank sends to each rank for `sending`.
+        back_to: elements that this rank sends to each rank of updates.
+        back_from: elements that each rank sends here of updates.
         shares: elements of the blocks that each rank owns in this bucket.
         travels: whether any rank sends anything; the same on every rank.
         gathered: of replicated parameters, whether one all-gather of equal shares carries the updates; otherwise every
@@ -83,8 +88,11 @@ class Bucket:
 
     owned: tuple[Owned, ...]
     others: tuple[Piece, ...]
+    sending: tuple[Piece, ...]
     from_ranks: tuple[int, ...]
     to_ranks: tuple[int, ...]
+    back_to: tuple[int, ...]
+    back_from: tuple[int, ...]
     shares: tuple[int, ...]
     travels: bool
     gathered: bool = False
@@ -105,6 +113,7 @@ def buckets(
     held: Sequence[Holding],
     queues: Sequence[Sequence[int]],
     world_size: int,
+    replicas: int,
     bucket_size: int,
     replicated: bool,
 ) -> list[list[int]]:
@@ -114,26 +123,28 @@ def buckets(
         blocks: all blocks of the plan.
         held: who holds each.
         queues: per rank, the blocks that it owns among those to be stepped, in the order of their state.
-        world_size: ranks of the shard group.
+        world_size: ranks of the shard group and its replicas.
+        replicas: shard groups that hold the same.
         bucket_size: elements. No rank sends, receives or computes more than a fifth of four buckets at a time, or than
             the largest block: every owner must be able to work on one at the same time.
         replicated: all ranks hold everything: only updates travel, gathered by all.
     """
     largest = max((blocks[block].tile.box.numel for queue in queues for block in queue), default=0)
-    limit = max(message_size(bucket_size) // (world_size if replicated else 1), largest)
+    limit = max(message_size(bucket_size) // (world_size if replicated else 1), largest * replicas)
+    shards = world_size // replicas
     made: list[list[int]] = []
     cursors = [0] * world_size
     left = sum(len(queue) for queue in queues)
     while left:
         bucket: list[int] = []
-        sent, received, computed = (np.zeros(world_size, dtype=np.int64) for _ in range(3))
+        sent, received, computed, back_sent, back_received = (np.zeros(world_size, dtype=np.int64) for _ in range(5))
         open_ranks = [rank for rank in range(world_size) if cursors[rank] < len(queues[rank])]
         while open_ranks:
             still_open = []
             for rank in open_ranks:
                 block = queues[rank][cursors[rank]]
                 numel = blocks[block].tile.box.numel
-                ranks = held[block].ranks  # none if replicated
+                ranks = held[block].ranks + rank // shards * shards  # none if replicated
                 counts = held[block].counts[: len(ranks)]
                 remote = ranks != rank
                 fits = (
@@ -141,12 +152,23 @@ def buckets(
                     and received[rank] + counts[remote].sum() <= limit
                     and not (sent[ranks[remote]] + counts[remote] > limit).any()
                 )
+                if replicas > 1:
+                    all_ranks, all_counts = held[block].everywhere(replicas, shards)
+                    away = all_ranks != rank
+                    fits = (
+                        fits
+                        and back_sent[rank] + all_counts[away].sum() <= limit
+                        and not (back_received[all_ranks[away]] + all_counts[away] > limit).any()
+                    )
                 if bucket and not fits:
                     continue
                 bucket.append(block)
                 computed[rank] += numel
                 received[rank] += counts[remote].sum()
                 sent[ranks[remote]] += counts[remote]
+                if replicas > 1:
+                    back_sent[rank] += all_counts[away].sum()
+                    back_received[all_ranks[away]] += all_counts[away]
                 cursors[rank] += 1
                 left -= 1
                 if cursors[rank] < len(queues[rank]):
@@ -160,7 +182,8 @@ class Tables:
     """Makes one rank's part of buckets.
 
     Args:
-        rank: of this process in the shard group.
+        rank: of this process among all owners.
+        replicas: shard groups that hold the same.
         layouts: of every local tensor, by the blocks' ``tensor``.
         replicated: all ranks hold everything.
         bucket_size: as in `buckets`.
@@ -174,13 +197,16 @@ class Tables:
         layouts: Sequence[Layout],
         rank: int,
         world_size: int,
+        replicas: int,
         replicated: bool,
         bucket_size: int,
     ) -> None:
         self._blocks, self._held, self._owners, self._layouts = blocks, held, owners, layouts
         self._rank, self._world_size, self._replicated = rank, world_size, replicated
         self._message_size = message_size(bucket_size)
-        self._fragments = [{found.parameter: found for found in layout.fragments(rank)} for layout in layouts]
+        self._replicas, self._shards = replicas, world_size // replicas
+        shard = rank % self._shards
+        self._fragments = [{found.parameter: found for found in layout.fragments(shard)} for layout in layouts]
 
     def bucket(self, members: Sequence[int]) -> Bucket:
         """This rank's part in the bucket of these blocks."""
@@ -191,7 +217,10 @@ class Tables:
         width = max(shares)
         gathered = self._replicated and width * self._world_size <= self._message_size
 
-        to_ranks, others, start = [0] * self._world_size, [], 0
+        to_ranks, back_from = [0] * self._world_size, [0] * self._world_size
+        others: list[Piece] = []
+        sending: list[Piece] = []
+        start = 0
         for owner, theirs in enumerate(by_owner):
             if owner == self._rank:
                 continue
@@ -202,35 +231,69 @@ class Tables:
                 if piece is not None:
                     others.append(piece)
                     start += piece.numel
-                    to_ranks[owner] += 0 if self._replicated else piece.numel
-        owned, from_ranks = self._owned(by_owner[self._rank])
-        travels = self._replicated or any((self._held[block].ranks != self._owners[block]).any() for block in members)
+                    if not self._replicated:
+                        back_from[owner] += piece.numel
+                        if owner // self._shards == self._rank // self._shards:
+                            sending.append(piece)
+                            to_ranks[owner] += piece.numel
+        mine = by_owner[self._rank]
+        own_group = self._rank // self._shards
+        remote, from_ranks = self._segments(mine, [own_group])
+        back, back_to = self._segments(mine, range(self._replicas)) if self._replicas > 1 else (remote, from_ranks)
+        owned = tuple(
+            Owned(
+                block,
+                self._blocks[block].tile.box.numel,
+                self._piece(block, self._own_begin(block)),
+                tuple(remote[block]),
+                tuple(back[block]),
+            )
+            for block in mine
+        )
+        travels = self._replicated or any(
+            self._replicas > 1 or (self._held[block].ranks != self._owners[block]).any() for block in members
+        )
         return Bucket(
-            owned, tuple(others), from_ranks, tuple(to_ranks), shares, travels and self._world_size > 1, gathered
+            owned,
+            tuple(others),
+            tuple(sending),
+            tuple(from_ranks),
+            tuple(to_ranks),
+            tuple(back_to),
+            tuple(back_from),
+            shares,
+            travels and self._world_size > 1,
+            gathered,
         )
 
-    def _owned(self, mine: Sequence[int]) -> tuple[tuple[Owned, ...], tuple[int, ...]]:
-        """This rank's own blocks, and how many elements each rank sends for them."""
-        from_ranks = [0] * self._world_size
-        sources = (
-            [] if self._replicated else [(block, *entry) for block in mine for entry in _entries(self._held[block])]
+    def _segments(self, mine: Sequence[int], groups: Iterable[int]) -> tuple[dict[int, list[Segment]], list[int]]:
+        """What other ranks of these shard groups hold of this rank's blocks, and how many elements each rank does."""
+        counted = [0] * self._world_size
+        held = (
+            []
+            if self._replicated
+            else [
+                (block, group * self._shards + shard, edge, count)
+                for group in groups
+                for block in mine
+                for shard, edge, count in _entries(self._held[block])
+                if group * self._shards + shard != self._rank
+            ]
         )
-        for _, source, _, count in sources:
-            from_ranks[source] += count if source != self._rank else 0
-        cursors = [sum(from_ranks[:source]) for source in range(self._world_size)]
-        remote: dict[int, list[Segment]] = {block: [] for block in mine}
-        begins = dict.fromkeys(mine, 0)
-        for block, source, edge, count in sources:
-            if source == self._rank:
-                begins[block] = edge
-            else:
-                remote[block].append(Segment(cursors[source], edge, count))
-                cursors[source] += count
-        owned = [
-            Owned(block, self._blocks[block].tile.box.numel, self._piece(block, begins[block]), tuple(remote[block]))
-            for block in mine
-        ]
-        return tuple(owned), tuple(from_ranks)
+        for _, rank, _, count in held:
+            counted[rank] += count
+        cursors = [sum(counted[:rank]) for rank in range(self._world_size)]
+        found: dict[int, list[Segment]] = {block: [] for block in mine}
+        for block, rank, edge, count in held:
+            found[block].append(Segment(cursors[rank], edge, count))
+            cursors[rank] += count
+        return found, counted
+
+    def _own_begin(self, block: int) -> int:
+        """Where what this rank holds of its own block begins in it."""
+        held, shard = self._held[block], self._rank % self._shards
+        at = np.flatnonzero(held.ranks == shard)
+        return int(held.edges[at[0]]) if len(at) else 0
 
     def _piece(self, block: int, start: int) -> Piece | None:
         """What this rank holds of a block, if anything."""

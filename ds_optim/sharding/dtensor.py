@@ -1,0 +1,116 @@
+"""Reads the layout out of parameters themselves: DTensors of FSDP2 and HSDP, parameters under DDP, plain ones.
+
+Nothing is asked of other ranks: a DTensor knows its mesh and its placements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ds_optim.sharding.binding import BoundTensor, whole
+from ds_optim.sharding.layout import ParameterSpec, Replicated, RowSharded, Scattered
+
+_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+
+def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> BoundTensor:
+    """How a parameter lies over the ranks.
+
+    Args:
+        name: of the parameter.
+        tensor: a DTensor or a plain tensor.
+        replicas: the ranks that hold the same plain tensors with the same gradients (DDP's group).
+    """
+    if not isinstance(tensor, DTensor):
+        bound = whole(name, tensor)
+        if replicas is None or dist.get_world_size(replicas) == 1:
+            return bound
+        return replace(
+            bound, layout=Replicated(bound.layout.parameters[0], dist.get_world_size(replicas)), group=replicas
+        )
+    mesh, spec = tensor.device_mesh, ParameterSpec(name, tuple(tensor.shape))
+    cut = [dim for dim, one in enumerate(tensor.placements) if not one.is_replicate() and mesh.size(dim) > 1]
+    if not cut:
+        return BoundTensor(Replicated(spec, mesh.size()), group=group_of(mesh) if mesh.size() > 1 else None)
+    placement = tensor.placements[cut[0]]
+    if len(cut) > 1 or type(placement) is not Shard or placement.dim != 0:
+        held = ParameterSpec(name, tuple(tensor.to_local().shape))
+        return BoundTensor(Scattered(held, placements=str(tensor.placements)))
+    dim = cut[0]
+    shards = mesh.size(dim)
+    return BoundTensor(
+        RowSharded(spec, shards),
+        mesh.get_local_rank(dim),
+        mesh.get_group(dim),
+        owners=group_of(mesh, dim) if mesh.size() > shards else None,
+    )
+
+
+def problems(tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool) -> list[str]:
+    """Why a parameter cannot be stepped exactly, each with its remedy.
+
+    Args:
+        tensor: the parameter.
+        bound: what `read` made of it.
+        is_elementwise: otherwise the rule needs whole rows, heads or matrices.
+    """
+    name, found = bound.layout.parameters[0].name, []
+    if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
+        found.append(
+            f"{name} was flattened by FSDP1 (FullyShardedDataParallel), which does not say where its elements lie: use "
+            "torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if isinstance(tensor, DTensor) and any(one.is_partial() for one in tensor.placements):
+        found.append(f"{name} is a sum that is still to be made ({tensor.placements}): not a parameter")
+    if isinstance(bound.layout, Scattered) and not is_elementwise:
+        found.append(
+            f"{name} lies as {bound.layout.placements} over its mesh: an optimizer of blocks needs contiguous rows, "
+            "sharded along dimension 0 of one mesh dimension; use AdamW, Lion or Adan, or shard it that way"
+        )
+    return found
+
+
+def replicas_of(model: object) -> dist.ProcessGroup | None:
+    """The ranks that hold the same model with the same gradients: the group of a `DistributedDataParallel`."""
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                group: dist.ProcessGroup = module.process_group
+                return group
+    return None
+
+
+def group_of(mesh: DeviceMesh, last: int | None = None) -> dist.ProcessGroup:
+    """All ranks of a mesh as one group; every rank of the mesh must ask.
+
+    Args:
+        last: the mesh dimension whose ranks must be neighbours; unset, any order is good.
+
+    Raises:
+        ValueError: the mesh lists its ranks in another order.
+    """
+    ranks = mesh.mesh if last is None else mesh.mesh.movedim(last, -1)
+    listed = tuple(int(rank) for rank in ranks.flatten())
+    if last is not None and list(listed) != sorted(listed):
+        raise ValueError(
+            f"the mesh {mesh} does not list its ranks in ascending order, replicas outermost: use "
+            "init_device_mesh(device, (replicas, shards))"
+        )
+    members = tuple(sorted(listed))
+    if members == tuple(range(dist.get_world_size())):
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if members not in _groups:
+        made = dist.new_group(list(members), use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        _groups[members] = made
+    return _groups[members]

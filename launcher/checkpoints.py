@@ -1,0 +1,150 @@
+"""Saving a run and going on with it: which form a directory holds, and what must be the same as before.
+
+Canonical checkpoints go on with any number of ranks and at any ZeRO stage; they are for the optimizers of this
+repository. DeepSpeed's own directory serves any optimizer, at the same ranks and stage only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import settings
+import torch.distributed as dist
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the same on every rank. Earlier ones are untouched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        steps: that were done.
+        sequences: of the training text that these steps took, all ranks together.
+        origin: what was loaded, for the log.
+    """
+
+    steps: int = 0
+    sequences: int = 0
+    origin: str = ""
+
+
+def check(engine: Any, chosen: settings.Settings) -> None:
+    """Refuse at start what would fail at the first save.
+
+    Raises:
+        SettingsError: a canonical checkpoint cannot hold what this engine trains.
+    """
+    if chosen.save is not None and chosen.checkpoint_form == "canonical":
+        from ds_optim.checkpoint.content import subject_of
+
+        _, problems = subject_of(engine, None)
+        if problems:
+            raise settings.SettingsError(
+                [f"--save: {problem}; --checkpoint-form deepspeed saves it for the same ranks" for problem in problems]
+            )
+
+
+def save(engine: Any, chosen: settings.Settings, step: int, state: Mapping[str, Any]) -> None:
+    """Save after ``step`` steps, with the ``state`` that `resume` compares. All ranks call it.
+
+    Raises:
+        SaveError: disk full, no permission.
+    """
+    assert chosen.save is not None
+    tag = f"global_step{step}"
+    if chosen.checkpoint_form == "deepspeed":
+        engine.save_checkpoint(str(chosen.save), tag=tag, client_state=dict(state))
+        return
+    import ds_optim.checkpoint
+
+    try:
+        ds_optim.checkpoint.save(chosen.save, engine, tag=tag, client_state=dict(state), keep=chosen.keep)
+    except ds_optim.checkpoint.CheckpointError as error:
+        raise SaveError(str(error)) from error
+
+
+def resume(engine: Any, chosen: settings.Settings, plan: Mapping[str, Any], batch: int) -> Start:
+    """Load what ``--resume`` or ``--autoresume`` names. All ranks call it.
+
+    Args:
+        plan: what the learning rate and the order of the text follow, by option name; it must be what was saved.
+        batch: sequences per step; it may differ, which the log then says.
+
+    Raises:
+        SettingsError: nothing there, damaged, of another optimizer or plan.
+    """
+    path = chosen.save if chosen.autoresume else chosen.resume
+    assert path is not None
+    asked = f"{'--autoresume from' if chosen.autoresume else '--resume'} {path}"
+    found: list[Any] = [_place(path) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)  # one answer, even if the ranks' views of a network disk differ
+    if found[0] is None:
+        if chosen.autoresume:
+            return Start()
+        raise settings.SettingsError([f"{asked}: there is no checkpoint"])
+    directory, tag, is_deepspeeds = found[0]
+    if is_deepspeeds:
+        if chosen.fallback:
+            raise settings.SettingsError([f"{asked}: that is DeepSpeed's own form, which --fallback cannot check"])
+        loaded, state = engine.load_checkpoint(str(directory), tag=tag)
+        if loaded is None:
+            raise settings.SettingsError([f"{asked}: DeepSpeed found no checkpoint there"])
+    else:
+        state = _load_canonical(engine, directory, tag, chosen.fallback, asked)
+    _compare(state, plan, asked)
+    steps = int(engine.global_steps)
+    if steps >= chosen.steps and not chosen.autoresume:
+        raise settings.SettingsError([f"{asked}: all of its {chosen.steps} steps are done"])
+    origin = f"{directory}, {steps} steps done"
+    if state.get("batch", batch) != batch:
+        origin += f"; a step took {state['batch']} sequences and takes {batch} from here on"
+    return Start(steps, int(state.get("sequences", steps * batch)), origin)
+
+
+def _place(path: Path) -> tuple[Path, str | None, bool] | None:
+    """Directory and tag (None: the newest) of a checkpoint directory or one folder in it, and if it is DeepSpeed's."""
+    from ds_optim.checkpoint.directory import LATEST, MANIFEST, folder_of
+
+    latest = path / LATEST
+    if latest.is_file():
+        return path, None, _is_deepspeeds(folder_of(path, latest.read_text(encoding="utf-8").strip()))
+    if (path / MANIFEST).is_file() or _is_deepspeeds(path):
+        return path.parent, path.name, _is_deepspeeds(path)
+    return (path, None, False) if any(path.glob(f"*/{MANIFEST}")) else None
+
+
+def _is_deepspeeds(folder: Path) -> bool:
+    return any(folder.glob("*_model_states.pt"))
+
+
+def _load_canonical(engine: Any, directory: Path, tag: str | None, fallback: bool, asked: str) -> Mapping[str, Any]:
+    import ds_optim.checkpoint
+
+    try:
+        state = ds_optim.checkpoint.load(directory, engine, tag=tag, fallback=fallback)
+    except ds_optim.checkpoint.CheckpointError as error:
+        raise settings.SettingsError([f"{asked}: {error}"]) from error
+    return state if isinstance(state, Mapping) else {}  # saved by another script
+
+
+def _compare(state: Mapping[str, Any], plan: Mapping[str, Any], asked: str) -> None:
+    problems = []
+    for option, here in plan.items():
+        before = state.get(option, here)
+        if before == here:
+            continue
+        if option == "text":
+            problems.append(f"{asked}: that run read another text; give it the same files with --text")
+        else:
+            name = f"--{option.replace('_', '-')}"
+            problems.append(f"{asked}: that run had {name} {before} and this one has {here}; give {name} {before}")
+    if problems:
+        raise settings.SettingsError(
+            [*problems, "the learning rate and the order of the text follow these; a resumed run must not change them"]
+        )

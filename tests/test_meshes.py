@@ -1,0 +1,269 @@
+"""FSDP2, HSDP, DDP and one device: the same bits everywhere, and what cannot be exact is refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import ds_optim
+from engines import Case
+from expected import by_one_process, by_oracle, distance
+from meshes import MeshCase, make, run, train
+from pool import Pools
+from test_invariance import OPTIONS, STEPS, TOLERANCE
+
+MATRIX = {"max_preconditioner_dim": 8, "precondition_frequency": 3, "weight_decay": 0.1}
+CASES = {
+    **{name.split(".")[-1]: Case(name, options, steps=STEPS.get(name, 10)) for name, options in OPTIONS.items()},
+    "Lion16": Case("ds_optim.Lion", {"state_dtype": "bf16"}),
+    "many blocks": Case("Shampoo", MATRIX),
+    "SWAN small buckets": Case("SWAN", {"exchange_bucket_size": 600}),
+    "frozen": Case("AdamMini", {"weight_decay": 0.1}, frozen=("embed", "layers.1.mlp.up")),
+    "tied": Case("Shampoo", MATRIX, tied=True),
+}
+RUNS = [
+    (1, "AdamMini", "fsdp", ""),
+    (1, "Shampoo", "ddp", ""),
+    (2, "AdamW", "ddp", ""),
+    (2, "Lion", "fsdp", "mixed"),
+    (2, "Adan", "hsdp", ""),
+    (2, "SWAN", "fsdp", "late"),
+    (2, "many blocks", "hsdp", ""),
+    (2, "frozen", "fsdp", "offload"),
+    (2, "SWAN small buckets", "ddp", ""),
+    (3, "AdamW", "fsdp", "offload"),
+    (3, "AdamMini", "fsdp", "late"),
+    (3, "AdamMini", "ddp", ""),
+    (3, "Shampoo", "fsdp", ""),
+    (3, "Lion16", "fsdp", ""),
+    (3, "tied", "fsdp", ""),
+    (4, "Adan", "fsdp", ""),
+    (4, "Lion", "hsdp", "late"),
+    (4, "AdamMini", "hsdp", "mixed"),
+    (4, "many blocks", "hsdp", "late"),
+    (4, "SWAN small buckets", "hsdp", ""),
+    (4, "SWAN", "fsdp", ""),
+    (4, "tied", "ddp", ""),
+]
+
+
+@cache
+def wanted(name: str) -> dict[str, Tensor]:
+    """What one process computes without any strategy; it must be the textbook's, where that is computed in fp64."""
+    case = CASES[name]
+    alone = by_one_process(case)
+    if case.optimizer in OPTIONS and case.options == OPTIONS[case.optimizer]:
+        assert distance(alone, by_oracle(case)) <= TOLERANCE.get(case.optimizer, 1e-6)
+    return alone
+
+
+@pytest.mark.parametrize(("ranks", "name", "strategy", "flag"), RUNS)
+def test_every_strategy_ends_with_the_same_bits(pool: Pools, ranks: int, name: str, strategy: str, flag: str) -> None:
+    mesh_case = MeshCase(CASES[name], strategy, **({flag: True} if flag else {}))
+    reports = pool(ranks).run(run, mesh_case)
+    alone = wanted(name)
+    for report in reports:
+        assert report["weights"].keys() == alone.keys()
+        for key, values in report["weights"].items():
+            if mesh_case.case.optimizer == "AdamMini":  # the sums of cut blocks are added up in another order
+                assert torch.allclose(values, alone[key], rtol=1e-6, atol=1e-7), key
+            else:
+                assert torch.equal(values, alone[key]), key
+    if name == "Adan":  # state lies where the rows lie, fp32
+        for report in reports:
+            assert all(kept == 4 * report["held"] for key, kept in report["state_bytes"].items() if key != "step")
+    if strategy in ("hsdp", "ddp") and name == "many blocks":
+        owned = [report["state_bytes"]["momentum"] for report in reports]
+        matrices = sum(v.numel() for k, v in alone.items() if k.endswith("weight") and "norm" not in k) * 4
+        assert sum(owned) < matrices  # once in all, not once per replica
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def tensor_parallel(cls: Any, uneven: bool) -> str:
+    """Steps over a model under tensor parallelism: the largest difference from one device, or the refusal."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 10, bias=False), nn.Linear(10, 4))
+    other = nn.Sequential(nn.Linear(6, 10, bias=False), nn.Linear(10, 4))
+    other.load_state_dict(model.state_dict())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    try:
+        optimizers = [cls(one.named_parameters(), lr=1e-2, weight_decay=0.1) for one in (model, other)]
+        for step in range(3):
+            for one, optimizer in zip((model, other), optimizers, strict=True):
+                for index, parameter in enumerate(one.parameters()):
+                    whole = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 * step + index))
+                    if isinstance(parameter, DTensor):
+                        whole = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
+                    parameter.grad = whole
+                optimizer.step()
+    except ValueError as error:
+        return str(error)
+    gaps = []
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        gaps.append((one.full_tensor() - two).abs().max().item())
+    return str(max(gaps))
+
+
+@pytest.mark.parametrize("cls", [ds_optim.AdamW, ds_optim.Lion, ds_optim.Adan])
+def test_tensor_parallel_elementwise(pool: Pools, cls: Any) -> None:
+    assert pool(2).run(tensor_parallel, cls, False) == ["0.0", "0.0"]
+
+
+@pytest.mark.parametrize("cls", [ds_optim.AdamMini, ds_optim.Shampoo, ds_optim.SWAN])
+def test_tensor_parallel_blocks_are_refused(pool: Pools, cls: Any) -> None:
+    for said in pool(2).run(tensor_parallel, cls, False):
+        assert "1.weight lies as (Shard(dim=1),)" in said
+        assert "contiguous rows" in said
+        assert "AdamW, Lion or Adan" in said
+
+
+def refusals() -> dict[str, str]:
+    """What is said to each kind of bad input."""
+    said: dict[str, str] = {}
+
+    def refused(name: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+            said[name] = "nothing"
+        except (ValueError, RuntimeError) as error:
+            said[name] = str(error)
+
+    def linear() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(6, 4)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flattened = FullyShardedDataParallel(linear(), use_orig_params=False, device_id=torch.device("cpu"))
+        original = FullyShardedDataParallel(linear(), use_orig_params=True, device_id=torch.device("cpu"))
+    refused("fsdp1", lambda: ds_optim.AdamMini(flattened.named_parameters()))
+    refused("fsdp1 with original parameters", lambda: ds_optim.AdamW(original.named_parameters()))
+
+    def one_group() -> None:
+        meshes = [init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))]
+        shards = [[Shard(0)], [Shard(0), Replicate()]]
+        parameters = [
+            nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, places))
+            for mesh, places in zip(meshes, shards, strict=True)
+        ]
+        optimizer = ds_optim.AdamW([("a", parameters[0]), ("b", parameters[1])])
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    refused("two meshes in a group", one_group)
+
+    def replaced() -> None:
+        model = fully_shard(linear())
+        optimizer = ds_optim.AdamMini(model.named_parameters())
+        model(torch.ones(1, 6)).sum().backward()
+        optimizer.step()
+        fresh = [*fully_shard(linear()).parameters()]
+        optimizer.param_groups[0]["params"] = fresh
+        for parameter in fresh:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+    refused("replaced after state", replaced)
+
+    def fewer() -> None:
+        model = linear()
+        optimizer = ds_optim.Lion(model.named_parameters())
+        optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(2, 2))]
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+        optimizer.step()
+
+    refused("another number", fewer)
+
+    def complex_numbers() -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        whole = distribute_tensor(torch.ones(4, 2, dtype=torch.complex64), mesh, [Shard(0)])
+        ds_optim.AdamW([("a", nn.Parameter(whole))])
+
+    refused("complex", complex_numbers)
+    return said
+
+
+def test_bad_input_is_refused_with_a_remedy(pool: Pools) -> None:
+    for said in pool(2).run(refusals):
+        assert "FSDP1" in said["fsdp1"]
+        assert "fully_shard" in said["fsdp1"]
+        assert "FSDP1" in said["fsdp1 with original parameters"]
+        assert "2 meshes: make one group for each mesh" in said["two meshes in a group"]
+        assert "replaced after it had state" in said["replaced after state"]
+        assert "another number of parameters" in said["another number"]
+        assert "dense fp32, bf16 or fp16" in said["complex"]
+
+
+def several_meshes() -> float:
+    """A group per mesh and plain parameters beside them; the largest difference from one device."""
+    torch.manual_seed(0)
+    sizes = {"a": (5, 3), "b": (6, 4), "c": (7, 2), "d": (3,)}
+    whole = {name: torch.randn(shape) for name, shape in sizes.items()}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    half = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("outer", "inner"))
+    placed: dict[str, nn.Parameter] = {
+        "a": nn.Parameter(distribute_tensor(whole["a"], mesh, [Shard(0)])),
+        "b": nn.Parameter(distribute_tensor(whole["b"], half["inner"], [Shard(0)], src_data_rank=None)),
+        "c": nn.Parameter(distribute_tensor(whole["c"], mesh, [Replicate()])),
+        "d": nn.Parameter(whole["d"].clone()),
+    }
+    plain = {name: nn.Parameter(values.clone()) for name, values in whole.items()}
+    groups = [["a", "d"], ["b"], ["c"]]
+    gap = 0.0
+    for cls in (ds_optim.AdamMini, ds_optim.Shampoo):
+        optimizers = [
+            cls([{"params": [(name, one[name]) for name in group]} for group in groups], roles={"*": "linear"})
+            for one in (placed, plain)
+        ]
+        for step in range(4):
+            for one in (placed, plain):
+                for index, (name, parameter) in enumerate(one.items()):
+                    grad = torch.randn(sizes[name], generator=torch.Generator().manual_seed(10 * step + index))
+                    if isinstance(parameter.data, DTensor):
+                        grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                    parameter.grad = grad
+            for optimizer in optimizers:
+                optimizer.step()
+    for name, parameter in placed.items():
+        full = parameter.full_tensor() if isinstance(parameter.data, DTensor) else parameter
+        gap = max(gap, (full - plain[name]).abs().max().item())
+    return gap
+
+
+def test_several_meshes_and_plain_parameters_in_one_optimizer(pool: Pools) -> None:
+    assert max(pool(4).run(several_meshes)) < 1e-6
+
+
+def without_names() -> tuple[list[str], list[str]]:
+    """Names that an optimizer finds by itself: from the model, before and after it was wrapped."""
+    found = []
+    for late in (False, True):
+        mesh_case = MeshCase(CASES["AdamMini"], "fsdp", late=late)
+        wrapped, model, made = make(mesh_case)
+        optimizer = ds_optim.AdamMini([*model.parameters()], roles=model, lr=1e-3)
+        del made
+        train(mesh_case, wrapped, model, optimizer, range(1, 3))
+        found.append(sorted(one.name for of_one in optimizer.logical().values() for one in of_one))
+    wanted_names = sorted(name for name, _ in model.named_parameters())
+    assert found[0] == wanted_names
+    return found[0], found[1]
+
+
+def test_parameters_without_names_get_the_models(pool: Pools) -> None:
+    for first, second in pool(2).run(without_names):
+        assert first == second
