@@ -52,7 +52,13 @@ GRACE = 10.0  # seconds the other ranks get to answer once one has failed; they 
 LOG_LINES = 40  # lines of a failed rank's output to show
 
 # Modules that every rank needs and that are safe to fork (no threads, no process group yet).
-PRELOADED = ["torch", "torch.distributed", "deepspeed", "transformers"]
+PRELOADED = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "deepspeed",
+    "transformers.models.llama.modeling_llama",
+]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -224,6 +230,9 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
     jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
     connection.send_bytes(_attempt(_join_group, rank, world_size, port))
+    # DeepSpeed collects garbage in every engine that it builds; modules are none, and there are many.
+    gc.freeze()
+    is_first = True
     while True:
         search_path, job = _deserialise(jobs.get())
         sys.path.extend(folder for folder in search_path if folder not in sys.path)
@@ -233,6 +242,9 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
         torch.set_default_dtype(torch.float32)
         answer = _attempt(_call, job)
         gc.collect()  # engines are full of cycles; what they hold must not outlive the job
+        if is_first:  # what the first engine imported
+            gc.freeze()
+            is_first = False
         sys.stdout.flush()
         sys.stderr.flush()
         connection.send_bytes(answer)

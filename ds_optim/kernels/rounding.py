@@ -83,7 +83,7 @@ class Places:
         """A stretch of a local tensor, cut where a parameter ends."""
         stop = start + length
         while start < stop:
-            place = self.at(tensor, start)._replace(start=start)
+            place = self.at(tensor, start)
             yield place._replace(length=min(place.length, stop - start))
             start += place.length
 

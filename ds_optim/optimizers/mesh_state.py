@@ -60,29 +60,27 @@ def from_mesh(optimizer: ShardedOptimizer, state_dict: dict[str, Any]) -> dict[s
     kept = []
     for key, tensor, logical in _listed(optimizer, state_dict):
         loaded = {name: value for name, value in states.get(key, {}).items() if not isinstance(value, dict)}
-        if logical and all(name in loaded and loaded[name].numel() == one.numel for name, one in logical.items()):
+        sizes = all(name in loaded and loaded[name].numel() == one.numel for name, one in logical.items())
+        if sizes and loaded.keys() == {"step", *logical, *_element_keys(optimizer, tensor)}:
+            states[key] = {**optimizer.fresh_state(tensor), **{k: v for k, v in loaded.items() if k not in logical}}
             kept.append((key, tensor, logical))
-        if loaded:
-            states[key] = loaded
     for mesh, entries in _by_mesh(kept).items():
         have: list[Part] = []
         want: list[Part] = []
         count = 0
-        for key, tensor, logical in entries:
-            fresh = optimizer.fresh_state(tensor)
+        for key, _, logical in entries:
             for name, one in logical.items():
-                value = states[key][name]
-                fresh[name] = fresh[name].to(value.dtype)
+                value, mine = state_dict["state"][key][name], states[key][name]
+                mine = states[key][name] = mine.to(value.dtype)
                 if isinstance(value, DTensor):
                     value = value.redistribute(placements=_placements(value.device_mesh))
                     have.append((count, _part(value.device_mesh, one.numel)[0], value.to_local()))
-                    want += _parts(count, one.read, fresh[name])
+                    want += _parts(count, one.read, mine)
                 else:  # all of it is here
                     for piece in one.read:
-                        target = fresh[name][piece.offset : piece.offset + piece.stop - piece.start]
-                        target.copy_(value.reshape(-1)[piece.start : piece.stop])
+                        part = mine[piece.offset : piece.offset + piece.stop - piece.start]
+                        part.copy_(value.reshape(-1)[piece.start : piece.stop])
                 count += 1
-            states[key] = {**fresh, **{name: one for name, one in states[key].items() if name not in logical}}
         transfer(have, want, group_of(mesh), torch.device(mesh.device_type))
     return {**state_dict, "state": states}
 

@@ -665,6 +665,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 continue
             for name, (shape, _) in spec.items():
                 found = tuple(state[name].shape)
+                if isinstance(tensor, DTensor) and name in self.rule.element_state and found == tuple(tensor.shape):
+                    if not isinstance(state[name], DTensor):
+                        problems.append(
+                            f"{name} of {self._names[tensor]} is whole, its parameter is sharded: load it by "
+                            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict with "
+                            "StateDictOptions(full_state_dict=True)"
+                        )
+                    continue
                 if math.prod(found) != math.prod(shape):
                     problems.append(
                         f"{name} of a tensor of shape {tuple(tensor.shape)} has {math.prod(found)} values, not "

@@ -542,9 +542,9 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._verdicts.clear()
 
     def _is_spread(self, tensor: Tensor) -> bool:
-        """Whether the blocks of a tensor that all ranks hold have different owners."""
+        """Whether the blocks of a plain tensor that all ranks hold have different owners."""
         plan, _ = self._plan_of(tensor)
-        return plan.replicated and plan.world_size > 1 and not plan.stateless
+        return not isinstance(tensor, DTensor) and plan.replicated and plan.world_size > 1 and not plan.stateless
 
 
 def _number(value: Any) -> Any:
