@@ -5,8 +5,8 @@
 
 A Llama of 24 layers is sharded by `fully_shard`; every contender updates the same DTensor parameters from the same
 gradients, one step each in turn (who begins, changes), in one process. Reported are medians over the rounds and their
-ratio to the unit, torch's fused AdamW on the DTensors; how long it takes on the bare local tensors is shown beside, since
-DTensor's dispatch is most of what the unit does. Python's share of a step is what it costs with every tensor shrunk to one element per row.
+ratio to the unit, torch's fused AdamW on the DTensors. DTensor's dispatch is most of what the unit does, so its time on
+the bare local tensors is shown beside. Python's share of a step is what it costs with hardly any elements per tensor.
 Exit status 1 if AdamMini or Lion cost more than the unit, or Adan more than 1.7 of it.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -17,9 +18,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ds_optim
-from engines import Case
+from engines import VOCABULARY, Case, build_engine, build_model
+from engines import weights as engine_weights
 from expected import by_one_process, by_oracle, distance
-from meshes import MeshCase, make, run, train
+from meshes import MeshCase, make, run, train, weights
 from pool import Pools
 from test_invariance import OPTIONS, STEPS, TOLERANCE
 
@@ -87,6 +89,47 @@ def test_every_strategy_ends_with_the_same_bits(pool: Pools, ranks: int, name: s
         owned = [report["state_bytes"]["momentum"] for report in reports]
         matrices = sum(v.numel() for k, v in alone.items() if k.endswith("weight") and "norm" not in k) * 4
         assert sum(owned) < matrices  # once in all, not once per replica
+
+
+def on_real_data(case: Case, strategy: str) -> dict[str, Tensor]:
+    """Weights after a few steps under ZeRO-2 or FSDP2, with the gradients of batches that differ by rank."""
+    model = build_model(case)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    batches = [torch.randint(VOCABULARY, (2, 12), generator=generator) for _ in range(case.steps)]
+    if strategy == "zero":
+        engine, model = build_engine(case)
+        for tokens in batches:
+            engine.backward(engine(tokens))
+            engine.step()
+        found = {name: values.reshape(-1) for name, values in engine_weights(model).items()}
+        engine.destroy()
+        return found
+    wrapped, model, optimizer = make(MeshCase(case, "fsdp"))
+    for tokens in batches:
+        wrapped(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("AdamMini", {"lr": 1e-2, "weight_decay": 0.1}, steps=6),
+        Case("SWAN", {"lr": 1e-2, "weight_decay": 0.1}, steps=4),
+        Case("ds_optim.AdamW", {"lr": 1e-2, "weight_decay": 0.1}, steps=6),
+    ],
+    ids=lambda case: case.optimizer,
+)
+def test_a_zero_2_run_and_an_fsdp2_run_agree(pool: Pools, case: Case) -> None:
+    start = {name: values.reshape(-1) for name, values in build_model(case).state_dict().items()}
+    by_zero, by_fsdp = pool(2).run(on_real_data, case, "zero"), pool(2).run(on_real_data, case, "fsdp")
+    for one, two in zip(by_zero, by_fsdp, strict=True):
+        assert one.keys() == two.keys()
+        for name, values in one.items():
+            moved = (values - start[name]).abs().max()
+            assert moved > 0
+            assert (values - two[name]).abs().max() <= 1e-3 * moved, name  # gradients are added up in another order
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -267,3 +310,40 @@ def without_names() -> tuple[list[str], list[str]]:
 def test_parameters_without_names_get_the_models(pool: Pools) -> None:
     for first, second in pool(2).run(without_names):
         assert first == second
+
+
+# -- compiled kernels -------------------------------------------------------------------------------------------------
+
+
+def graphs_compiled(cls: Any, backend: str) -> list[int]:
+    """How many graphs torch has compiled after each step, under a schedule that changes every setting it can."""
+    from torch._dynamo.utils import counters
+
+    os.environ["DS_OPTIM_KERNELS"] = backend
+    try:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(11, 6), *[nn.Linear(6, 6) for _ in range(4)], nn.LayerNorm(6))
+        for layer in model:
+            fully_shard(layer)
+        fully_shard(model)
+        optimizer = cls(model.named_parameters(), lr=1e-2, roles=model)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=8)
+        found = []
+        for step in range(6):
+            model(torch.arange(11)).square().mean().backward()
+            optimizer.param_groups[0]["weight_decay"] = 0.01 * step
+            optimizer.step()
+            optimizer.zero_grad()
+            cycle.step()
+            found.append(int(counters["stats"]["unique_graphs"]))
+        return found
+    finally:
+        del os.environ["DS_OPTIM_KERNELS"]
+
+
+def test_no_schedule_compiles_anything_after_the_second_step(pool: Pools) -> None:
+    (compiled,) = pool(1).run(graphs_compiled, ds_optim.AdamMini, "compiled")
+    assert compiled[0] > 0
+    assert len(set(compiled[1:])) == 1
+    (native,) = pool(1).run(graphs_compiled, ds_optim.AdamMini, "native")
+    assert len(set(native)) == 1
