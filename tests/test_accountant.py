@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from torch.distributed._tools import mem_tracker
 from torch.utils import _python_dispatch
 
+from ds_optim import AdamMini, Shampoo
 from ds_optim.memory import cross_checks, tracker
 from ds_optim.memory.accountant import MemoryAccountant
 from ds_optim.memory.known_torch import MemoryAccountError
 from ds_optim.memory.record import Category, Check, Method, Moment, Record, sized
 from ds_optim.memory.tracker import AUTOGRAD, StorageTracker
+from ds_optim.optimizers.sharded import ShardedOptimizer
+from ds_optim.sharding.binding import local_of
 from engines import Case, state_bytes
 from pool import Pools, RanksFailedError
 from test_memory import medium_model
@@ -725,7 +728,7 @@ def test_what_one_rank_leaks_every_rank_reports(pool: Pools) -> None:
 # -- FSDP2
 
 
-def measured_fsdp() -> str:
+def measured_fsdp(ours: type[ShardedOptimizer] | None) -> tuple[str, int]:
     from torch.distributed.fsdp import fully_shard
 
     with MemoryAccountant() as account:
@@ -733,25 +736,32 @@ def measured_fsdp() -> str:
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        if ours is None:
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        else:
+            optimizer = ours(model.named_parameters(), roles=model)  # type: ignore[call-arg]
         account.watch(model, optimizer)
         for _ in range(2):
             model(input_ids=TOKENS, labels=TOKENS).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return account.gather().model_dump_json()
+        kept = [local_of(value) for state in optimizer.state.values() for value in state.values()]
+        return account.gather().model_dump_json(), sum(one.numel() * one.element_size() for one in kept)
 
 
-def test_fsdp2_is_accounted_for(pool: Pools) -> None:
-    record = Record.model_validate_json(pool(2).run(measured_fsdp)[0])
+@pytest.mark.parametrize("ours", [None, AdamMini, Shampoo])
+def test_fsdp2_is_accounted_for(pool: Pools, ours: type[ShardedOptimizer] | None) -> None:
+    reports = pool(2).run(measured_fsdp, ours)
+    record = Record.model_validate_json(reports[0][0])
     assert record.provenance.strategy == "FSDP2"
-    for rank in record.ranks:
+    for rank, (_, state) in zip(record.ranks, reports, strict=True):
         shard = 4 * 982_144 // 2  # every dimension of this model is even
         backward, step = rank.moment("after backward"), rank.moment("after step")
         assert backward is not None
         assert step is not None
         assert backward.bytes_of(PARAMETERS) == backward.bytes_of(GRADIENTS) == shard
-        assert step.bytes_of(OPTIMIZER) == rank.state_bytes == 2 * shard + 4 * 39
+        assert step.bytes_of(OPTIMIZER) == rank.state_bytes == state
+        assert ours is not None or state == 2 * shard + 4 * 39
         assert step.bytes_of(Category.UNACCOUNTED) <= 64
         forward = rank.peak_of("forward")
         assert forward is not None

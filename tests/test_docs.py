@@ -1,7 +1,9 @@
-"""Every code block in README and docs runs, every link leads somewhere, every JSON is what it says."""
+"""Every code block in README and docs runs, every link leads somewhere, JSON and defaults are what they say."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import re
@@ -11,9 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+import ds_optim
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+LISTED = "bash tests/run.sh --collect-only -q tests/test_integrations.py"
 
 # Commands whose full length belongs elsewhere: what is run in their place, and why that is enough.
 INSTEAD = {
@@ -21,6 +28,12 @@ INSTEAD = {
     "bash launcher/quickstart.sh": "bash launcher/quickstart.sh --steps 3",
     # tests/test_claims.py runs it whole.
     "ds-optim claims": "ds-optim claims --help",
+    # tests/test_integrations.py runs the same examples, on the pool's ranks.
+    "deepspeed --num_gpus 2 examples/on_cpu.py examples/trainer_deepspeed.py "
+    "--deepspeed examples/adan_auto.json": LISTED,
+    "torchrun --nproc_per_node 2 examples/on_cpu.py examples/trainer_torch.py --fsdp": LISTED,
+    "python examples/lora.py Shampoo": LISTED,
+    "accelerate launch --num_processes 2 examples/on_cpu.py examples/accelerate_fsdp2.py": LISTED,
     # It is what runs this.
     "bash tests/run.sh": "bash tests/run.sh --collect-only -q tests/test_docs.py",
 }
@@ -96,3 +109,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "Adan", "AdamMini", "Shampoo", "SWAN"])
+def test_an_optimizers_page_has_every_option_with_its_default(name: str) -> None:
+    cls = getattr(ds_optim, name)
+    page = ROOT / "docs" / "optimizers" / f"{cls.__module__.rpartition('.')[2]}.md"
+    assert {block.language for block in BLOCKS if block.page == page} >= {"json", "python"}
+    text = page.read_text(encoding="utf-8")
+    options = text[text.index("## Options") : text.index("## State and cost")]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", options, re.MULTILINE))
+    stated = {key: torch.float32 if value == "fp32" else ast.literal_eval(value) for key, value in rows.items()}
+    assert stated == {key: one.default for key, one in inspect.signature(cls).parameters.items() if key != "params"}

@@ -218,11 +218,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key in ("bf16_stochastic_round", "seed")
             if key in group
         ]
+        known_names = self._names_in_model()
         for entry in listed:
             name, parameter = entry if isinstance(entry, tuple) else (None, entry)
             if not isinstance(parameter, Tensor):
                 continue  # torch says so better
-            known = canonical_name(name) if name else self._name_of(parameter)
+            known = canonical_name(name) if name else known_names.get(parameter, f"parameter {len(self._names)}")
             if known in self._names.values() and parameter not in self._names:
                 problems.append(f"two parameters are called {known}: give them different names")
             self._names[parameter] = known
@@ -237,13 +238,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._listed.append([self._names[parameter] for parameter in group["params"]])
         self._roles = {}
 
-    def _name_of(self, parameter: Tensor) -> str:
-        """What a parameter without a name is called: as in the model, if that was given as ``roles``."""
-        if isinstance(self._roles_given, torch.nn.Module):
-            for name, one in self._roles_given.named_parameters():
-                if one is parameter:
-                    return canonical_name(name)
-        return f"parameter {len(self._names)}"
+    def _names_in_model(self) -> dict[Tensor, str]:
+        """What parameters without a name are called: as in the model, if that was given as ``roles``."""
+        if not isinstance(self._roles_given, torch.nn.Module):
+            return {}
+        named = self._roles_given.named_parameters(remove_duplicate=False)
+        return {parameter: canonical_name(name) for name, parameter in reversed(list(named))}
 
     # -- binding ----------------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ class SWAN(WholeMatrixOptimizer):
         ns_beta: their step size; see the module.
         norm_axis: what GradNorm takes its statistics over: "in" a neuron's inputs, "out" the neurons of an input,
             "long" whichever are more. The paper leaves it open for a transposed weight; the default is the one that
-            trained best here (docs/matrix_optimizers.md).
+            trained best here (docs/optimizers/swan.md).
         exchange_bucket_size: elements that travel at a time, see `WholeMatrixOptimizer`.
         exchange_dtype: fp32, or bf16 to halve what travels; gradients and updates are rounded to it.
 
