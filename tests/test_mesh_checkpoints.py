@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 import engines
 import meshes
 from ds_optim import checkpoint
+from ds_optim.checkpoint.warm_start import warm_start
 from engines import Case, assembled, engine_for, masters
 from expected import by_one_process
 from meshes import MeshCase, make, weights
@@ -206,3 +207,19 @@ def test_a_full_state_dict_holds_every_block(pool: Pools, optimizer: str, tmp_pa
         assert complete
         assert refused
         assert "set_optimizer_state_dict" in refused[0]
+
+
+def warm_started(folder: str, optimizer: str, strategy: str) -> dict[str, Tensor]:
+    wrapped, model, made = make(MeshCase(CASES[optimizer], strategy), seed=1)
+    warm_start(folder, wrapped, made)
+    meshes.train(MeshCase(CASES[optimizer], strategy), wrapped, model, made, range(K + 1, STEPS + 1))
+    return weights(model)
+
+
+@pytest.mark.parametrize("optimizer", ["Lion", "AdamMini", "Shampoo"])
+def test_a_warm_start_is_the_same_under_fsdp2(pool: Pools, optimizer: str, tmp_path: Path) -> None:
+    pool(2).run(first_part, MeshCase(CASES["AdamW"], "fsdp"), str(tmp_path))
+    (alone,) = pool(1).run(warm_started, str(tmp_path), optimizer, "single")
+    for found in pool(3).run(warm_started, str(tmp_path), optimizer, "fsdp"):
+        for name, values in found.items():
+            assert torch.allclose(values, alone[name], rtol=1e-6, atol=1e-7), name

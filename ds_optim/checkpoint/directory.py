@@ -247,7 +247,11 @@ def whole_checkpoint(directory: Path, tag: str | None, *, fallback: bool) -> Pat
         only=0,
     )
     for other in older:
-        if not damages(folder_of(directory, other)):
+        try:
+            found = damages(folder_of(directory, other))
+        except NewerFormatError:
+            continue
+        if not found:
             if rank() == 0:
                 warnings.warn(f"{message}\nLoading the older checkpoint {other!r} instead", stacklevel=3)
             return folder_of(directory, other)

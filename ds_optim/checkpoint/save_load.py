@@ -77,7 +77,8 @@ def save(
     with new_checkpoint(directory, name) as folder:
         small = partial(write_small, folder, about, client_state, schedule)
         on_every_rank(small, f"cannot save checkpoint {name!r} in {directory}", only=0)
-        ranges.write(folder, content.to_write(subject))
+        written = on_every_rank(lambda: content.to_write(subject), f"cannot save checkpoint {name!r} in {directory}")
+        ranges.write(folder, written)
     if keep is not None and rank() == 0:
         remove_older(directory, name, keep)
     return directory / name
@@ -123,11 +124,13 @@ def load(
     )
     states = load_optimizer_states and subject.optimizer is not None
     raise_everywhere(
-        content.misfits(subject, about, states=states),
+        content.misfits(subject, about, states=states) + _schedule_problems(subject, objects["lr_scheduler"]),
         f"checkpoint {folder} does not fit, nothing was changed",
         "Load it with what it was saved with; weights alone: load_optimizer_states=False." if states else "",
     )
-    reading = content.to_read(subject, about, states=states)
+    reading = on_every_rank(
+        lambda: content.to_read(subject, about, states=states), f"cannot load {folder}, no weight was changed"
+    )
     try:
         ranges.read(folder, reading.tensors)
     except OSError as error:  # raised on every rank alike
@@ -145,6 +148,15 @@ def load(
         if engine.lr_scheduler is not None and objects["lr_scheduler"] is not None:
             engine.lr_scheduler.load_state_dict(objects["lr_scheduler"])
     return objects["client_state"]
+
+
+def _schedule_problems(subject: content.Subject, saved: Any) -> list[str]:
+    """Why a learning-rate schedule cannot go on here: it has one rate for each parameter group."""
+    groups = len(subject.optimizer.param_groups) if subject.optimizer is not None else 0
+    rates = saved.get("base_lrs") if isinstance(saved, dict) else None
+    if getattr(subject.engine, "lr_scheduler", None) is None or rates is None or len(rates) == groups:
+        return []
+    return [f"the learning-rate schedule was saved for {len(rates)} parameter groups, there are {groups} here"]
 
 
 def _tag_problems(tag: str) -> list[str]:

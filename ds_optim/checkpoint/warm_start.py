@@ -66,6 +66,7 @@ from ds_optim.optimizers.shampoo import Shampoo
 from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.roles import canonical_name
+from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box, strides_of
 from ds_optim.sharding.exchange import from_all_ranks
@@ -204,7 +205,7 @@ class _Place:
 
     def _put(self, key: str, pieces: Sequence[Piece], values: Tensor) -> None:
         """Put values, one piece behind the other, where the pieces lie in the target's state."""
-        target = self.optimizer.state[self.tensor][key].view(-1)
+        target = local_of(self.optimizer.state[self.tensor][key]).view(-1)
         begin = 0
         for start, stop, offset in pieces:
             target[offset : offset + stop - start] = values[begin : begin + stop - start]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_optim import kernels
 from ds_optim.kernels.rounding import identity_of
-from ds_optim.sharding.binding import BoundTensor, local_of
+from ds_optim.sharding.binding import BoundTensor, local_grad, local_of
 from ds_optim.sharding.exchange import PendingSum
 from ds_optim.sharding.runs import Runs, held_spans
 
@@ -140,7 +140,7 @@ class Call:
         self.rule, self.tables, self.scalars, self.group, self.rounding = rule, tables, scalars, group, rounding
         self._copied: list[tuple[Tensor, Tensor]] = []
         self.params = [self._flat(local_of(tensor)) for tensor in tensors]
-        self.grads = [None if t.grad is None else row_major(local_of(t.grad)) for t in tensors]
+        self.grads = [None if (grad := local_grad(t)) is None else row_major(grad) for t in tensors]
         self.states = [[local_of(state[name]).view(-1) for state in states] for name in rule.element_state]
         self.block_states = [[state[name] for state in states] for name in rule.block_state]
         self.device = self.params[0].device

@@ -36,7 +36,7 @@ def to_mesh(optimizer: ShardedOptimizer, state_dict: dict[str, Any]) -> None:
             for name, one in logical.items():
                 begin, stop = _part(mesh, one.numel)
                 part = torch.zeros(stop - begin, dtype=state[name].dtype, device=state[name].device)
-                have += _parts(len(made), one.written, state[name])
+                have += parts_of(len(made), one.written, state[name])
                 want.append((len(made), begin, part))
                 made.append((key, name, part, one.numel))
         if made:
@@ -75,7 +75,7 @@ def from_mesh(optimizer: ShardedOptimizer, state_dict: dict[str, Any]) -> dict[s
                 if isinstance(value, DTensor):
                     value = value.redistribute(placements=_placements(value.device_mesh))
                     have.append((count, _part(value.device_mesh, one.numel)[0], value.to_local()))
-                    want += _parts(count, one.read, mine)
+                    want += parts_of(count, one.read, mine)
                 else:  # all of it is here
                     for piece in one.read:
                         part = mine[piece.offset : piece.offset + piece.stop - piece.start]
@@ -118,8 +118,19 @@ def _by_mesh(
     return found
 
 
-def _parts(tensor: int, pieces: list[Piece], values: Tensor) -> list[Part]:
-    return [(tensor, one.start, values[one.offset : one.offset + one.stop - one.start]) for one in pieces]
+def parts_of(tensor: int, pieces: list[Piece], values: Tensor | None) -> list[Part]:
+    """Pieces of a flat local tensor, to be sent or filled by `ds_optim.sharding.transfer`.
+
+    Args:
+        tensor: number of the logical tensor.
+        pieces: of it, and where they lie in ``values``.
+        values: None where there are no pieces.
+    """
+    return (
+        []
+        if values is None
+        else [(tensor, one.start, values[one.offset : one.offset + one.stop - one.start]) for one in pieces]
+    )
 
 
 def _placements(mesh: DeviceMesh) -> list[Shard]:

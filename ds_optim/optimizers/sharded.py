@@ -43,7 +43,7 @@ from ds_optim.optimizers.mesh_state import from_mesh, to_mesh
 from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
 from ds_optim.sharding import dtensor
-from ds_optim.sharding.binding import Binding, BoundTensor, local_of, verify
+from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, verify
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim.sharding.layout import Layout
@@ -130,6 +130,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._listed: list[list[str]] = []
         self._bound: dict[Tensor, BoundTensor] = {}
         self._read: dict[Tensor, BoundTensor] = {}
+        self._replicas: dict[Tensor, dist.ProcessGroup] | None = None
         self._checked: set[Tensor] = set()
         self._roles: dict[str, Role] = {}
         self._runs: dict[Tensor, Runs] = {}
@@ -232,7 +233,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 problems.append(f"{self._names[parameter]} is {kind}, not a dense fp32, bf16 or fp16 tensor")
             else:
                 bound = dtensor.read(known, parameter)
-                problems += dtensor.problems(parameter, bound, is_elementwise=self.is_elementwise)
+                problems += dtensor.problems(
+                    parameter, bound, is_elementwise=self.is_elementwise, stochastic=self.bf16_stochastic_round
+                )
         raise_all(problems, f"{type(self).__name__}")
         super().add_param_group(group)
         self._listed.append([self._names[parameter] for parameter in group["params"]])
@@ -316,7 +319,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 )
             if tensor not in self._read:
                 self._resolve_names()
-                self._read[tensor] = dtensor.read(self._names[tensor], tensor, dtensor.replicas_of(self._roles_given))
+                if self._replicas is None:
+                    self._replicas = dtensor.replicas_of(self._roles_given)
+                self._read[tensor] = dtensor.read(self._names[tensor], tensor, self._replicas.get(tensor))
             return self._read[tensor]
         return self._bound[tensor]
 
@@ -345,20 +350,30 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._names = names
         self._roles = {}
         self._read.clear()
+        self._replicas = None
         self._forget_layouts()
 
-    def _check_layouts(self, tensors: Sequence[Tensor]) -> None:
-        """Before the first step over parameters that lie in a mesh, compare their layouts over its ranks.
+    def _trained(self) -> list[Tensor]:
+        """The parameters of the groups that are not frozen, or were not when they got state."""
+        given = [tensor for group in self.param_groups for tensor in group["params"]]
+        return [t for t in given if t.requires_grad or t.grad is not None or t in self.state]
+
+    def _check_layouts(self, tensors: Sequence[Tensor]) -> bool:
+        """Before the first step over parameters, compare their layouts over the ranks that they lie on.
+
+        Returns:
+            Whether there were any that had not been seen before.
 
         Raises:
-            ValueError: what cannot be exact, every reason at once.
-            RuntimeError: ranks lay them out differently.
+            ValueError: what cannot be exact here, every reason at once, where no other rank is concerned.
+            RuntimeError: that, on all ranks concerned, or that ranks lay them out differently.
         """
         self._resolve_names()
         new = [tensor for tensor in tensors if tensor not in self._checked]
         if not new:
-            return
-        problems = []
+            return False
+        problems, used, plan = [], "", ""
+        by_group: dict[dist.ProcessGroup, dict[Tensor, BoundTensor]] = {}
         for index, group in enumerate(self.param_groups):
             meshes = {one.device_mesh for one in group["params"] if isinstance(one, DTensor)}
             if len(meshes) > 1:
@@ -366,18 +381,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"parameter group {index} has parameters of {len(meshes)} meshes: make one group for each mesh"
                 )
         for tensor in new:
-            problems += dtensor.problems(tensor, self._bound_tensor(tensor), is_elementwise=self.is_elementwise)
-        raise_all(problems, f"{type(self).__name__}")
-        plan = self._agreed()
-        by_group: dict[dist.ProcessGroup, dict[Tensor, BoundTensor]] = {}
-        for tensor in new:
             bound = self._bound_tensor(tensor)
+            problems += dtensor.problems(
+                tensor, bound, is_elementwise=self.is_elementwise, stochastic=self.bf16_stochastic_round
+            )
             if bound.owner_group is not None:
                 by_group.setdefault(bound.owner_group, {})[tensor] = bound
+        if by_group and not problems:
+            try:
+                used = "+".join(sorted({kernels.backend_for(tensor.device) for tensor in new}))
+                plan = self._agreed()
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                problems.append(f"{type(error).__name__}: {error}")
         for group_of_ranks, bounds in by_group.items():
-            used = sorted({kernels.backend_for(tensor.device) for tensor in bounds})
-            verify(Binding(bounds), "+".join(used), plan, group_of_ranks)
+            verify(Binding(bounds, tuple(problems)), used, plan, group_of_ranks)
+        raise_all(problems, f"{type(self).__name__}")
         self._checked.update(new)
+        return True
 
     def _roles_of_parameters(self) -> dict[str, Role]:
         """The role of every parameter, by name; of whole parameters they are found at the first need."""
@@ -464,9 +484,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         if self.is_bound or self.state or not active or any(float(group["lr"]) != 0 for group, _ in active):
             return False
-        mine = any(bool(local_of(tensor.grad).any()) for _, tensor in active if tensor.grad is not None)
-        groups = {self._bound_tensor(tensor).owner_group for _, tensor in active} - {None}
-        return not any([mine, *(any(from_all_ranks(mine, group)) for group in groups)])
+        mine = any(bool(grad.any()) for _, tensor in active if (grad := local_grad(tensor)) is not None)
+        groups = dict.fromkeys(self._bound_tensor(tensor).owner_group for _, tensor in active)
+        return not any([mine, *(any(from_all_ranks(mine, group)) for group in groups if group is not None)])
 
     def _state_of(self, tensor: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[tensor]
@@ -565,10 +585,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Found from layouts alone: state need not exist yet. Parameters that are not trained are left out.
         """
-        given = [tensor for group in self.param_groups for tensor in group["params"]]
-        trained = [t for t in given if t.requires_grad or t.grad is not None or t in self.state]
+        if not self.is_bound and self.state:
+            self._check_layouts(self._trained())
         found = {}
-        for tensor in list(self._bound) or trained:
+        for tensor in list(self._bound) or self._trained():
             bound = self._bound_tensor(tensor)
             pieces = element_pieces(bound.layout, bound.rank)
             found[tensor] = [

@@ -25,6 +25,7 @@ from ds_optim.optimizers.adamw import adam_scalars, adamw_update
 from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, stack_size
 from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, Tables, idle_parameters, row_major
 from ds_optim.optimizers.logical import Logical, element_pieces, owned_pieces, packed
+from ds_optim.optimizers.mesh_state import parts_of
 from ds_optim.optimizers.owner_state import (
     BLOCKS,
     by_identity,
@@ -39,12 +40,13 @@ from ds_optim.role import Role
 from ds_optim.roles import warn_unclaimed
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.assignment import Tile, Work
-from ds_optim.sharding.binding import BoundTensor, local_of
+from ds_optim.sharding.binding import BoundTensor, local_grad, local_of
 from ds_optim.sharding.exchange import Verdict, from_all_ranks
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan, make_plans
 from ds_optim.sharding.runs import held_spans
 from ds_optim.sharding.schedule import Bucket
+from ds_optim.sharding.transfer import Part, transfer
 
 _SCHEDULES_KEPT = 64  # sets of tensors whose buckets are remembered: a training run has a few
 
@@ -219,7 +221,15 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._begins.clear()
         self._schedules.clear()
 
+    def _check_layouts(self, tensors: Sequence[Tensor]) -> bool:
+        joined = super()._check_layouts(tensors)
+        if joined:
+            self._settle()
+        return joined
+
     def _agreed(self) -> str:
+        if not self.is_bound and any(tensor not in self._planned for tensor in self._trained()):
+            self._forget_plans()
         self._make_plans()
         return "".join(plan.digest for plan in self._plans)
 
@@ -250,15 +260,13 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         if self._plans:
             return
         # Frozen parameters have no place in the schedule: no engine would know of them.
-        given = [tensor for group in self.param_groups for tensor in group["params"]]
-        trained = [t for t in given if t.requires_grad or t.grad is not None or t in self.state]
-        tensors = list(self._bound) or trained
+        tensors = list(self._bound) or self._trained()
         bounds = [self._bound_tensor(tensor) for tensor in tensors]
         for plan, members in self._plans_over([(b.layout, b.owner_group, b.replicas) for b in bounds]):
             self._plans.append(plan)
             self._planned.update({tensors[member]: (plan, index) for index, member in enumerate(members)})
         for tensor in tensors:
-            if BLOCKS in self.state.get(tensor, {}):
+            if BLOCKS in self.state.get(tensor, {}) and self._bound_tensor(tensor).owner_group is None:
                 self._reorder(tensor)
 
     def _reorder(self, tensor: Tensor) -> None:
@@ -277,7 +285,42 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         if tensor not in self._planned:  # it was frozen until now
             self._forget_plans()
             self._make_plans()
+        if tensor not in self._planned:
+            raise ValueError(
+                f"{self._names.get(tensor)} is frozen (requires_grad is False) and nobody owns its blocks: unfreeze it "
+                "first, or leave its state out of what is loaded"
+            )
         return self._planned[tensor]
+
+    def _settle(self) -> None:
+        """Bring the state of blocks to its owners in a new plan: a collective of every group that spreads owners.
+
+        Parameters that join later (unfrozen, another parameter group) change who owns which block.
+        """
+        by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
+        for tensor in self._planned:
+            group = self._bound_tensor(tensor).owner_group
+            if group is not None and BLOCKS in self.state.get(tensor, {}):
+                by_group.setdefault(group, []).append(tensor)
+        for group, tensors in by_group.items():
+            have: list[Part] = []
+            want: list[Part] = []
+            moved = {}
+            count = 0
+            for tensor in tensors:
+                plan, index = self._plan_of(tensor)
+                state, fresh = self.state[tensor], self.fresh_state(tensor)
+                blocks = {(plan.blocks[b].parameter, plan.blocks[b].index): b for b in plan.of_tensor(index)}
+                kept = [blocks[parameter, block] for parameter, block in state[BLOCKS].tolist()]
+                old, new = (owned_pieces(plan, index, mine, self.block_state) for mine in (kept, self._owned(tensor)))
+                for before, after in zip(old, new, strict=True):
+                    for key in before:
+                        have += parts_of(count, before[key].written, state.get(key))
+                        want += parts_of(count, after[key].read, fresh.get(key))
+                        count += 1
+                moved[tensor] = {**fresh, **{key: state[key] for key in ("step", *self.rule.element_state)}}
+            transfer(have, want, group, tensors[0].device)
+            self.state.update(moved)
 
     def _owned(self, tensor: Tensor) -> list[int]:
         plan, index = self._plan_of(tensor)
@@ -390,7 +433,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             plan=plan,
             wire=pipeline.Wire(ranks, key.device, self.exchange_dtype, plan.replicated, self.traffic),
             flat=flat,
-            grads={i: None if t.grad is None else row_major(local_of(t.grad)) for i, t in by_index.items()},
+            grads={i: None if (g := local_grad(t)) is None else row_major(g) for i, t in by_index.items()},
             idle={index: idle_parameters(self._bound_tensor(tensor)) for index, tensor in by_index.items()},
             state={index: self.state[tensor] for index, tensor in by_index.items()},
             begins={index: self._begins[tensor] for index, tensor in by_index.items()},
@@ -512,6 +555,8 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         saves has all of them: all ranks must call it, as DeepSpeed's ``save_checkpoint`` does. Elsewhere it holds what
         this rank owns.
         """
+        if self.state and not self.is_bound:
+            self._check_layouts(self._trained())
         found: dict[str, Any] = super().state_dict()
         for key, tensor in self.keyed(found):
             if key in found["state"] and self._is_spread(tensor):

@@ -63,6 +63,24 @@ def local_of(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def local_grad(tensor: Tensor) -> Tensor | None:
+    """What this rank holds of a parameter's gradient, brought to where the parameter lies (a collective, if need be).
+
+    Under tensor parallelism the gradient of a replicated parameter may still be a sum over ranks that is to be made.
+
+    Raises:
+        ValueError: the gradient of a DTensor is a plain tensor.
+    """
+    grad = tensor.grad
+    if grad is None or not isinstance(tensor, DTensor):
+        return grad
+    if not isinstance(grad, DTensor):
+        raise ValueError(f"a parameter of shape {tuple(tensor.shape)} is a DTensor, its gradient is not")
+    if grad.placements != tensor.placements:
+        grad = grad.redistribute(placements=tensor.placements)
+    return grad.to_local()
+
+
 def whole(name: str, parameter: Tensor) -> BoundTensor:
     """The binding of a parameter that this process holds whole."""
     return BoundTensor(Replicated(ParameterSpec(name, tuple(parameter.shape))))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_optim.sharding.binding import BoundTensor, whole
 from ds_optim.sharding.layout import ParameterSpec, Replicated, RowSharded, Scattered
 
-_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_groups: dict[tuple[object, ...], dist.ProcessGroup] = {}
 
 
 def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> BoundTensor:
@@ -52,13 +53,14 @@ def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -
     )
 
 
-def problems(tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool) -> list[str]:
+def problems(tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stochastic: bool) -> list[str]:
     """Why a parameter cannot be stepped exactly, each with its remedy.
 
     Args:
         tensor: the parameter.
         bound: what `read` made of it.
         is_elementwise: otherwise the rule needs whole rows, heads or matrices.
+        stochastic: bf16 parameters are rounded stochastically, by the number of each element in the whole parameter.
     """
     name, found = bound.layout.parameters[0].name, []
     if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
@@ -73,17 +75,23 @@ def problems(tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool) -> lis
             f"{name} lies as {bound.layout.placements} over its mesh: an optimizer of blocks needs contiguous rows, "
             "sharded along dimension 0 of one mesh dimension; use AdamW, Lion or Adan, or shard it that way"
         )
+    if isinstance(bound.layout, Scattered) and stochastic and tensor.dtype == torch.bfloat16:
+        found.append(
+            f"{name} lies as {bound.layout.placements} over its mesh, where bf16_stochastic_round would depend on the "
+            "number of ranks: shard it along dimension 0 of one mesh dimension, or set bf16_stochastic_round=False"
+        )
     return found
 
 
-def replicas_of(model: object) -> dist.ProcessGroup | None:
-    """The ranks that hold the same model with the same gradients: the group of a `DistributedDataParallel`."""
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, DistributedDataParallel):
-                group: dist.ProcessGroup = module.process_group
-                return group
-    return None
+def replicas_of(model: object) -> dict[Tensor, dist.ProcessGroup]:
+    """The ranks that hold the same parameter with the same gradient, for what `DistributedDataParallel` reduces."""
+    found: dict[Tensor, dist.ProcessGroup] = {}
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, DistributedDataParallel):
+            for name, parameter in module.module.named_parameters():
+                if name not in module.parameters_to_ignore:
+                    found[parameter] = module.process_group
+    return found
 
 
 def group_of(mesh: DeviceMesh, last: int | None = None) -> dist.ProcessGroup:
@@ -109,8 +117,9 @@ def group_of(mesh: DeviceMesh, last: int | None = None) -> dist.ProcessGroup:
         return group
     if mesh.ndim == 1:
         return mesh.get_group()
-    if members not in _groups:
+    key = (dist.group.WORLD, *members)  # a job that is initialised again has other groups
+    if key not in _groups:
         made = dist.new_group(list(members), use_local_synchronization=True)
         assert isinstance(made, dist.ProcessGroup)
-        _groups[members] = made
-    return _groups[members]
+        _groups[key] = made
+    return _groups[key]
