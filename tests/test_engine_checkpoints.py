@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import ds_optim
 from engines import Case, engine_for, masters, train
 from pool import Pools
 
@@ -78,3 +80,57 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(pool: Pools, case: Case,
             assert dtype == whole.get(key, "torch.bfloat16" if bf16 else "torch.float32"), entry
         assert set(counts) == {case.steps // 2}
         assert left_out == []
+
+
+def refused(case: Case, other: Case, folder: str) -> str:
+    """What a rank is told that loads a checkpoint of something else."""
+    with engine_for(case) as (engine, _, clock):
+        train(engine, case, clock, range(1, 3))
+        engine.save_checkpoint(folder)
+    with engine_for(other) as (engine, _, _):
+        try:
+            engine.load_checkpoint(folder)
+        except ValueError as error:
+            return str(error)
+    return "nothing"
+
+
+Q_PROJ = {"ds_optim": {"roles": {"llama.model.layers.0.self_attn.q_proj.weight": "linear"}}}
+
+
+@pytest.mark.parametrize(
+    ("case", "other", "word"),
+    [
+        (Case("AdamMini", stage=2), Case("ds_optim.Lion", stage=2), "Lion keeps"),
+        (Case("AdamMini", stage=3), Case("AdamMini", stage=3, extra=Q_PROJ), "other roles|other blocks"),
+        (
+            Case("Shampoo", SHAMPOO, stage=1),
+            Case("Shampoo", {**SHAMPOO, "max_preconditioner_dim": 9}, stage=1),
+            "was 8",
+        ),
+    ],
+    ids=lambda case: case.optimizer if isinstance(case, Case) else str(case),
+)
+def test_a_checkpoint_of_something_else_is_refused(
+    pool: Pools, case: Case, other: Case, word: str, tmp_path: Path
+) -> None:
+    for said in pool(2).run(refused, case, other, str(tmp_path)):
+        assert re.search(word, said), said
+
+
+@pytest.mark.parametrize("cls", [ds_optim.AdamMini, ds_optim.Shampoo])
+def test_other_roles_are_told_from_equal_sizes(cls: Any) -> None:
+    linears: list[dict[str, Any]] = [{"*": {"kind": "linear", "output_dim": dim}} for dim in (0, 1)]
+    if cls is ds_optim.Shampoo:
+        linears = [{"*.0": "linear", "*.1": "embedding"}, {"*.0": "embedding", "*.1": "linear"}]
+    optimizers = []
+    for roles in linears:
+        parameters = [torch.nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+        optimizers.append(cls([(f"layer.{index}", p) for index, p in enumerate(parameters)], roles=roles))
+        for parameter in parameters:
+            parameter.grad = torch.ones(8, 8)
+        optimizers[-1].step()
+    optimizers[0].load_state_dict(optimizers[0].state_dict())
+    assert all("blocks" not in group for group in optimizers[0].param_groups)
+    with pytest.raises(ValueError, match=r"other blocks|keeps"):
+        optimizers[1].load_state_dict(optimizers[0].state_dict())

@@ -22,13 +22,13 @@ from ds_optim.checkpoint.directory import rank
 from ds_optim.checkpoint.ranges import CHUNK_ELEMENTS, Ranges
 from ds_optim.optimizers.launch import row_major
 from ds_optim.optimizers.logical import Logical, LogicalParameter, Piece
-from ds_optim.optimizers.sharded import ShardedOptimizer
+from ds_optim.optimizers.sharded import BLOCKS_OF_GROUP, ShardedOptimizer
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.layout import Scattered
 
-_NOT_SETTINGS = ("params", "param_names")
+_NOT_SETTINGS = ("params", "param_names", BLOCKS_OF_GROUP)
 
 
 @dataclass(slots=True)

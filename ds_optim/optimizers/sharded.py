@@ -8,6 +8,7 @@ one.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from abc import abstractmethod
@@ -50,6 +51,9 @@ from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.runs import Runs, block_runs
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+
+BLOCKS_OF_GROUP = "blocks"
+"""In a state dict's parameter groups: a hash of what their state is kept for, since sizes alone cannot tell roles."""
 
 _TABLES_KEPT = 64  # lists of tensors whose tables are remembered: a training run has a few
 
@@ -646,6 +650,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         found: dict[str, Any] = super().state_dict()
         to_mesh(self, found)
+        if not self.is_elementwise:
+            for group, kept in zip(found["param_groups"], self._kept_blocks(found), strict=True):
+                group[BLOCKS_OF_GROUP] = kept
+        return found
+
+    def _kept_blocks(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """For every parameter group a hash of the blocks of those of its parameters that have state in a state dict."""
+        found = []
+        tensors = dict(self.keyed(state_dict))
+        for group in state_dict["param_groups"]:
+            words = [
+                (spec.name, text)
+                for key in group["params"]
+                if key in tensors and state_dict["state"].get(key)
+                for spec, text in zip(
+                    self._bound_tensor(tensors[key]).layout.parameters, self._blocks_in_words(tensors[key]), strict=True
+                )
+            ]
+            found.append(hashlib.sha256(repr(sorted(words)).encode()).hexdigest()[:16])
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -705,6 +728,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     )
                 elif found != shape:
                     problems.append(f"{name} has shape {found}, its parameter {tuple(tensor.shape)}")
+        if not problems and not self.is_elementwise:
+            pairs = zip(state_dict["param_groups"], self._kept_blocks(state_dict), strict=True)
+            for index, (group, here) in enumerate(pairs):
+                saved = group.get(BLOCKS_OF_GROUP, here)
+                if saved != here:
+                    problems.append(
+                        f"the parameters of group {index} were cut into other blocks (hash {saved}, {here} here): "
+                        "other roles, another block size, or other names"
+                    )
         return list(dict.fromkeys(problems))
 
 
@@ -723,7 +755,8 @@ def _keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
         key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
         for key, state in state_dict["state"].items()
     }
-    return {**state_dict, "state": kept}
+    groups = [{k: v for k, v in group.items() if k != BLOCKS_OF_GROUP} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": kept, "param_groups": groups}
 
 
 def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
