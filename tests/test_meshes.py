@@ -189,6 +189,35 @@ def test_tensor_parallel_elementwise(pool: Pools, cls: Any, hidden: int) -> None
         assert gap < 1e-5  # a fifth of a step of Lion would be 2e-3
 
 
+def two_dimensional(cls: Any) -> float:
+    """FSDP2 over tensor parallelism, two ranks each: the largest difference from one device."""
+    torch.manual_seed(0)
+    models = [TensorParallel(10), TensorParallel(10)]
+    models[1].load_state_dict(models[0].state_dict())
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(models[0], mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    fully_shard(models[0], mesh=mesh["data"])
+    optimizers = []
+    for model in models:
+        parts = [[], []]  # the norm lies in the mesh of the data alone
+        for name, parameter in model.named_parameters():
+            parts["norm" in name].append((name, parameter))
+        optimizers.append(cls([{"params": part} for part in parts], lr=1e-2, weight_decay=0.1))
+    for step in range(4):
+        tokens = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        for one, optimizer in zip(models, optimizers, strict=True):
+            one(tokens).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
+    return max(((o.full_tensor() if isinstance(o, DTensor) else o) - t).abs().max().item() for o, t in pairs)
+
+
+@pytest.mark.parametrize("cls", [ds_optim.AdamW, ds_optim.Lion])
+def test_fsdp2_over_tensor_parallelism_elementwise(pool: Pools, cls: Any) -> None:
+    assert max(pool(4).run(two_dimensional, cls)) < 1e-5
+
+
 @pytest.mark.parametrize("cls", [ds_optim.AdamMini, ds_optim.Shampoo, ds_optim.SWAN])
 def test_tensor_parallel_blocks_are_refused(pool: Pools, cls: Any) -> None:
     for said in pool(2).run(tensor_parallel, cls, 10):

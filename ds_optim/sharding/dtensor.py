@@ -49,7 +49,7 @@ def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -
         RowSharded(spec, shards),
         mesh.get_local_rank(dim),
         mesh.get_group(dim),
-        owners=group_of(mesh, dim) if mesh.size() > shards else None,
+        owners=_owners(mesh, dim),
     )
 
 
@@ -94,23 +94,9 @@ def replicas_of(model: object) -> dict[Tensor, dist.ProcessGroup]:
     return found
 
 
-def group_of(mesh: DeviceMesh, last: int | None = None) -> dist.ProcessGroup:
-    """All ranks of a mesh as one group; every rank of the mesh must ask.
-
-    Args:
-        last: the mesh dimension whose ranks must be neighbours; unset, any order is good.
-
-    Raises:
-        ValueError: the mesh lists its ranks in another order.
-    """
-    ranks = mesh.mesh if last is None else mesh.mesh.movedim(last, -1)
-    listed = tuple(int(rank) for rank in ranks.flatten())
-    if last is not None and list(listed) != sorted(listed):
-        raise ValueError(
-            f"the mesh {mesh} does not list its ranks in ascending order, replicas outermost: use "
-            "init_device_mesh(device, (replicas, shards))"
-        )
-    members = tuple(sorted(listed))
+def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """All ranks of a mesh as one group; every rank of the mesh must ask."""
+    members = tuple(sorted(int(rank) for rank in mesh.mesh.flatten()))
     if members == tuple(range(dist.get_world_size())):
         group = dist.group.WORLD
         assert group is not None
@@ -123,3 +109,13 @@ def group_of(mesh: DeviceMesh, last: int | None = None) -> dist.ProcessGroup:
         assert isinstance(made, dist.ProcessGroup)
         _groups[key] = made
     return _groups[key]
+
+
+def _owners(mesh: DeviceMesh, dim: int) -> dist.ProcessGroup | None:
+    """The group over which owners of blocks are spread, if that is more than the shards along ``dim``.
+
+    Its ranks must be those of one replica's shards behind those of another's, as in HSDP's meshes. In another mesh
+    (FSDP2 over tensor parallelism) every replica owns all blocks.
+    """
+    listed = [int(rank) for rank in mesh.mesh.movedim(dim, -1).flatten()]
+    return group_of(mesh) if mesh.size() > mesh.size(dim) and listed == sorted(listed) else None
