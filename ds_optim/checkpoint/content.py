@@ -21,7 +21,7 @@ from ds_optim.checkpoint import engine as engines
 from ds_optim.checkpoint.directory import rank
 from ds_optim.checkpoint.ranges import CHUNK_ELEMENTS, Ranges
 from ds_optim.optimizers.launch import row_major
-from ds_optim.optimizers.logical import Logical, LogicalParameter, Piece
+from ds_optim.optimizers.logical import Logical, LogicalParameter, Piece, slices
 from ds_optim.optimizers.sharded import BLOCKS_OF_GROUP, ShardedOptimizer
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding import dtensor
@@ -258,12 +258,8 @@ def _misfit_groups(subject: Subject, about: Mapping[str, Any]) -> list[str]:
 
 
 def held_parts(pieces: list[Piece], values: Tensor | None) -> list[tuple[int, Tensor]]:
-    """The ranges and where their values lie; a rank that owns no block of a local tensor has no such state there."""
-    if not pieces:
-        return []
-    assert values is not None
-    flat = local_of(values).view(-1)
-    return [(piece.start, flat[piece.offset : piece.offset + piece.stop - piece.start]) for piece in pieces]
+    """The ranges and where their values lie, in a local tensor or a DTensor of any shape."""
+    return slices(pieces, None if values is None else local_of(values).view(-1))
 
 
 def to_write(subject: Subject) -> dict[str, Ranges]:

@@ -36,14 +36,15 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
     assert subject.optimizer is not None
     tensor, one = found[0]
     state = subject.optimizer.state.get(tensor) or {}
+    mine = {key: content.held_parts(of.written, state.get(key)) for key, of in one.state.items()} if state else {}
+    everyones = from_all_ranks({key: [(start, part.cpu()) for start, part in parts] for key, parts in mine.items()})
     gathered = {}
     for key, logical in one.state.items():
-        parts = content.held_parts(logical.written, state.get(key)) if state else []
-        everyones = from_all_ranks([(start, values.cpu()) for start, values in parts])
-        if not any(everyones):
+        parts = [part for of_rank in everyones for part in of_rank.get(key, [])]
+        if not parts:
             continue
         whole = torch.zeros(logical.numel, dtype=logical.dtype)
-        for start, values in (part for of_rank in everyones for part in of_rank):
+        for start, values in parts:
             whole[start : start + len(values)] = values
         per_element = key in subject.optimizer.rule.element_state
         gathered[key] = whole.view(one.shape) if per_element else whole

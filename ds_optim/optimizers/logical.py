@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ds_optim.optimizers.launch import StateSpec
 from ds_optim.optimizers.owner_state import BlockState, state_begins
@@ -27,6 +28,18 @@ class Piece(NamedTuple):
     start: int
     stop: int
     offset: int
+
+
+def slices(pieces: Sequence[Piece], values: Tensor | None) -> list[tuple[int, Tensor]]:
+    """Where each piece begins, and its values as a view of the flat local tensor that holds them.
+
+    Args:
+        values: None where there are no pieces: a rank that owns no block of a local tensor has no such state there.
+    """
+    if not pieces:
+        return []
+    assert values is not None
+    return [(piece.start, values[piece.offset : piece.offset + piece.stop - piece.start]) for piece in pieces]
 
 
 @dataclass(slots=True)

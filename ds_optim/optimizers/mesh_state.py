@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ds_optim.optimizers.logical import Logical, Piece
+from ds_optim.optimizers.logical import Logical, Piece, slices
 from ds_optim.sharding.dtensor import group_of
 from ds_optim.sharding.transfer import Part, transfer
 
@@ -77,9 +77,8 @@ def from_mesh(optimizer: ShardedOptimizer, state_dict: dict[str, Any]) -> dict[s
                     have.append((count, _part(value.device_mesh, one.numel)[0], value.to_local()))
                     want += parts_of(count, one.read, mine)
                 else:  # all of it is here
-                    for piece in one.read:
-                        part = mine[piece.offset : piece.offset + piece.stop - piece.start]
-                        part.copy_(value.reshape(-1)[piece.start : piece.stop])
+                    for start, part in slices(one.read, mine):
+                        part.copy_(value.reshape(-1)[start : start + part.numel()])
                 count += 1
         transfer(have, want, group_of(mesh), torch.device(mesh.device_type))
     return {**state_dict, "state": states}
@@ -126,11 +125,7 @@ def parts_of(tensor: int, pieces: list[Piece], values: Tensor | None) -> list[Pa
         pieces: of it, and where they lie in ``values``.
         values: None where there are no pieces.
     """
-    return (
-        []
-        if values is None
-        else [(tensor, one.start, values[one.offset : one.offset + one.stop - one.start]) for one in pieces]
-    )
+    return [(tensor, start, part) for start, part in slices(pieces, values)]
 
 
 def _placements(mesh: DeviceMesh) -> list[Shard]:

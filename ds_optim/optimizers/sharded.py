@@ -101,6 +101,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         bf16_stochastic_round: round parameters in bf16 up or down at random, so that on average no update is lost, see
             `ds_optim.kernels.rounding`. Parameters of other dtypes are rounded to nearest.
         seed: of that, a whole number >= 0. The same seed, steps and parameter names give the same bits.
+        others: settings of the whole optimizer that a subclass keeps; they are judged along with the rest.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -120,9 +121,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype | str,
         bf16_stochastic_round: bool,
         seed: int,
+        **others: Any,
     ) -> None:
-        rounding = {"bf16_stochastic_round": bf16_stochastic_round, "seed": seed}
-        raise_all(self.setting_problems({**defaults, **rounding, "state_dtype": state_dtype}), type(self).__name__)
+        common = {"state_dtype": state_dtype, "bf16_stochastic_round": bf16_stochastic_round, "seed": seed}
+        raise_all(self.setting_problems({**defaults, **common, **others}), type(self).__name__)
         self.bf16_stochastic_round, self.seed = bf16_stochastic_round, seed
         self._start(roles, dtype_of(state_dtype) or torch.float32)
         super().__init__(params, defaults)

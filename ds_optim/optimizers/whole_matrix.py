@@ -67,13 +67,11 @@ class WholeMatrixOptimizer(ShardedOptimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of either.
         defaults: per-group settings; those in ``structure`` decide blocks, state or schedule and hold for all groups.
-        roles: what each parameter is, and so whether it is a matrix.
-        state_dtype: dtype of the state per element.
-        bf16_stochastic_round, seed: see `ShardedOptimizer`.
         exchange_bucket_size: elements; no rank has more than four such buckets in flight or in work, unless a single
             block is larger.
         exchange_dtype: of gradients and updates between holders and owners, fp32 or bf16. bf16 rounds what an owner
             holds itself as well, so that the result does not depend on who holds what.
+        common: roles, state_dtype, bf16_stochastic_round and seed, see `ShardedOptimizer`.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -90,27 +88,15 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         params: Any,
         defaults: dict[str, Any],
         *,
-        roles: Any,
-        state_dtype: torch.dtype | str,
-        bf16_stochastic_round: bool,
-        seed: int,
         exchange_bucket_size: int,
         exchange_dtype: torch.dtype | str,
+        **common: Any,
     ) -> None:
-        exchange = {"exchange_bucket_size": exchange_bucket_size, "exchange_dtype": exchange_dtype}
-        rounding = {"bf16_stochastic_round": bf16_stochastic_round, "seed": seed}
-        settings = {**defaults, **exchange, **rounding, "state_dtype": state_dtype}
-        raise_all(self.setting_problems(settings), type(self).__name__)
+        super().__init__(
+            params, defaults, exchange_bucket_size=exchange_bucket_size, exchange_dtype=exchange_dtype, **common
+        )
         self.exchange_bucket_size = exchange_bucket_size
         self.exchange_dtype = dtype_of(exchange_dtype) or torch.float32
-        super().__init__(
-            params,
-            defaults,
-            roles=roles,
-            state_dtype=state_dtype,
-            bf16_stochastic_round=bf16_stochastic_round,
-            seed=seed,
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_exchange": (self.exchange_bucket_size, self.exchange_dtype)}

@@ -29,10 +29,10 @@ def transfer(have: Sequence[Part], want: Sequence[Part], group: dist.ProcessGrou
     def ranges(parts: Sequence[Part]) -> list[_Range]:
         return [(tensor, start, start + values.numel()) for tensor, start, values in parts]
 
-    everyone = from_all_ranks((ranges(have), ranges(want)), group)
-    mine = dist.get_rank(group)
-    outgoing = [list(_overlaps(ranges(have), wanted)) for _, wanted in everyone]
-    incoming = [list(_overlaps(held, ranges(want))) for held, _ in everyone]
+    mine = ranges(have), ranges(want)
+    everyone = from_all_ranks(mine, group)
+    outgoing = [list(_overlaps(mine[0], wanted)) for _, wanted in everyone]
+    incoming = [list(_overlaps(held, mine[1])) for held, _ in everyone]
 
     def view(parts: Sequence[Part], index: int, start: int, stop: int) -> Tensor:
         _, begin, values = parts[index]
@@ -48,7 +48,7 @@ def transfer(have: Sequence[Part], want: Sequence[Part], group: dist.ProcessGrou
     widths = [sum(values.numel() * values.element_size() for values in of_rank) for of_rank in targets]
     received = torch.empty(sum(widths), dtype=torch.uint8, device=carrier)
     dist.all_to_all_single(received, buffer, widths, sizes, group=group)
-    assert sizes[mine] == widths[mine]
+    assert sizes[dist.get_rank(group)] == widths[dist.get_rank(group)]
     position = 0
     for target in (values for of_rank in targets for values in of_rank):
         size = target.numel() * target.element_size()

@@ -139,18 +139,20 @@ def guard_state_access(engine: Any, optimizer: str, keys: tuple[str, ...]) -> No
             if hasattr(one, name):
                 setattr(one, name, wrapt.FunctionWrapper(getattr(one, name), guard))
 
-    def guarded_parameters(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
-        wrapped(*args, **kwargs)
+    def guarded_parameters() -> None:
         for parameter in engine.module.parameters():
             guarded(parameter)
+
+    def linked(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        guarded_parameters()
 
     wrapper = engine.optimizer
     link = getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None)
     guarded(wrapper)
-    for parameter in engine.module.parameters():
-        guarded(parameter)
+    guarded_parameters()
     if link is not None:  # after a load and after `reload_states` parameters get new methods
-        wrapper._link_all_hp_params = wrapt.FunctionWrapper(wrapper._link_all_hp_params, guarded_parameters)
+        wrapper._link_all_hp_params = wrapt.FunctionWrapper(wrapper._link_all_hp_params, linked)
 
 
 def _refused(problem: str) -> Binding:
