@@ -1,0 +1,83 @@
+"""The log files of a job's ranks, as DeepSpeed's ``--enable_each_rank_log`` and torchrun's ``--log-dir`` write them.
+
+python launcher/rank_logs.py follow runs/logs --pid 4242      what the first rank writes, until that process has ended
+python launcher/rank_logs.py reasons runs/logs                the last error of every rank that failed
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+_DEEPSPEED = re.compile(r"_rank(\d+)\.log$")
+_TORCHRUN = re.compile(r"attempt_(\d+)/(\d+)/std(?:err|out)\.log$")
+# How a Python traceback ends, how train.py says that it cannot go on, and how the C++ parts die.
+_REASON = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|train\.py (?:cannot|stopped).*|terminate called.*)")
+_SHOWN_LINES = 6
+
+
+def of_ranks(directory: Path, newer_than: float = 0.0) -> dict[int, list[Path]]:
+    """Log files by rank (torchrun: by local rank), oldest first; only those changed after ``newer_than`` (Unix time)."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(directory.rglob("*.log"), key=lambda path: path.stat().st_mtime):
+        match = _DEEPSPEED.search(path.name) or _TORCHRUN.search(path.as_posix())
+        if match is not None and path.stat().st_mtime >= newer_than:
+            found.setdefault(int(match[match.lastindex or 1]), []).append(path)
+    return found
+
+
+def reasons(directory: Path, newer_than: float = 0.0) -> dict[int, str]:
+    """The last error of every rank whose log holds one, with the lines that follow it."""
+    said: dict[int, str] = {}
+    for rank, paths in sorted(of_ranks(directory, newer_than).items()):
+        for path in paths:
+            lines = path.read_text(errors="replace").splitlines()
+            starts = [number for number, line in enumerate(lines) if _REASON.match(line)]
+            if starts:
+                said[rank] = "\n".join(line[:500] for line in lines[starts[-1] : starts[-1] + _SHOWN_LINES])
+    return said
+
+
+def follow(directory: Path, pid: int, newer_than: float) -> None:
+    """Print what the first rank writes, until the process ``pid`` has ended and nothing is left to print."""
+    position = 0
+    while True:
+        is_over = not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        paths = of_ranks(directory, newer_than).get(0, [])
+        if paths:
+            with paths[-1].open(errors="replace") as log:
+                log.seek(position)
+                for line in log:
+                    print(line, end="", flush=True)
+                position = log.tell()
+        if is_over:
+            return
+        time.sleep(0.5)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python launcher/rank_logs.py", description=__doc__.split("\n")[0])
+    parser.add_argument("mode", choices=("follow", "reasons"))
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--pid", type=int, help="of the launcher that is followed")
+    parser.add_argument("--newer", type=Path, metavar="FILE", help="only logs that changed after this file")
+    given = parser.parse_args(arguments)
+    newer_than = given.newer.stat().st_mtime if given.newer else 0.0
+    if given.mode == "follow":
+        if given.pid is None:
+            parser.error("follow needs --pid")
+        follow(given.directory, given.pid, newer_than)
+        return 0
+    for rank, reason in reasons(given.directory, newer_than).items():
+        print(f"rank {rank}: " + reason.replace("\n", "\n    "))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
