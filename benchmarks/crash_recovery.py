@@ -303,8 +303,8 @@ def check(saved: Path) -> None:
             raise RecoveryError(f"{' '.join(command)}:\n{verified.stdout}{verified.stderr}")
 
 
-def differences(one: Path, two: Path) -> list[str]:
-    """Where two runs' last checkpoints and logs differ, bitwise."""
+def differing_tensors(one: Path, two: Path) -> list[str]:
+    """Names of the tensors in which two canonical checkpoints differ, bitwise, or that only one of them has."""
     import torch
 
     from ds_optim.checkpoint import ranges
@@ -314,6 +314,15 @@ def differences(one: Path, two: Path) -> list[str]:
         ranges.read(folder, {name: ranges.Ranges(len(t), t.dtype, [(0, t)]) for name, t in whole.items()})
         return whole
 
+    tensors = stored(one), stored(two)
+    common = tensors[0].keys() & tensors[1].keys()
+    differ = {name for name in common if not torch.equal(*(of_one[name].view(torch.uint8) for of_one in tensors))}
+    return sorted((tensors[0].keys() ^ tensors[1].keys()) | differ)
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """Where two runs' last checkpoints and logs differ, bitwise."""
+
     def losses(folder: Path) -> dict[int, set[tuple[float, float]]]:
         found: dict[int, set[tuple[float, float]]] = {}
         for record in map(json.loads, (folder / "log" / "log.jsonl").read_text().splitlines()):
@@ -321,11 +330,7 @@ def differences(one: Path, two: Path) -> list[str]:
                 found.setdefault(record["step"], set()).add((record["loss"], record["grad_norm"]))
         return found
 
-    tensors = [stored(folder / "saved" / f"global_step{STEPS}") for folder in (one, two)]
-    found = sorted(tensors[0].keys() ^ tensors[1].keys())
-    for name in tensors[0].keys() & tensors[1].keys():
-        if not torch.equal(*(of_one[name].view(torch.uint8) for of_one in tensors)):
-            found.append(name)
+    found = differing_tensors(*(folder / "saved" / f"global_step{STEPS}" for folder in (one, two)))
     if losses(one) != losses(two):
         found.append("the losses")
     return found

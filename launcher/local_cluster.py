@@ -328,8 +328,9 @@ def up(hosts: int, slots: int, command: Sequence[str]) -> int:
         first = cluster.hosts[0]
         names = ", ".join(f"{host.name} ({host.address})" for host in cluster.hosts)
         print(f"local cluster: {names}; hostfile {cluster.hostfile}", file=sys.stderr, flush=True)
-        with _deaf_to_interrupts(), first.start(list(command) or _shell(), env=cluster.environment) as running:
-            return running.wait()
+        with _stopping_on_signals():
+            # Should this be interrupted, then the hosts' end is the command's end too.
+            return first.start(list(command) or _shell(), env=cluster.environment).wait()
 
 
 def loopback(hosts: int, slots: int, command: Sequence[str]) -> int:
@@ -376,8 +377,8 @@ def _shell() -> list[str]:
 
 
 @contextlib.contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
-    """Control-C reaches the command by itself; a termination of this process must still tear down."""
+def _stopping_on_signals() -> Iterator[None]:
+    """A termination of this process must still tear down; Control-C reaches the command by itself."""
 
     def stop(number: int, _: Any) -> None:
         raise SystemExit(128 + number)

@@ -79,7 +79,7 @@ trap 'rm -f "$environment"' EXIT
     if [ -n "$env_file" ]; then sed -e 's/^[[:space:]]*//' -e '/^#/d' -e '/^$/d' "$env_file"; fi
     if [ -n "$interface" ]; then printf '%s\n' "GLOO_SOCKET_IFNAME=$interface" "NCCL_SOCKET_IFNAME=$interface"; fi
     # What was set here for this command counts on all hosts; pdsh would start them without it.
-    for name in DS_ACCELERATOR OMP_NUM_THREADS HF_HUB_OFFLINE TOKENIZERS_PARALLELISM; do
+    for name in PYTHONPATH DS_ACCELERATOR OMP_NUM_THREADS HF_HUB_OFFLINE TOKENIZERS_PARALLELISM; do
         if [ -n "${!name:-}" ]; then echo "$name=${!name}"; fi
     done
 } > "$environment"
@@ -107,7 +107,8 @@ export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=$(
 while IFS='=' read -r name value; do export "$name=$value"; done < "$environment"
 
 mark=$(mktemp -p "$logs" .started.XXXXXX)  # logs of earlier jobs are older
-trap 'rm -f "$environment" "$mark"' EXIT
+said=$(mktemp -t multinode-said.XXXXXX)
+trap 'rm -f "$environment" "$mark" "$said"' EXIT
 status=0
 if [ -n "$elastic" ]; then
     count=$(tr ',' '\n' <<< "$HOSTS" | wc -l)
@@ -120,8 +121,17 @@ if [ -n "$elastic" ]; then
     else
         assignments=$(while IFS= read -r line; do printf '%q ' "$line"; done < "$environment")
         command="cd $(printf '%q' "$PWD") && exec env $assignments $(printf '%q ' "${agent[@]}" "$@")"
-        PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND ${ssh_port:+-p $ssh_port}" \
-            pdsh -S -f 1024 -w "$HOSTS" "$command" || status=$?
+        export PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND ${ssh_port:+-p $ssh_port}"
+        set +e
+        { pdsh -S -f 1024 -w "$HOSTS" "$command" 2>&1 >&3 | tee "$said" >&2; status=${PIPESTATUS[0]}; } 3>&1
+        set -e
+        # A host that was lost (ssh ends with 255) has not failed the job if all the others finished it.
+        failed=$(grep -c '^pdsh@.*exited with exit code' "$said" || true)
+        lost=$(grep -c '^pdsh@.*exited with exit code 255' "$said" || true)
+        if [ $status -eq 255 ] && [ "$lost" -eq "$failed" ] && [ $((count - lost)) -ge "$elastic" ]; then
+            echo "multinode: finished by $((count - lost)) of $count hosts; $lost lost on the way" >&2
+            status=0
+        fi
     fi
 else
     launch=(deepspeed --quiet --hostfile "$hostfile" --master_addr "$MASTER_ADDR" --master_port "$port"

@@ -253,7 +253,7 @@ def _different(what: str, values: Sequence[tuple[str, str]], remedy: str) -> lis
     if len(by_value) < 2:
         return []
     listed = "; ".join(f"{value} on {_some(names)}" for value, names in by_value.items())
-    return [f"{what} differs: {listed}: {remedy}"]
+    return [f"hosts differ in {what}: {listed}: {remedy}"]
 
 
 def _clock_problems(answers: Sequence[Answer]) -> list[str]:

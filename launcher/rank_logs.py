@@ -17,13 +17,15 @@ import psutil
 
 _DEEPSPEED = re.compile(r"_rank(\d+)\.log$")
 _TORCHRUN = re.compile(r"attempt_(\d+)/(\d+)/std(?:err|out)\.log$")
-# How a Python traceback ends, how train.py says that it cannot go on, and how the C++ parts die.
-_REASON = re.compile(r"^(?:[\w.]*(?:Error|Exception|Interrupt)\b.*|train\.py (?:cannot|stopped).*|terminate called.*)")
+# How a Python traceback ends, how train.py says that it cannot go on, how the C++ parts die. torch and torchrun put the
+# rank in brackets before each line.
+_PREFIX = re.compile(r"^(?:\[\w+\]: ?)*")
+_REASON = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b|train\.py (?:cannot|stopped)|terminate called")
 _SHOWN_LINES = 6
 
 
 def of_ranks(directory: Path, newer_than: float = 0.0) -> dict[int, list[Path]]:
-    """Log files by rank (torchrun: by local rank), oldest first; only those changed after ``newer_than`` (Unix time)."""
+    """Log files by rank (torchrun: by local rank), oldest first; only those changed after a Unix time."""
     found: dict[int, list[Path]] = {}
     for path in sorted(directory.rglob("*.log"), key=lambda path: path.stat().st_mtime):
         match = _DEEPSPEED.search(path.name) or _TORCHRUN.search(path.as_posix())
@@ -37,7 +39,7 @@ def reasons(directory: Path, newer_than: float = 0.0) -> dict[int, str]:
     said: dict[int, str] = {}
     for rank, paths in sorted(of_ranks(directory, newer_than).items()):
         for path in paths:
-            lines = path.read_text(errors="replace").splitlines()
+            lines = [_PREFIX.sub("", line) for line in path.read_text(errors="replace").splitlines()]
             starts = [number for number, line in enumerate(lines) if _REASON.match(line)]
             if starts:
                 said[rank] = "\n".join(line[:500] for line in lines[starts[-1] : starts[-1] + _SHOWN_LINES])

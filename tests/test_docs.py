@@ -34,6 +34,16 @@ INSTEAD = {
     "torchrun --nproc_per_node 2 examples/on_cpu.py examples/trainer_torch.py --fsdp": LISTED,
     "python examples/lora.py Shampoo": LISTED,
     "accelerate launch --num_processes 2 examples/on_cpu.py examples/accelerate_fsdp2.py": LISTED,
+    # tests/test_multinode.py runs these on hosts of a local cluster.
+    "bash launcher/multinode.sh --hostfile hosts --preflight-only launcher/train.py --optimizer adan "
+    "--save runs/adan": "bash launcher/multinode.sh --help",
+    "bash launcher/multinode.sh --hostfile hosts launcher/train.py --optimizer adan --save runs/adan --save-every 200 "
+    "--autoresume": "bash launcher/multinode.sh --help",
+    "python launcher/local_cluster.py up --hosts 2 -- bash launcher/multinode.sh --interface eth0 launcher/train.py "
+    "--steps 20": "python launcher/local_cluster.py up --hosts 2 -- bash launcher/multinode.sh --interface eth0 "
+    "--preflight-only launcher/train.py --steps 20",
+    "python launcher/local_cluster.py loopback --hosts 2 -- launcher/train.py "
+    "--steps 20": "python launcher/local_cluster.py loopback --help",
     # It is what runs this.
     "bash tests/run.sh": "bash tests/run.sh --collect-only -q tests/test_docs.py",
 }

@@ -156,6 +156,22 @@ def test_without_a_baseline_nothing_is_judged_and_the_reader_is_told() -> None:
     assert all("--baseline" in words for words in (render_html(made), render_markdown(made)))
 
 
+def test_hosts_have_a_row_each_and_a_row_per_rank() -> None:
+    two = record(ranks=4)
+    named = [rank.model_copy(update={"host": f"node{rank.rank // 2}"}) for rank in two.ranks]
+    report = make_report(Run("a", measured=two.model_copy(update={"ranks": named})))
+    assert [(row.host, row.rank) for row in report.hosts] == [
+        *(("node0", None), ("node0", 0), ("node0", 1)),
+        *(("node1", None), ("node1", 2), ("node1", 3)),
+    ]
+    assert report.hosts[3].peak == named[2].peak.on_device + named[3].peak.on_device  # type: ignore[union-attr]
+    assert report.hosts[0].state == 2 * named[0].state_bytes
+    for text in (render_markdown(report), render_html(report)):
+        assert "Hosts and their ranks" in text
+        assert human(report.hosts[0].states).split(" (")[0] in text
+    assert make_report(Run("a", measured=two)).hosts == []  # one machine, or nobody knows
+
+
 def test_unaccounted_is_the_worst_moment_of_all_ranks() -> None:
     worst = two_runs(unaccounted=3_000_000).unaccounted
     assert worst is not None

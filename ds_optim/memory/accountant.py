@@ -19,6 +19,7 @@ it by one step, as in the usual loop; kept for longer, they are unaccounted for 
 from __future__ import annotations
 
 import contextlib
+import socket
 import statistics
 import time
 import warnings
@@ -397,6 +398,7 @@ class MemoryAccountant:
             moments.append(last.model_copy(update={"amounts": {**last.amounts, Category.SLACK: slack}}))
         rank = RankRecord(
             rank=dist.get_rank() if dist.is_initialized() else 0,
+            host=socket.gethostname(),
             elements=sum(local(tensor).numel() for tensor in stepped(self._optimizer)),
             moments=moments,
             state=self._state,

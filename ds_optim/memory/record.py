@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-SCHEMA = 1
+SCHEMA = 2
 """Number of this format; a file with a higher one is refused."""
 
 
@@ -180,6 +180,7 @@ class RankRecord(_Model):
 
     Attributes:
         rank: in the data-parallel group.
+        host: name of the machine that it ran on; None in a prediction.
         elements: parameter elements that its optimizer updates, padding included.
         moments: in the order of time; the peak of a phase stands before the moment that ends it.
         state: per key and dtype.
@@ -188,6 +189,7 @@ class RankRecord(_Model):
     """
 
     rank: int
+    host: str | None = None
     elements: int
     moments: list[Moment]
     state: list[StateEntry]

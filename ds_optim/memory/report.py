@@ -155,6 +155,24 @@ class StateRow(_Model):
     all_ranks: int
 
 
+class HostRow(_Model):
+    """What a host holds, all of its ranks together, or one of its ranks. Bytes.
+
+    Attributes:
+        rank: None for the host as a whole.
+        states: parameters, master, gradients and optimizer state.
+        state: of the optimizer.
+        peak: of what devices must hold; of a host, the sum over its ranks.
+    """
+
+    who: str
+    host: str
+    rank: int | None
+    states: int
+    state: int
+    peak: int
+
+
 class Report(_Model):
     """Everything that the page, the Markdown and the terminal show.
 
@@ -164,6 +182,7 @@ class Report(_Model):
         kind: of the numbers: ``measured``, ``predicted``, or both words where the two runs differ.
         notices: what a reader must know before comparing.
         capacity: of the device, bytes; None if no record knows it.
+        hosts: of runs on several hosts, each host followed by its ranks.
         provenance: (name, value per run).
         methods: (run, category, how it was counted).
         records: what all of it was made from.
@@ -181,6 +200,7 @@ class Report(_Model):
     comparisons: list[Comparison]
     timelines: list[Timeline]
     state: list[StateRow]
+    hosts: list[HostRow]
     paper: list[PaperRow]
     provenance: list[tuple[str, list[str]]]
     methods: list[tuple[str, list[str]]]
@@ -218,12 +238,36 @@ def make_report(run: Run, baseline: Run | None = None, *, paper_tables: bool = F
         comparisons=[_comparison(each) for each in (run, baseline) if each and each.measured and each.predicted],
         timelines=[line for name, known in shown for line in _timeline(name, known)],
         state=[row for name, known in shown for row in _state(name, known)],
+        hosts=[row for name, known in shown for row in _hosts(name, known)],
         paper=computed_tables() if paper_tables else [],
         provenance=provenance(sources),
         methods=methods(sources),
         checks=[row for each, known in everything for row in checks(each.name, known)],
         records=[known for _, known in everything],
     )
+
+
+def _hosts(name: str, record: Record) -> list[HostRow]:
+    """Every host with its ranks, in the order of their first ranks; nothing if all share one, or none is known."""
+    by_host: dict[str, list[HostRow]] = {}
+    for rank in record.ranks:
+        if rank.host is not None:
+            row = HostRow(
+                who=name,
+                host=rank.host,
+                rank=rank.rank,
+                states=sum(rank.model_states.values()),
+                state=rank.state_bytes,
+                peak=rank.peak.on_device if rank.peak else 0,
+            )
+            by_host.setdefault(rank.host, []).append(row)
+    if len(by_host) < 2:
+        return []
+    found: list[HostRow] = []
+    for host, rows in by_host.items():
+        sums = {what: sum(getattr(row, what) for row in rows) for what in ("states", "state", "peak")}
+        found += [HostRow(who=name, host=host, rank=None, **sums), *rows]
+    return found
 
 
 def _same_kind(run: Run, baseline: Run | None) -> tuple[Record, Record | None]:

@@ -106,6 +106,8 @@ def render_markdown(report: Report) -> str:
         for s in report.state
     ]
     parts += ["## Optimizer state", _markdown(STATE_COLUMNS, state)]
+    if report.hosts:
+        parts += ["## Hosts and their ranks", _markdown(HOST_COLUMNS, host_rows(report))]
     if report.paper:
         parts.append("## Published tables, computed again")
         for title, rows in paper_rows(report).items():
@@ -122,8 +124,22 @@ def render_markdown(report: Report) -> str:
 
 
 STATE_COLUMNS = ["run", "key", "dtype", "a value per", "elements", "fullest rank", "ranks in the record"]
+HOST_COLUMNS = ["run", "host", "rank", "model states", "optimizer state", "peak"]
 PAPER_COLUMNS = ["row", "published", "exact", "off by", "standing"]
 CHECK_COLUMNS = ["run", "check", "ours", "theirs", "their method", "difference", "allowed", "outcome", "worst rank"]
+
+
+def host_rows(report: Report) -> list[list[str]]:
+    """A row per host, the sum of its ranks, and one per rank."""
+    return [
+        [
+            row.who,
+            row.host,
+            "all its ranks" if row.rank is None else str(row.rank),
+            *(human(b) for b in (row.states, row.state, row.peak)),
+        ]
+        for row in report.hosts
+    ]
 
 
 def paper_rows(report: Report) -> dict[str, list[list[str]]]:
@@ -214,7 +230,13 @@ def print_report(report: Report, console: Console) -> None:
         console.print(_verdict(verdict))
     if not report.verdicts:
         console.print(Text(no_verdicts(report)))
-    for part in (*_bars(report, console.width), *_comparisons(report), _state(report), *_checks(report)):
+    for part in (
+        *_bars(report, console.width),
+        *_comparisons(report),
+        _state(report),
+        *_on_hosts(report),
+        *_checks(report),
+    ):
         console.print()
         console.print(part)
 
@@ -295,6 +317,11 @@ def _comparisons(report: Report) -> Iterable[RenderableType]:
             ]
         title = f"Predicted against measured: {comparison.who}, rank {comparison.rank}"
         yield _table(title, ["", "predicted", "measured", "ratio", "residual"], rows, 1)
+
+
+def _on_hosts(report: Report) -> Iterable[RenderableType]:
+    if report.hosts:
+        yield _table("Hosts and their ranks", HOST_COLUMNS, host_rows(report), 3)
 
 
 def _state(report: Report) -> RenderableType:
