@@ -1,6 +1,6 @@
 """Hosts, links and ranks that fail in the middle of a run: does the job end, how soon, why, and does it go on rightly?
 
-    python benchmarks/host_faults.py [--only TEXT] [--markdown docs/results/host_faults.md]
+    python benchmarks/host_faults.py [--only NAME ...] [--markdown docs/results/host_faults.md]
 
 Three hosts of a local cluster (namespaces on a bridge: launcher/local_cluster.py; needs root) train a small Llama with
 launcher/multinode.sh and launcher/train.py. Once the run has passed `FAULT_AT` steps, one thing fails. Then:
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -39,6 +39,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "launcher"))
 
+import rank_logs  # noqa: E402
 from crash_recovery import differing_tensors  # noqa: E402
 from local_cluster import Host, LocalCluster, free_port  # noqa: E402
 
@@ -47,7 +48,7 @@ STEPS, SAVE_EVERY, FAULT_AT = 60, 5, 22
 TIMEOUT, SILENCE = 20, 15
 # After the ranks have given up, ssh must notice that a host is silent, and launchers look once a second.
 LIMIT = TIMEOUT + SILENCE + 15
-START = 300.0  # seconds until the fault is due; only a hang takes that long
+START = 600.0  # seconds until the fault is due; only a hang takes that long
 MODEL = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -143,9 +144,8 @@ class Job:
         return [int(step) for step in re.findall(r"resumed +\S+, (\d+) steps done", text)]
 
     def reason(self) -> str:
-        """What `multinode.sh` gave as the reason: its first line about a rank, or about a host."""
-        text = self.output.read_text()
-        found = re.findall(r"^(?:rank \d+|preflight): .*", text, re.MULTILINE) or re.findall(r"^pdsh@.*", text, re.M)
+        """The first line that `multinode.sh` gave as a rank's last error."""
+        found = re.findall(r"^rank \d+: .*", self.output.read_text(errors="replace"), re.MULTILINE)
         return found[0] if found else ""
 
     def tail(self) -> str:
@@ -313,9 +313,7 @@ def lose_the_first_host(job: Job, reference: Reference) -> Outcome:
 
 
 def _first_reason(logs: Path) -> str:
-    import rank_logs
-
-    return next((f"rank {rank}: {said.splitlines()[0]}" for rank, said in rank_logs.reasons(logs).items()), "")
+    return next((f"{rank}: {said.splitlines()[0]}" for rank, said in rank_logs.reasons(logs).items()), "")
 
 
 def nobody_left_soon(cluster: LocalCluster, seconds: float) -> None:
@@ -401,7 +399,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS), metavar="NAME")
     parser.add_argument("--markdown", type=Path)
     given = parser.parse_args()
-    outcomes: list[Outcome] = []
+    # A part of the faults can be tried again: the others' rows are those of the last run that tried them.
+    kept = given.markdown.with_suffix(".json") if given.markdown else None
+    outcomes = (
+        {name: Outcome(**row) for name, row in json.loads(kept.read_text()).items()}
+        if kept is not None and kept.exists()
+        else {}
+    )
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="host-faults-") as scratch:
         reference = Reference(Path(scratch, "reference"))
@@ -409,16 +413,20 @@ def main() -> int:
             directory = Path(scratch, name)
             directory.mkdir()
             began = time.monotonic()
+            outcomes.pop(name, None)
             try:
                 with LocalCluster(HOSTS) as cluster:
-                    outcomes.append(SCENARIOS[name](Job(cluster, directory), reference))
-                print(f"{name}: {outcomes[-1]} ({time.monotonic() - began:.0f} s in all)", flush=True)
+                    outcomes[name] = SCENARIOS[name](Job(cluster, directory), reference)
+                print(f"{name}: {outcomes[name]} ({time.monotonic() - began:.0f} s in all)", flush=True)
             except (FaultError, subprocess.TimeoutExpired) as error:
                 failures.append(f"{name}: {error}")
                 print(f"{name} FAILED: {error}", flush=True)
-    text = table(outcomes)
+            if kept is not None:
+                kept.write_text(json.dumps({key: asdict(row) for key, row in outcomes.items()}, indent=1) + "\n")
+    text = table([outcomes[name] for name in SCENARIOS if name in outcomes])
     print(text)
-    if given.markdown is not None and not failures:
+    missing = [name for name in SCENARIOS if name not in outcomes]
+    if given.markdown is not None and not missing:
         given.markdown.write_text(page(text))
     for failure in failures:
         print(f"FAILED {failure.splitlines()[0]}", file=sys.stderr)

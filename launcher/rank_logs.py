@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 _DEEPSPEED = re.compile(r"_rank(\d+)\.log$")
-_TORCHRUN = re.compile(r"attempt_(\d+)/(\d+)/std(?:err|out)\.log$")
+_TORCHRUN = re.compile(r"([^/]+/attempt_\d+)/(\d+)/std(?:err|out)\.log$")
 # How a Python traceback ends, how train.py says that it cannot go on, how the C++ parts die. torch and torchrun put the
 # rank in brackets before each line.
 _PREFIX = re.compile(r"^(?:\[\w+\]: ?)*")
@@ -24,19 +24,26 @@ _REASON = re.compile(r"(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b|train\.py
 _SHOWN_LINES = 6
 
 
-def of_ranks(directory: Path, newer_than: float = 0.0) -> dict[int, list[Path]]:
-    """Log files by rank (torchrun: by local rank), oldest first; only those changed after a Unix time."""
-    found: dict[int, list[Path]] = {}
+def of_ranks(directory: Path, newer_than: float = 0.0) -> dict[str, list[Path]]:
+    """Log files of each rank, oldest first; only those changed after a Unix time.
+
+    DeepSpeed numbers files by rank (``rank 3``); torchrun by the rank on its host, in a folder per host and attempt
+    (``local rank 3 in run_x2l9/attempt_0``).
+    """
+    found: dict[str, list[Path]] = {}
     for path in sorted(directory.rglob("*.log"), key=lambda path: path.stat().st_mtime):
-        match = _DEEPSPEED.search(path.name) or _TORCHRUN.search(path.as_posix())
-        if match is not None and path.stat().st_mtime >= newer_than:
-            found.setdefault(int(match[match.lastindex or 1]), []).append(path)
+        if path.stat().st_mtime < newer_than:
+            continue
+        if (match := _DEEPSPEED.search(path.name)) is not None:
+            found.setdefault(f"rank {match[1]}", []).append(path)
+        elif (match := _TORCHRUN.search(path.as_posix())) is not None:
+            found.setdefault(f"local rank {match[2]} in {match[1]}", []).append(path)
     return found
 
 
-def reasons(directory: Path, newer_than: float = 0.0) -> dict[int, str]:
+def reasons(directory: Path, newer_than: float = 0.0) -> dict[str, str]:
     """The last error of every rank whose log holds one, with the lines that follow it."""
-    said: dict[int, str] = {}
+    said: dict[str, str] = {}
     for rank, paths in sorted(of_ranks(directory, newer_than).items()):
         for path in paths:
             lines = [_PREFIX.sub("", line) for line in path.read_text(errors="replace").splitlines()]
@@ -51,7 +58,7 @@ def follow(directory: Path, pid: int, newer_than: float) -> None:
     position = 0
     while True:
         is_over = not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        paths = of_ranks(directory, newer_than).get(0, [])
+        paths = of_ranks(directory, newer_than).get("rank 0", [])
         if paths:
             with paths[-1].open(errors="replace") as log:
                 log.seek(position)
@@ -77,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         follow(given.directory, given.pid, newer_than)
         return 0
     for rank, reason in reasons(given.directory, newer_than).items():
-        print(f"rank {rank}: " + reason.replace("\n", "\n    "))
+        print(f"{rank}: " + reason.replace("\n", "\n    "))
     return 0
 
 

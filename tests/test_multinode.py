@@ -377,8 +377,8 @@ def test_the_last_error_of_every_rank_is_found(tmp_path: Path) -> None:
     attempt.mkdir(parents=True)
     (attempt / "stderr.log").write_text("train.py stopped: disk full\n")
     assert rank_logs.reasons(tmp_path) == {
-        0: "RuntimeError: Connection closed by peer",
-        2: "train.py stopped: disk full",
+        "rank 0": "RuntimeError: Connection closed by peer",
+        "local rank 2 in job/attempt_0": "train.py stopped: disk full",
     }
     assert rank_logs.reasons(tmp_path, newer_than=time.time() + 60) == {}
 
