@@ -49,6 +49,7 @@ TIMEOUT, SILENCE = 20, 15
 # After the ranks have given up, ssh must notice that a host is silent, and launchers look once a second.
 LIMIT = TIMEOUT + SILENCE + 15
 START = 600.0  # seconds until the fault is due; only a hang takes that long
+NO_TEXT = (".json", ".png", ".html", ".svg")
 MODEL = {
     "model_type": "llama",
     "vocab_size": 512,
@@ -61,7 +62,7 @@ MODEL = {
     "tie_word_embeddings": False,
 }
 TRAINING = (
-    f"--optimizer shampoo --zero-stage 2 --text {ROOT / 'docs'} --steps {STEPS} --save-every {SAVE_EVERY} "
+    f"--optimizer shampoo --zero-stage 2 --steps {STEPS} --save-every {SAVE_EVERY} "
     f"--micro-batch 1 --seq-length 32 --eval-sequences 2 --timeout {TIMEOUT} --log-every 5 --autoresume --fallback"
 ).split()
 
@@ -102,7 +103,7 @@ class Job:
 
     def command(self, *more: str) -> list[str]:
         launcher = ["bash", str(ROOT / "launcher" / "multinode.sh"), "--hostfile", str(self.cluster.hostfile)]
-        launcher += ["--interface", "eth0", "--timeout", str(SILENCE), "--logs", str(self.directory / "logs"), *more]
+        launcher += ["--interface", "eth0", "--silence", str(SILENCE), "--logs", str(self.directory / "logs"), *more]
         return [*launcher, *self.options, str(ROOT / "launcher" / "train.py"), *training(self.directory)]
 
     def start(self, *more: str) -> None:
@@ -133,6 +134,9 @@ class Job:
         except subprocess.TimeoutExpired:
             raise FaultError(f"the command had not ended after {seconds:.0f} s:\n{self.tail()}") from None
 
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def finish(self, *more: str) -> None:
         self.start(*more)
         if self.wait(START) != 0:
@@ -155,7 +159,21 @@ class Job:
 def training(directory: Path) -> list[str]:
     model = directory / "model.json"
     model.write_text(json.dumps(MODEL))
-    return ["--model", str(model), *TRAINING, "--save", str(directory / "saved"), "--output", str(directory / "log")]
+    # One text for all runs, which nobody edits in the meantime.
+    text = directory.parent / "text"
+    if not text.exists():
+        shutil.copytree(ROOT / "docs", text, ignore=lambda folder, names: [n for n in names if n.endswith(NO_TEXT)])
+    return [
+        "--model",
+        str(model),
+        "--text",
+        str(text),
+        *TRAINING,
+        "--save",
+        str(directory / "saved"),
+        "--output",
+        str(directory / "log"),
+    ]
 
 
 # ------------------------------------------------------------------------------------------ what the result must be
@@ -169,13 +187,15 @@ class Reference:
 
     def checkpoint(self, resumed: int | None = None, ranks: int = HOSTS) -> Path:
         """The last checkpoint of a run that went on from ``resumed`` with so many ranks (None: nobody disturbed it)."""
-        whole = self._directory / "whole"
-        if not whole.exists():
+        whole = self._directory
+        if not (whole / "saved" / f"global_step{STEPS}").exists():
+            shutil.rmtree(whole, ignore_errors=True)
             self._run(whole, HOSTS)
         if resumed is None or ranks == HOSTS:
             return whole / "saved" / f"global_step{STEPS}"
-        part = self._directory / f"from{resumed}with{ranks}"
-        if not part.exists():
+        part = self._directory.with_name(f"reference-from{resumed}-with{ranks}")
+        if not (part / "saved" / f"global_step{STEPS}").exists():
+            shutil.rmtree(part, ignore_errors=True)
             tag = f"global_step{resumed}"
             shutil.copytree(whole / "saved" / tag, part / "saved" / tag)
             (part / "saved" / "latest").write_text(tag)
@@ -280,13 +300,15 @@ def restarts(name: str, fault: Callable[[LocalCluster], None], ranks: int) -> Ca
         job.wait_for_step(FAULT_AT)
         failed = time.monotonic()
         fault(job.cluster)
-        status = job.wait(START)
+        while not job.resumed() and job.is_running() and time.monotonic() < failed + START:
+            time.sleep(0.1)
         seconds = time.monotonic() - failed
+        status = job.wait(START)
         steps = job.resumed()
         if status != 0 or not steps:
             raise FaultError(f"status {status}, resumed {steps}:\n{job.tail()}")
         same = equal_to(job, reference.checkpoint(steps[-1], ranks))
-        happened = f"restarted by itself with {ranks} ranks from step {steps[-1]}, and finished"
+        happened = f"went on by itself with {ranks} ranks from step {steps[-1]}, and finished"
         return Outcome(name, "torchrun (--elastic 2)", happened, seconds, "none: it goes on", same)
 
     return scenario
@@ -444,11 +466,11 @@ def page(text: str) -> str:
 of `launcher/local_cluster.py` (namespaces on a bridge, an ssh server in each), torch {torch.__version__}, deepspeed
 {deepspeed_version}, Python {platform.python_version()}.
 
-A small Llama, Shampoo, ZeRO-2, one rank per host, `--timeout {TIMEOUT}` (ranks) and `--timeout {SILENCE}` (ssh), a
+A small Llama, Shampoo, ZeRO-2, one rank per host, `--timeout {TIMEOUT}` (ranks) and `--silence {SILENCE}` (ssh), a
 checkpoint every {SAVE_EVERY} steps. Seconds are from the fault to the end of the command, which must come within
-{LIMIT} (timeout + ssh's silence + 15); for the cut of five seconds to the second step after it; for torchrun to the end
-of the whole restarted training. "Bitwise equal" is against the same training on one host: three ranks up to the step
-from which it went on, and as many as were left from there.
+{LIMIT} (timeout + silence + 15); for the cut of five seconds to the second step after it; for torchrun until the
+restarted ranks had loaded the checkpoint; of the preflight, all it took. "Bitwise equal" is against the same training
+on one host: three ranks up to the step from which it went on, and as many as were left from there.
 
 {text}
 """

@@ -98,6 +98,11 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
+def _beside(one: Mapping[str, Any]) -> float:
+    """What the optimizer sends, relative to ZeRO; one rank sends nothing."""
+    return float(one["sent_mean"] / one["zero_sent"]) if one["zero_sent"] else 0.0
+
+
 def planned_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The planned rows of one model as Markdown."""
     lines = [
@@ -110,7 +115,7 @@ def planned_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(
             f"| {one['optimizer']} | {'1, 2' if one['stage'] < 3 else 3} | {one['ranks']:,} | "
             f"{size(one['state_most'])} | {size(one['state_mean'])} | {size(one['sent_mean'])} | "
-            f"{size(one['sent_most'])} | {size(one['zero_sent'])} | {one['sent_mean'] / one['zero_sent']:.2g} | "
+            f"{size(one['sent_most'])} | {size(one['zero_sent'])} | {_beside(one):.2g} | "
             f"{flops[0]} | {flops[1]} | {one['idle'] if one['matrices'] else ''} | "
             f"{digits(1e3 * one['step_seconds'])} | {one['share']:.2%} |"
         )
@@ -149,7 +154,7 @@ def draw(models: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
         return
     panels: tuple[tuple[str, Callable[[Mapping[str, Any]], float]], ...] = (
         ("state on the fullest rank, GB", lambda one: one["state_most"] / 1e9),
-        ("optimizer sends / ZeRO sends", lambda one: one["sent_mean"] / one["zero_sent"]),
+        ("optimizer sends / ZeRO sends", _beside),
         ("optimizer's share of the step, %", lambda one: 100 * one["share"]),
     )
     figure: Any = Figure(figsize=(6.2 * len(models), 11), layout="constrained")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 import sys
@@ -72,7 +73,10 @@ def report(question: Question) -> Report:
     try:
         layout = layout_hash(question)
         devices = _devices()
-    except Exception as error:  # an import, a config file, an optimizer's refusal: the launching host must hear of it
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # an import, a config file, an optimizer's refusal: the launching host must hear of it
         said = " ".join(str(error).split())[:300]
         problems.append(f"the training's settings cannot be read here: {type(error).__name__}: {said}")
     if question.shared is not None and not _sees(*question.shared):
@@ -80,7 +84,7 @@ def report(question: Question) -> Report:
             f"it does not see {Path(question.shared[0]).parent} as the launching host does: share that path"
         )
     if question.port is not None:
-        problems += _port_problems(question.port)
+        problems += port_problems(question.port)
     return Report(
         hostname=socket.gethostname(),
         versions={"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -99,7 +103,7 @@ def layout_hash(question: Question) -> str | None:
     Raises:
         SettingsError: the script's arguments or files cannot work.
     """
-    if Path(question.script).resolve() != Path(__file__).resolve().with_name("train.py"):
+    if not is_train_py(question.script):
         return None
     import settings
 
@@ -115,8 +119,16 @@ def layout_hash(question: Question) -> str | None:
     return digest(predicted_layouts(about.groups, chosen.zero_stage, question.world_size))
 
 
+def is_train_py(script: str) -> bool:
+    """Whether that is the training job beside this file, whose settings can be read."""
+    return Path(script).resolve() == Path(__file__).resolve().with_name("train.py")
+
+
 def _devices() -> int:
     import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
 
     return torch.cuda.device_count()
 
@@ -169,7 +181,8 @@ def _sees(file: str, content: str) -> bool:
         return False
 
 
-def _port_problems(port: int) -> list[str]:
+def port_problems(port: int) -> list[str]:
+    """Why nobody can listen on a port here; empty if somebody could."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

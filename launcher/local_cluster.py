@@ -155,8 +155,9 @@ class Host:
 
     def power_off(self) -> None:
         """Everything on it dies at once. What the others notice depends on its cable: see `LocalCluster.lose`."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)  # the first process of its namespace: all others go with it
+        if self.is_alive:  # its number may be somebody else's by now
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # the first process of its namespace: all others go with it
         self._process.wait()
         self._log.close()
 
@@ -272,13 +273,19 @@ class LocalCluster:
         (self._directory / name).write_text(content)
 
 
-def problems_here(hosts: int, slots: int = 1) -> list[str]:
-    """Every reason why this machine cannot play a cluster; empty if it can."""
+def size_problems(hosts: int, slots: int) -> list[str]:
+    """What is wrong with the numbers."""
     problems = []
     if not 1 <= hosts <= 200:
         problems.append(f"--hosts is {hosts}; it must be from 1 to 200")
     if slots < 1:
         problems.append(f"--slots is {slots}; it must be 1 or more")
+    return problems
+
+
+def problems_here(hosts: int, slots: int = 1) -> list[str]:
+    """Every reason why this machine cannot play a cluster; empty if it can."""
+    problems = size_problems(hosts, slots)
     missing = sorted({package for program, package in PROGRAMS.items() if _path_of(program) == ""})
     if missing:
         problems.append(f"programs are missing: apt-get install --no-install-recommends {' '.join(missing)}")
@@ -324,13 +331,13 @@ def _refusal(problems: Sequence[str], hosts: int) -> str:
 
 def up(hosts: int, slots: int, command: Sequence[str]) -> int:
     """Run ``command`` on the first of so many hosts (a shell if it is empty); its exit status."""
-    with LocalCluster(hosts, slots) as cluster:
+    # Should this be terminated, then the hosts' end is the command's end too.
+    with _stopping_on_signals(), LocalCluster(hosts, slots) as cluster:
         first = cluster.hosts[0]
         names = ", ".join(f"{host.name} ({host.address})" for host in cluster.hosts)
         print(f"local cluster: {names}; hostfile {cluster.hostfile}", file=sys.stderr, flush=True)
-        with _stopping_on_signals():
-            # Should this be interrupted, then the hosts' end is the command's end too.
-            return first.start(list(command) or _shell(), env=cluster.environment).wait()
+        signal.signal(signal.SIGINT, lambda *_: None)  # Control-C reaches the command by itself
+        return first.start(list(command) or _shell(), env=cluster.environment).wait()
 
 
 def loopback(hosts: int, slots: int, command: Sequence[str]) -> int:
@@ -338,22 +345,20 @@ def loopback(hosts: int, slots: int, command: Sequence[str]) -> int:
 
     A host that fails takes the others along, as they could only wait for it.
     """
-    with tempfile.TemporaryDirectory(prefix="loopback-") as directory:
+    with _stopping_on_signals(), tempfile.TemporaryDirectory(prefix="loopback-") as directory:
         hostfile = Path(directory, "hostfile")
         hostfile.write_text("".join(f"host{i + 1} slots={slots}\n" for i in range(hosts)))
         port = free_port()
         launcher = str(Path(sys.executable).with_name("deepspeed"))
         common = [launcher, "--quiet", "--hostfile", str(hostfile), "--no_ssh", "--master_addr", "127.0.0.1"]
         started = [
-            subprocess.Popen([*TIED, *common, f"--master_port={port}", f"--node_rank={rank}", *command])
+            subprocess.Popen([*common, f"--master_port={port}", f"--node_rank={rank}", *command])
             for rank in range(hosts)
         ]
         try:
             return _first_failure(started)
         finally:
-            for process in started:
-                process.terminate()
-                process.wait()
+            _end(started)
 
 
 def free_port() -> int:
@@ -372,19 +377,33 @@ def _first_failure(started: Sequence[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.2)
 
 
+def _end(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End launchers and all that they started: DeepSpeed's runner hands no signal on."""
+    tree = []
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            tree += psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+    for child in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    for process in started:
+        process.wait()
+
+
 def _shell() -> list[str]:
     return [os.environ.get("SHELL", "/bin/sh"), "-i"]
 
 
 @contextlib.contextmanager
 def _stopping_on_signals() -> Iterator[None]:
-    """A termination of this process must still tear down; Control-C reaches the command by itself."""
+    """A termination of this process still tears down."""
 
     def stop(number: int, _: Any) -> None:
         raise SystemExit(128 + number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
@@ -442,6 +461,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.mode == "loopback":
         if not command:
             parser.error("loopback needs a training script, after --")
+        if problems := size_problems(given.hosts, given.slots):
+            parser.error("; ".join(problems))
         return loopback(given.hosts, given.slots, command)
     try:
         return up(given.hosts, given.slots, command)

@@ -21,23 +21,35 @@ import os
 import secrets
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
-from host_report import MARK, Question, Report, report
-from hostfile import HostfileError
-from hostfile import read as read_hostfile
-from pydantic import ValidationError
+try:
+    import job_files
+    import settings
+    from host_report import MARK, Question, Report, is_train_py, port_problems, report
+    from pydantic import ValidationError
+except ImportError as missing:  # not in the environment that was made for it
+    sys.exit(f"preflight: {missing} for {sys.executable}: activate the virtual environment of ds-optim")
 
+_Read = TypeVar("_Read")
 CLOCK_SECONDS = 2.0
 """How far clocks may be apart: file times and log lines of several hosts are compared."""
 CONNECT_SECONDS = 5
+ENVIRONMENT_FILES = (Path.home() / ".deepspeed_env", Path(".deepspeed_env"))
+"""Where DeepSpeed looks."""
 REPORT_SECONDS = 180  # importing torch and deepspeed from a network file system takes a while
+
+
+class SharedPathError(OSError):
+    """The launching host cannot write to the path that all should see."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +178,8 @@ def ask_at_the_master(plan: Plan, node_rank: int, address: str, seconds: float) 
 
     names = list(plan.hosts)
     is_first = node_rank == 0
+    if is_first and (busy := port_problems(plan.port)):
+        return f"{names[0]}: {busy[0]}"
     with _shared_token(plan.shared if is_first else None) as token:
         try:
             timeout = datetime.timedelta(seconds=seconds)
@@ -204,10 +218,13 @@ def _shared_token(directory: Path | None) -> Iterator[tuple[str, str] | None]:
     if directory is None:
         yield None
         return
-    directory.mkdir(parents=True, exist_ok=True)
     content = secrets.token_hex(16)
     path = directory.resolve() / f".preflight-{content[:8]}"
-    path.write_text(content)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    except OSError as error:
+        raise SharedPathError(f"the shared path {directory} cannot be written here: {error.strerror}") from error
     try:
         yield str(path), content
     finally:
@@ -226,8 +243,11 @@ def judge(plan: Plan, answers: Sequence[Answer]) -> list[str]:
         if plan.interface and plan.interface not in found.interfaces:
             has = ", ".join(f"{interface} {ip}" for interface, ip in found.interfaces.items())
             problems.append(f"{name} has no interface {plan.interface} with an IPv4 address (it has {has})")
-        if 0 < found.devices < plan.hosts[name]:
-            problems.append(f"{name}: {plan.hosts[name]} slots, but {found.devices} accelerators: correct the hostfile")
+        if found.devices < plan.hosts[name] and any(other.devices for _, other in told):
+            problems.append(
+                f"{name}: {plan.hosts[name]} slots, but {found.devices} accelerators: mend its driver, or the hostfile "
+                "(DS_ACCELERATOR=cpu computes on processors)"
+            )
     for package in sorted({package for _, found in told for package in found.versions}):
         problems += _different(
             f"the version of {package}",
@@ -239,10 +259,10 @@ def judge(plan: Plan, answers: Sequence[Answer]) -> list[str]:
         ("the training script and its modules", "script", "copy the same ones everywhere"),
         ("the layout of parameters over ranks", "layout", "give the same model and DeepSpeed JSON everywhere"),
     ):
-        values = [(name, (getattr(found, attribute) or "missing")[:12]) for name, found in told]
-        if attribute == "layout" and any(found.problems for _, found in told):
-            continue  # a host that could not read its settings has said so
-        problems += _different(what, values, remedy)
+        values = [(name, getattr(found, attribute)) for name, found in told]
+        if attribute == "layout":  # none where the settings cannot be read, which that host says itself
+            values = [(name, value) for name, value in values if value is not None]
+        problems += _different(what, [(name, (value or "missing")[:12]) for name, value in values], remedy)
     return problems + _clock_problems(answers)
 
 
@@ -282,83 +302,87 @@ def local_problems(needs_pdsh: bool) -> list[str]:
     ]
 
 
-def read_environment(path: Path) -> dict[str, str]:
-    """NAME=VALUE lines, as in DeepSpeed's ``.deepspeed_env``; empty lines and comments may stand between them.
-
-    Raises:
-        HostfileError: every line that is neither.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise HostfileError(f"environment file {path}: {error.strerror}") from error
-    found: dict[str, str] = {}
-    problems = []
-    for number, line in enumerate((line.strip() for line in lines), 1):
-        name, equals, value = line.partition("=")
-        if not line or line.startswith("#"):
-            continue
-        if not equals or not name.isidentifier():
-            problems.append(f'environment file {path}, line {number}: "{line}" is not of the form NAME=VALUE')
-        elif any(sign in value for sign in "\"'`$\\"):
-            problems.append(
-                f"environment file {path}, line {number}: DeepSpeed cannot pass quotes, $ or backslashes on"
-            )
-        else:
-            found[name] = value
-    if problems:
-        raise HostfileError("\n".join(problems))
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
+    with contextlib.redirect_stdout(sys.stderr):  # whatever an import prints is not for the shell
+        found = _judged(given)
+    if found is None:
+        return 1
+    print(f"HOSTS={shlex.quote(','.join(answer.name for answer in found))}")
+    print(f"SLOTS={found[0].slots}")
+    print(f"MASTER_ADDR={shlex.quote(given.master_addr or _address(found[0], given.interface))}")
+    return 0
+
+
+def _judged(given: argparse.Namespace) -> list[Answer] | None:
+    """The hosts that will take part; None if there is a problem, which is said."""
     started = time.monotonic()
-    problems: list[str] = [] if given.no_ssh else local_problems(needs_pdsh=True)
-    hosts: dict[str, int] = {}
-    environment: dict[str, str] = {}
-    try:
-        hosts = read_hostfile(given.hostfile)
-    except HostfileError as error:
-        problems += str(error).splitlines()
-    try:
-        environment = read_environment(given.env_file) if given.env_file else {}
-    except HostfileError as error:
-        problems += str(error).splitlines()
-    if not Path(given.script).is_file():
-        problems.append(f"{given.script}: no such training script")
-    if given.no_ssh and not 0 <= given.node_rank < max(1, len(hosts)):
-        problems.append(f"--node-rank is {given.node_rank}; with {len(hosts)} hosts it must be 0 to {len(hosts) - 1}")
-    if given.no_ssh and not given.master_addr:
-        problems.append("--no-ssh needs --master-addr: an address of the first host that all others can reach")
-    if given.equal_slots and len(set(hosts.values())) > 1:
-        problems.append(
-            "torchrun starts equally many ranks on every host: give all hosts of the hostfile the same slots"
-        )
+    problems: list[str] = []
+    hosts = _noting(problems, lambda: job_files.read_hostfile(given.hostfile)) or {}
+    files = given.env_file or [path for path in ENVIRONMENT_FILES if path.is_file()]
+    environment = _noting(problems, lambda: job_files.environment(files, given.interface)) or {}
+    problems += _problems_of_the_command(given, hosts)
     answers = [Answer(name, slots) for name, slots in hosts.items()]
     if not problems and not given.hostfile_only:
         os.environ.update(environment)
         plan = Plan(
             hosts, given.script, given.arguments, given.port, given.interface, environment, given.shared, given.ssh_port
         )
-        answers, problems = _ask(plan, given)
+        try:
+            answers, problems = _ask(plan, given)
+        except SharedPathError as error:
+            problems = [str(error)]
     for problem in problems:
         print(f"preflight: {problem}", file=sys.stderr)
     if problems:
         print(f"preflight: {len(problems)} problem{'s' * (len(problems) > 1)}; nothing was started", file=sys.stderr)
-        return 1
+        return None
     if not given.hostfile_only:
         about = f"{len(answers)} hosts, {sum(answer.slots for answer in answers)} ranks"
-        print(
-            f"preflight: {about}, no problem found in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True
+        seconds = time.monotonic() - started
+        print(f"preflight: {about}, no problem found in {seconds:.0f} s", file=sys.stderr, flush=True)
+    if given.write_environment is not None:
+        given.write_environment.write_text("".join(f"{name}={value}\n" for name, value in environment.items()))
+    return answers
+
+
+def _noting(problems: list[str], read: Callable[[], _Read]) -> _Read | None:
+    try:
+        return read()
+    except job_files.JobFilesError as error:
+        problems += str(error).splitlines()
+        return None
+
+
+def _problems_of_the_command(given: argparse.Namespace, hosts: Mapping[str, int]) -> list[str]:
+    """What can be seen before any host is asked."""
+    problems: list[str] = [] if given.no_ssh else local_problems(needs_pdsh=True)
+    if not Path(given.script).is_file():
+        problems.append(f"{given.script}: no such training script")
+    elif is_train_py(given.script) and hosts:
+        try:
+            settings.read(given.arguments, sum(hosts.values()))
+        except settings.SettingsError as error:
+            problems += [f"{given.script}: {line.removeprefix('  - ')}" for line in str(error).splitlines()]
+        except SystemExit:  # argparse has said which
+            problems.append(f"{given.script} does not take these options")
+    if given.no_ssh and not 0 <= given.node_rank < max(1, len(hosts)):
+        problems.append(f"--node-rank is {given.node_rank}; with {len(hosts)} hosts it must be 0 to {len(hosts) - 1}")
+    if given.no_ssh and not given.master_addr:
+        problems.append("--no-ssh needs --master-addr: an address of the first host that all others can reach")
+    if given.torchrun and len(set(hosts.values())) > 1:
+        problems.append(
+            "torchrun starts equally many ranks on every host: give all hosts of the hostfile the same slots"
         )
-    print(f"HOSTS={shlex.quote(','.join(answer.name for answer in answers))}")
-    print(f"SLOTS={answers[0].slots}")
-    print(f"MASTER_ADDR={shlex.quote(given.master_addr or _address(answers[0], given.interface))}")
-    return 0
+    if not (given.no_ssh or given.torchrun):
+        paths = [os.getcwd(), sys.executable, given.script, *([given.logs] if given.logs else [])]
+        problems += job_files.unpassable(paths, given.arguments)
+    if given.hostfile_only and given.skip_unreachable:
+        problems.append("--skip-unreachable is for the preflight to find out: leave --no-preflight")
+    return problems
 
 
 def _ask(plan: Plan, given: argparse.Namespace) -> tuple[list[Answer], list[str]]:
@@ -379,9 +403,15 @@ def _ask(plan: Plan, given: argparse.Namespace) -> tuple[list[Answer], list[str]
 
 
 def _address(first: Answer, interface: str) -> str:
-    """Where the others find the first host: its address on the interface, or on its first that is not loopback."""
+    """Where the others find the first host: its address on the interface, else the one that its name stands for."""
     found = first.report.interfaces if first.report is not None else {}
-    return found.get(interface) or next((ip for ip in found.values() if not ip.startswith("127.")), first.name)
+    if interface in found:
+        return found[interface]
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(first.name)
+        if address in found.values() and not address.startswith("127."):
+            return address
+    return next((ip for ip in found.values() if not ip.startswith("127.")), first.name)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -389,12 +419,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--hostfile", type=Path, required=True, metavar="FILE", help="NAME slots=N a line")
     parser.add_argument("--port", type=int, default=29500, metavar="N", help="on the first host (29500)")
     parser.add_argument("--interface", default="", metavar="NAME", help="that every host must have (any)")
-    parser.add_argument("--env-file", type=Path, metavar="FILE", help="NAME=VALUE a line, for every process")
+    parser.add_argument("--env-file", type=Path, action="append", metavar="FILE", help="NAME=VALUE a line")
+    parser.add_argument("--write-environment", type=Path, metavar="FILE", help="what every process gets")
+    parser.add_argument("--logs", default="", metavar="DIR", help="of the ranks")
     parser.add_argument("--shared", type=Path, metavar="DIR", help="that every host must see")
     parser.add_argument("--ssh-port", type=int, metavar="N", help="(ssh's own)")
     parser.add_argument("--hostfile-only", action="store_true", help="read the files, ask no host")
     parser.add_argument("--skip-unreachable", action="store_true", help="go on without hosts that do not answer")
-    parser.add_argument("--equal-slots", action="store_true", help="refuse hosts with different slots")
+    parser.add_argument("--torchrun", action="store_true", help="not DeepSpeed's launcher: all hosts need equal slots")
     parser.add_argument("--no-ssh", action="store_true", help="this command runs on every host")
     parser.add_argument("--node-rank", type=int, default=-1, metavar="I", help="of this host, without ssh")
     parser.add_argument("--master-addr", default="", metavar="IP", help="of the first host")

@@ -1,19 +1,18 @@
 """The log files of a job's ranks, as DeepSpeed's ``--enable_each_rank_log`` and torchrun's ``--log-dir`` write them.
 
-python launcher/rank_logs.py follow runs/logs --pid 4242      what the first rank writes, until that process has ended
+python launcher/rank_logs.py follow runs/logs --until FILE     what the first rank writes, until that file is there
 python launcher/rank_logs.py reasons runs/logs                the last error of every rank that failed
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import psutil
 
 _DEEPSPEED = re.compile(r"_rank(\d+)\.log$")
 _TORCHRUN = re.compile(r"([^/]+/attempt_\d+)/(\d+)/std(?:err|out)\.log$")
@@ -53,11 +52,11 @@ def reasons(directory: Path, newer_than: float = 0.0) -> dict[str, str]:
     return said
 
 
-def follow(directory: Path, pid: int, newer_than: float) -> None:
-    """Print what the first rank writes, until the process ``pid`` has ended and nothing is left to print."""
-    position = 0
+def follow(directory: Path, until: Path, newer_than: float) -> None:
+    """Print what the first rank writes, until the file ``until`` is there, or whoever started this is gone."""
+    position, parent = 0, os.getppid()
     while True:
-        is_over = not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        is_over = until.exists() or os.getppid() != parent
         paths = of_ranks(directory, newer_than).get("rank 0", [])
         if paths:
             with paths[-1].open(errors="replace") as log:
@@ -74,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python launcher/rank_logs.py", description=__doc__.split("\n")[0])
     parser.add_argument("mode", choices=("follow", "reasons"))
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--pid", type=int, help="of the launcher that is followed")
+    parser.add_argument("--until", type=Path, metavar="FILE", help="which says that the job has ended")
     parser.add_argument("--newer", type=Path, metavar="FILE", help="only logs that changed after this file")
     given = parser.parse_args(arguments)
     newer_than = given.newer.stat().st_mtime if given.newer else 0.0
     if given.mode == "follow":
-        if given.pid is None:
-            parser.error("follow needs --pid")
-        follow(given.directory, given.pid, newer_than)
+        if given.until is None:
+            parser.error("follow needs --until")
+        follow(given.directory, given.until, newer_than)
         return 0
     for rank, reason in reasons(given.directory, newer_than).items():
         print(f"{rank}: " + reason.replace("\n", "\n    "))

@@ -34,7 +34,7 @@ INSTEAD = {
     "torchrun --nproc_per_node 2 examples/on_cpu.py examples/trainer_torch.py --fsdp": LISTED,
     "python examples/lora.py Shampoo": LISTED,
     "accelerate launch --num_processes 2 examples/on_cpu.py examples/accelerate_fsdp2.py": LISTED,
-    # tests/test_multinode.py runs these on hosts of a local cluster.
+    # tests/test_multinode.py does the same on hosts of a local cluster.
     "bash launcher/multinode.sh --hostfile hosts --preflight-only launcher/train.py --optimizer adan "
     "--save runs/adan": "bash launcher/multinode.sh --help",
     "bash launcher/multinode.sh --hostfile hosts launcher/train.py --optimizer adan --save runs/adan --save-every 200 "

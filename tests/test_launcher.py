@@ -287,9 +287,10 @@ def test_configs_are_explained_key_by_key() -> None:
 
 
 def test_the_training_job_does_not_name_the_package() -> None:
-    """Only the memory report and the canonical checkpoints do, and both import it when they are asked for."""
+    """Reports, the noise scale, canonical checkpoints and the preflight do, and import it when they are asked for."""
     named = {path.name: path.read_text() for path in LAUNCHER.glob("*.py") if "ds_optim" in path.read_text()}
-    assert sorted(named) == ["checkpoints.py", "memory_report.py"]
+    naming = ["checkpoints.py", "host_report.py", "memory_report.py", "noise_watch.py", "preflight.py"]
+    assert sorted(named) == naming
     assert not [text for text in named.values() if re.search(r"^(import|from) ds_optim", text, re.MULTILINE)]
 
 

@@ -22,7 +22,7 @@ LAUNCHER = ROOT / "launcher"
 sys.path.insert(0, str(LAUNCHER))
 
 import host_report  # noqa: E402
-import hostfile  # noqa: E402
+import job_files  # noqa: E402
 import local_cluster  # noqa: E402
 import preflight  # noqa: E402
 import rank_logs  # noqa: E402
@@ -55,7 +55,7 @@ def test_hosts_have_names_addresses_and_ssh_servers_of_their_own(cluster: local_
     lines = cluster.hosts[0].run(["sh", "-c", script], env=cluster.environment).stdout.split()
     assert lines[:3] == ["host1", "10.77.0.1", "host2"]
     assert sorted(lines[3:]) == sorted(["host1:", "host1", "host2:", "host2", "host3:", "host3"])
-    assert hostfile.read(cluster.hostfile) == {"host1": 1, "host2": 1, "host3": 1}
+    assert job_files.read_hostfile(cluster.hostfile) == {"host1": 1, "host2": 1, "host3": 1}
 
 
 def test_a_cut_cable_and_a_lost_host_are_silent_and_a_mended_one_is_back(cluster: local_cluster.LocalCluster) -> None:
@@ -127,11 +127,12 @@ def test_all_six_end_bitwise_where_one_host_does(hosts: int, pool: Pools, tmp_pa
     """Started by `deepspeed --hostfile` over pdsh and ssh; ZeRO 1, 2 and 3 in turn, shifted between 2 and 3 hosts."""
     output, first_stage = tmp_path / "result.json", hosts - 1
     with _cluster(hosts) as cluster:
-        launch = [*MULTINODE, "--hostfile", str(cluster.hostfile), "--interface", "eth0", "--no-preflight"]
+        launch = [*MULTINODE, "--hostfile", str(cluster.hostfile), "--interface", "eth0"]
         script = [str(ROOT / "tests" / "multinode_job.py"), "--output", str(output), "--first-stage", str(first_stage)]
         command = [*launch, "--logs", str(tmp_path / "logs"), *script]
         done = cluster.hosts[0].run(command, env=cluster.environment, timeout=400)
     assert done.returncode == 0, done.stdout
+    assert f"preflight: {hosts} hosts, {hosts} ranks, no problem found" in done.stdout
     assert "host2: " in done.stdout  # pdsh's mark
     assert len(list((tmp_path / "logs").glob("*_rank*.log"))) == hosts
     result = json.loads(output.read_text())
@@ -204,7 +205,7 @@ def test_a_lost_host_is_left_out_and_the_run_goes_on(cluster: local_cluster.Loca
     training = f"--model {tmp_path}/model.json --text {ROOT}/docs --micro-batch 1 --seq-length 32 --eval-sequences 2"
     training += f" --steps 40 --save-every 4 --save {tmp_path}/saved --autoresume --fallback --timeout 15 --log-every 5"
     training += f" --output {tmp_path}/log --memory-report {tmp_path}/memory"
-    options = ["--interface", "eth0", "--timeout", "6", "--elastic", "2", "--logs", str(tmp_path / "logs")]
+    options = ["--interface", "eth0", "--silence", "6", "--elastic", "2", "--logs", str(tmp_path / "logs")]
     command = [*MULTINODE, *options, str(LAUNCHER / "train.py"), *training.split()]
     log, said = tmp_path / "log" / "log.jsonl", tmp_path / "said"
     with said.open("w") as output:
@@ -224,6 +225,41 @@ def test_a_lost_host_is_left_out_and_the_run_goes_on(cluster: local_cluster.Loca
     page = (tmp_path / "memory" / "report.html").read_text()
     assert "Hosts and their ranks" in page
     assert not any(host.processes("train.py") for host in cluster.hosts if host.is_alive)
+
+
+SLEEPER = "import os, sys, time\nif os.environ['RANK'] == sys.argv[-1]:\n    sys.exit(3)\ntime.sleep(1000)\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [([], signal.SIGHUP), (["--elastic", "2"], signal.SIGTERM)],
+    ids=["deepspeed-HUP", "torchrun-TERM"],
+)
+def test_a_stopped_job_leaves_no_rank_behind(options: list[str], number: signal.Signals, tmp_path: Path) -> None:
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    with _cluster(2) as cluster:
+        command = [*MULTINODE, "--no-preflight", "--interface", "eth0", "--logs", str(tmp_path / "logs"), *options]
+        with (tmp_path / "said").open("w") as said:
+            running = cluster.hosts[0].start([*command, str(script), "none"], env=cluster.environment, stdout=said)
+        _until(lambda: all(_ranks(host, script) for host in cluster.hosts), 120)
+        [shell] = [process for process in cluster.hosts[0].processes("multinode.sh") if process.name() == "bash"][:1]
+        shell.send_signal(number)
+        assert running.wait(60) != 0
+        _until(lambda: not any(host.processes(str(script)) for host in cluster.hosts), 30)
+
+
+def _ranks(host: local_cluster.Host, script: Path) -> bool:
+    return any(process.cmdline()[1:3] == ["-u", str(script)] for process in host.processes(str(script)))
+
+
+def test_over_loopback_a_host_that_fails_takes_the_others_along(tmp_path: Path) -> None:
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER)
+    command = [sys.executable, str(LAUNCHER / "local_cluster.py"), "loopback", "--hosts", "2", "--", str(script), "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    _until(lambda: subprocess.run(["pgrep", "-f", str(script)], check=False).returncode != 0, 10)
 
 
 # ------------------------------------------------------------------------------------------------------------ preflight
@@ -252,11 +288,13 @@ def test_equal_hosts_have_no_problem() -> None:
 def test_all_problems_of_all_hosts_are_listed_at_once() -> None:
     answers = [
         preflight.Answer("a", 8, _report(devices=4), clock=(0.0, 0.1)),
-        preflight.Answer("b", 1, _report(versions={"torch": "2.12.0"}, layout="x" * 64), clock=(7.5, 0.1)),
+        preflight.Answer("b", 1, _report(versions={"torch": "2.12.0"}, layout="x" * 64, devices=1), clock=(7.5, 0.1)),
         preflight.Answer(
-            "c", 1, _report(interfaces={"ib0": "10.1.0.3"}, package="q" * 64, script=None), clock=(-0.5, 3)
+            "c", 1, _report(interfaces={"ib0": "10.1.0.3"}, package="q" * 64, script=None), clock=(-0.5, 3.0)
         ),
-        preflight.Answer("d", 1, _report(problems=["port 29500 cannot be used here"]), clock=None),
+        preflight.Answer(
+            "d", 1, _report(problems=["port 29500 cannot be used here"], devices=1, layout=None), clock=None
+        ),
         preflight.Answer("e", 1, problem="e cannot be reached over ssh: Connection refused", is_reachable=False),
     ]
     problems = preflight.judge(_plan({"a": 8, "b": 1, "c": 1, "d": 1, "e": 1}), answers)
@@ -264,15 +302,14 @@ def test_all_problems_of_all_hosts_are_listed_at_once() -> None:
         "e cannot be reached",
         "a: 8 slots, but 4 accelerators",
         "c has no interface eth0 with an IPv4 address (it has ib0 10.1.0.3)",
+        "c: 1 slots, but 0 accelerators",
         "d: port 29500",
         "hosts differ in the version of torch: 2.13.0 on a, c, d; 2.12.0 on b",
         "hosts differ in the files of ds_optim: pppppppppppp on a, b, d; qqqqqqqqqqqq on c",
         "hosts differ in the training script and its modules: ssssssssssss on a, b, d; missing on c",
-        "hosts differ in the layout",
+        "hosts differ in the layout of parameters over ranks: llllllllllll on a, c; xxxxxxxxxxxx on b",
         "the clock of b is +7.5 s from that of a",
     ]
-    if any(found.problems for found in (a.report for a in answers) if found is not None):
-        expected.remove("hosts differ in the layout")  # somebody's settings could not be read
     assert len(problems) == len(expected)
     for words, problem in zip(expected, problems, strict=True):
         assert words in problem
@@ -330,14 +367,78 @@ def test_every_fault_of_the_files_is_named_with_its_line(tmp_path: Path, capsys:
         'line 3: "BAD"',
         "line 4: DeepSpeed",
         "none.py: no such",
+        "--node-rank is -1",
+        "--no-ssh needs --master-addr",
     ):
         assert words in said
-    assert "7 problems; nothing was started" in said or "8 problems; nothing was started" in said
+    assert "8 problems; nothing was started" in said  # --node-rank and --master-addr are missing, too
     hosts.write_text("# nobody\n")
-    with pytest.raises(hostfile.HostfileError, match="names no host"):
-        hostfile.read(hosts)
-    with pytest.raises(hostfile.HostfileError, match="No such file"):
-        hostfile.read(tmp_path / "missing")
+    with pytest.raises(job_files.JobFilesError, match="names no host"):
+        job_files.read_hostfile(hosts)
+    with pytest.raises(job_files.JobFilesError, match="No such file"):
+        job_files.read_hostfile(tmp_path / "missing")
+
+
+def test_what_a_remote_shell_would_change_is_refused() -> None:
+    plain = ["--text", "a b", "--name=x_1.2,3:4@5%6+7", "/data/runs"]
+    assert job_files.unpassable(["/data/checkout"], plain) == []
+    problems = job_files.unpassable(["/my data"], ["$HOME", "a $b", "(q)", "a;b", "'x'", ""])
+    assert len(problems) == 7
+    assert "'/my data'" in problems[0]
+
+
+def test_the_environment_is_inherited_then_read_then_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in job_files.INHERITED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("PYTHONPATH", "/here")
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("TOKEN=abc=\nPYTHONPATH=/there\nA=1\n")
+    second.write_text("A=2\n")
+    found = job_files.environment([first, second], "eth7")
+    sockets = {"GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "eth7"}
+    assert found == {"OMP_NUM_THREADS": "3", "PYTHONPATH": "/there", "TOKEN": "abc=", "A": "2", **sockets}
+    with pytest.raises(job_files.JobFilesError, match=r"environment file .*none: No such file"):
+        job_files.environment([tmp_path / "none"], "")
+
+
+def test_the_masters_address_is_the_one_its_name_stands_for() -> None:
+    has = {"lo": "127.0.0.1", "docker0": "172.17.0.1", "eth0": "10.1.0.1"}
+    assert preflight._address(preflight.Answer("10.1.0.1", 1, _report(interfaces=has)), "") == "10.1.0.1"
+    assert preflight._address(preflight.Answer("localhost", 1, _report(interfaces=has)), "eth0") == "10.1.0.1"
+    assert preflight._address(preflight.Answer("10.9.9.9", 1, _report(interfaces=has)), "") == "172.17.0.1"
+    assert preflight._address(preflight.Answer("node", 1), "") == "node"
+
+
+def test_options_that_the_script_does_not_take_are_said_before_any_host_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\n")
+    train = ["--no-ssh", "--node-rank", "0", "--master-addr", "127.0.0.1", str(LAUNCHER / "train.py")]
+    for options, words in ((["--optimiser", "adan"], "does not take these options"), (["--lr", "x"], "does not take")):
+        assert preflight.main(["--hostfile", str(tmp_path / "hosts"), *train, *options]) == 1
+        assert words in capsys.readouterr().err
+    assert preflight.main(["--hostfile", str(tmp_path / "hosts"), *train, "--steps", "0"]) == 1
+    assert "asks for no step at all" in capsys.readouterr().err
+
+
+def test_nothing_but_assignments_reaches_the_shell(tmp_path: Path) -> None:
+    """Without DS_ACCELERATOR DeepSpeed logs to standard output when it is imported."""
+    (tmp_path / "hosts").write_text("127.0.0.1 slots=1\n")
+    options = ["--no-ssh", "--node-rank", "0", "--master-addr", "127.0.0.1", "--port", str(local_cluster.free_port())]
+    command = [*MULTINODE, "--hostfile", str(tmp_path / "hosts"), *options, "--preflight-only"]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [*command, str(LAUNCHER / "train.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 hosts, 1 ranks, no problem found" in done.stderr
+
+
+def test_a_shared_path_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    plan = preflight.Plan({"a": 1}, __file__, port=local_cluster.free_port(), shared=Path(__file__))
+    with pytest.raises(preflight.SharedPathError, match="cannot be written here: File exists"):
+        preflight.ask_at_the_master(plan, 0, "127.0.0.1", 5)
 
 
 def test_without_ssh_hosts_meet_at_the_master_and_compare(tmp_path: Path) -> None:

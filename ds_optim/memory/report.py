@@ -238,7 +238,7 @@ def make_report(run: Run, baseline: Run | None = None, *, paper_tables: bool = F
         comparisons=[_comparison(each) for each in (run, baseline) if each and each.measured and each.predicted],
         timelines=[line for name, known in shown for line in _timeline(name, known)],
         state=[row for name, known in shown for row in _state(name, known)],
-        hosts=[row for name, known in shown for row in _hosts(name, known)],
+        hosts=[row for each, known in everything for row in _hosts(each.name, known)],
         paper=computed_tables() if paper_tables else [],
         provenance=provenance(sources),
         methods=methods(sources),
