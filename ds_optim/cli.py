@@ -2,7 +2,7 @@
 
 ``doctor``: what is installed, what resolves to what, what is refused. ``estimate``: what a training will hold and what
 every rank will do. ``claims``: the published savings, judged. ``report``: a page about recorded runs.
-``checkpoint``: convert, inspect, verify.
+``checkpoint``: convert, inspect, verify. ``batch-size``: measured by branching; advice from a noise scale.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ds_optim.batch_size.command import batch_size_app
 from ds_optim.checkpoint.command import checkpoint_app
 from ds_optim.json_file import read_object
 from ds_optim.memory.claims_command import claims
@@ -140,6 +141,7 @@ app.command()(estimate)
 app.command()(claims)
 app.command()(report)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(batch_size_app, name="batch-size")
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import settings
+import torch
 import torch.distributed as dist
 
 
@@ -27,11 +28,13 @@ class Start:
         steps: that were done.
         sequences: of the training text that these steps took, all ranks together.
         origin: what was loaded, for the log.
+        noise_scale: the saved averages of ``--noise-scale``, if there are any.
     """
 
     steps: int = 0
     sequences: int = 0
     origin: str = ""
+    noise_scale: Mapping[str, Any] | None = None
 
 
 def check(engine: Any, chosen: settings.Settings) -> None:
@@ -82,21 +85,13 @@ def resume(engine: Any, chosen: settings.Settings, plan: Mapping[str, Any], batc
     path = chosen.save if chosen.autoresume else chosen.resume
     assert path is not None
     asked = f"{'--autoresume from' if chosen.autoresume else '--resume'} {path}"
-    found: list[Any] = [_place(path) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)  # one answer, even if the ranks' views of a network disk differ
-    if found[0] is None:
+    found = _find(path)
+    if found is None:
         if chosen.autoresume:
             return Start()
         raise settings.SettingsError([f"{asked}: there is no checkpoint"])
-    directory, tag, is_deepspeeds = found[0]
-    if is_deepspeeds:
-        if chosen.fallback:
-            raise settings.SettingsError([f"{asked}: that is DeepSpeed's own form, which --fallback cannot check"])
-        loaded, state = engine.load_checkpoint(str(directory), tag=tag)
-        if loaded is None:
-            raise settings.SettingsError([f"{asked}: DeepSpeed found no checkpoint there"])
-    else:
-        state = _load_canonical(engine, directory, tag, chosen.fallback, asked)
+    state = _load(engine, *found, chosen.fallback, asked)
+    directory = found[0]
     _compare(state, plan, asked)
     steps = int(engine.global_steps)
     if steps >= chosen.steps and not chosen.autoresume:
@@ -104,7 +99,62 @@ def resume(engine: Any, chosen: settings.Settings, plan: Mapping[str, Any], batc
     origin = f"{directory}, {steps} steps done"
     if state.get("batch", batch) != batch:
         origin += f"; a step took {state['batch']} sequences and takes {batch} from here on"
-    return Start(steps, int(state.get("sequences", steps * batch)), origin)
+    return Start(steps, int(state.get("sequences", steps * batch)), origin, state.get("noise_scale"))
+
+
+def branch(engine: Any, chosen: settings.Settings, plan: Mapping[str, Any], batch: int) -> Start:
+    """Load what ``--branch`` names, and hold its learning rate times ``--lr-scale``. All ranks call it.
+
+    The rate goes from the saved one to the scaled one on a straight line over the ``--warmup`` share of the steps. The
+    number of steps is this run's own; the rest of the ``plan`` must be what was saved.
+
+    Raises:
+        SettingsError: nothing there, damaged, of another optimizer or text, or saved at a learning rate of zero.
+    """
+    assert chosen.branch is not None
+    asked = f"--branch {chosen.branch}"
+    found = _find(chosen.branch)
+    if found is None:
+        raise settings.SettingsError([f"{asked}: there is no checkpoint"])
+    state = _load(engine, *found, chosen.fallback, asked)
+    _compare(state, {option: here for option, here in plan.items() if option != "steps"}, asked)
+    groups = engine.basic_optimizer.param_groups
+    if not any(float(group["lr"]) for group in groups):
+        raise settings.SettingsError([f"{asked}: its learning rate is 0; take a checkpoint from before the end"])
+    for group in groups:
+        group["initial_lr"] = float(group["lr"])
+    warmup = round(chosen.warmup * chosen.steps)
+
+    def share(step: int) -> float:
+        return 1 + (chosen.lr_scale - 1) * (min(1.0, (step + 1) / warmup) if warmup else 1.0)
+
+    engine.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(engine.basic_optimizer, share)
+    steps = int(engine.global_steps)
+    origin = f"branched from {found[0]} after {steps} steps; learning rate x {chosen.lr_scale:g}"
+    return Start(steps, int(state.get("sequences", steps * batch)) + chosen.skip_sequences, origin)
+
+
+def _find(path: Path) -> tuple[Path, str | None, bool] | None:
+    """`_place`, with one answer for all ranks, even if their views of a network disk differ."""
+    found: list[Any] = [_place(path) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    place: tuple[Path, str | None, bool] | None = found[0]
+    return place
+
+
+def _load(
+    engine: Any, directory: Path, tag: str | None, is_deepspeeds: bool, fallback: bool, asked: str
+) -> Mapping[str, Any]:
+    """Load either form; the ``state`` that was saved with it."""
+    if not is_deepspeeds:
+        return _load_canonical(engine, directory, tag, fallback, asked)
+    if fallback:
+        raise settings.SettingsError([f"{asked}: that is DeepSpeed's own form, which --fallback cannot check"])
+    loaded, state = engine.load_checkpoint(str(directory), tag=tag)
+    if loaded is None:
+        raise settings.SettingsError([f"{asked}: DeepSpeed found no checkpoint there"])
+    found: Mapping[str, Any] = state
+    return found
 
 
 def _place(path: Path) -> tuple[Path, str | None, bool] | None:

@@ -130,8 +130,17 @@ class Progress:
         self.write(record)
         self._window.append(record)
         self._bar.update(self._task, completed=number, description=f"loss {loss:.3f}")
-        if number - 1 == self._first or number % self._log_every == 0 or number == self._steps:
+        if self.is_due(number):
             self._line()
+
+    def is_due(self, number: int) -> bool:
+        """Whether a step has a line of its own."""
+        return number - 1 == self._first or number % self._log_every == 0 or number == self._steps
+
+    def noise_scale(self, number: int, text: str, reading: dict[str, Any]) -> None:
+        """A reading of the gradient noise scale after a step: ``text`` for people, the rest for ``log.jsonl``."""
+        self.write({"step": number, "noise_scale": reading})
+        self.say(f"step {number:>{len(str(self._steps))}}/{self._steps}  {text}")
 
     def held_out(self, number: int, loss: float) -> None:
         self.write({"step": number, "held_out_loss": loss})

@@ -50,8 +50,14 @@ class Settings:
     keep: int | None
     resume: Path | None
     autoresume: bool
+    branch: Path | None
+    lr_scale: float
+    skip_sequences: int
     fallback: bool
     memory_report: Path | None
+    noise_scale: bool
+    noise_scale_by_role: bool
+    timeout: float
 
     @property
     def optimizer_name(self) -> str:
@@ -83,7 +89,7 @@ def read(arguments: Sequence[str] | None = None, world_size: int = 1) -> Setting
     deepspeed = _read_json(deepspeed_path, "DeepSpeed config", problems)
     model = _read_json(given.model, "model config", problems)
     if deepspeed is not None:
-        _apply(given, deepspeed, problems)
+        _apply(given, deepspeed, world_size, problems)
         _check_deepspeed(deepspeed, deepspeed_path, problems)
     if model is not None:
         _check_model(model, given, problems)
@@ -96,6 +102,8 @@ def read(arguments: Sequence[str] | None = None, world_size: int = 1) -> Setting
     if not 0 <= given.warmup < 1:
         problems.append(f"--warmup is {given.warmup}; it is the share of the steps, from 0 up to but not including 1")
     _check_checkpoints(given, problems)
+    if not given.timeout > 0:
+        problems.append(f"--timeout is {given.timeout}; it must be more than 0 seconds")
     if given.memory_report is not None and given.memory_report.exists() and not given.memory_report.is_dir():
         problems.append(f"--memory-report {given.memory_report}: that is a file; give a directory")
     steps = _steps(given, deepspeed, world_size, problems)
@@ -124,8 +132,14 @@ def read(arguments: Sequence[str] | None = None, world_size: int = 1) -> Setting
         keep=given.keep,
         resume=given.resume,
         autoresume=given.autoresume,
+        branch=given.branch,
+        lr_scale=given.lr_scale,
+        skip_sequences=given.skip_sequences,
         fallback=given.fallback,
         memory_report=given.memory_report,
+        noise_scale=given.noise_scale or given.noise_scale_by_role,
+        noise_scale_by_role=given.noise_scale_by_role,
+        timeout=given.timeout,
     )
 
 
@@ -159,6 +173,14 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--zero-stage", type=int, choices=STAGES, help="replaces the config's ZeRO stage")
     what.add_argument("--lr", type=float, help="replaces the config's learning rate")
     what.add_argument("--micro-batch", type=int, metavar="N", help="sequences per rank and backward pass")
+    size = what.add_mutually_exclusive_group()
+    size.add_argument("--accumulation", type=int, metavar="N", help="backward passes per step")
+    size.add_argument(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="sequences per step, all ranks together, in backward passes of at most the micro-batch",
+    )
     what.add_argument("--seq-length", type=int, default=128, metavar="N", help="tokens per sequence (128)")
     length = what.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=240, metavar="N", help="optimizer steps (240)")
@@ -190,6 +212,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="measure where the memory of the fourth step is, and write DIR/measured.json and DIR/report.html",
     )
+    watch.add_argument(
+        "--noise-scale",
+        action="store_true",
+        help="measure the gradient noise scale, which batch size to compare with, while training (docs/batch_size.md)",
+    )
+    watch.add_argument(
+        "--noise-scale-by-role", action="store_true", help="and that of attention, mlp, embedding ... by themselves"
+    )
 
     keep = parser.add_argument_group("saving and resuming (see docs/checkpoints.md)")
     keep.add_argument("--save", type=Path, metavar="DIR", help="save a checkpoint at the end, in DIR/global_stepN")
@@ -209,8 +239,33 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="continue from the --save directory if it holds a checkpoint: one command starts and restarts a run",
     )
+    again.add_argument(
+        "--branch",
+        type=Path,
+        metavar="DIR",
+        help="start from DIR's weights, optimizer state and place in the text, for --steps or --tokens at this run's "
+        "own batch and the learning rate that DIR was saved with (see docs/batch_size.md)",
+    )
+    keep.add_argument(
+        "--lr-scale",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of a --branch: its learning rate, as a multiple of the saved one; reached over --warmup (1)",
+    )
+    keep.add_argument(
+        "--skip-sequences", type=int, default=0, metavar="N", help="of a --branch: begin N sequences later (0)"
+    )
     keep.add_argument(
         "--fallback", action="store_true", help="if that checkpoint is damaged, take the newest whole one before it"
+    )
+    several = parser.add_argument_group("several hosts (see docs/multinode.md)")
+    several.add_argument(
+        "--timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds after which ranks that wait for a lost one give up; more than the slowest save (600)",
     )
     # The launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -227,8 +282,17 @@ def _check_checkpoints(given: argparse.Namespace, problems: list[str]) -> None:
         problems.append("--keep removes canonical checkpoints only, not those of --checkpoint-form deepspeed")
     if given.fallback and given.resume is None and not given.autoresume:
         problems.append("--fallback needs --resume DIR or --autoresume")
-    if given.resume is not None and not given.resume.is_dir():
-        problems.append(f"--resume {given.resume}: no such directory")
+    for option, directory in (("--resume", given.resume), ("--branch", given.branch)):
+        if directory is not None and not directory.is_dir():
+            problems.append(f"{option} {directory}: no such directory")
+    if given.branch is None and (given.lr_scale != 1.0 or given.skip_sequences != 0):
+        problems.append("--lr-scale and --skip-sequences need --branch DIR")
+    if given.branch is not None and given.save is not None:
+        problems.append("--branch only measures: its learning rate has no schedule to go on with; leave --save out")
+    if not given.lr_scale > 0 or math.isinf(given.lr_scale):
+        problems.append(f"--lr-scale is {given.lr_scale}; it must be more than 0")
+    if given.skip_sequences < 0:
+        problems.append(f"--skip-sequences is {given.skip_sequences}; it must be 0 or more")
 
 
 def _read_json(path: Path, what: str, problems: list[str]) -> dict[str, Any] | None:
@@ -245,7 +309,7 @@ def _read_json(path: Path, what: str, problems: list[str]) -> dict[str, Any] | N
     return None
 
 
-def _apply(given: argparse.Namespace, config: dict[str, Any], problems: list[str]) -> None:
+def _apply(given: argparse.Namespace, config: dict[str, Any], world_size: int, problems: list[str]) -> None:
     """The command line prevails over the file."""
     if given.optimizer is not None:
         donor = _read_json(CONFIGS / f"{given.optimizer}_zero2.json", "DeepSpeed config", problems) or {}
@@ -257,6 +321,27 @@ def _apply(given: argparse.Namespace, config: dict[str, Any], problems: list[str
     if given.micro_batch is not None:
         config["train_micro_batch_size_per_gpu"] = given.micro_batch
         config.pop("train_batch_size", None)  # DeepSpeed works it out from the micro-batch
+    if given.accumulation is not None:
+        config["gradient_accumulation_steps"] = given.accumulation
+        config.pop("train_batch_size", None)
+        if given.accumulation < 1:
+            problems.append(f"--accumulation is {given.accumulation}; it must be 1 or more")
+    if given.batch is not None:
+        _share_out(given.batch, config, world_size, problems)
+
+
+def _share_out(batch: int, config: dict[str, Any], world_size: int, problems: list[str]) -> None:
+    """Micro-batch and accumulation of a batch: the largest micro-batch that divides it and is no larger than asked."""
+    each, left = divmod(batch, world_size)
+    if each < 1 or left:
+        problems.append(f"--batch is {batch}; it must be a multiple of the {world_size} ranks")
+        return
+    largest = config.get("train_micro_batch_size_per_gpu")
+    if isinstance(largest, int) and largest >= 1:  # else reported as the micro-batch's fault
+        micro_batch = max(n for n in range(1, min(each, largest) + 1) if each % n == 0)
+        config["train_micro_batch_size_per_gpu"] = micro_batch
+        config["gradient_accumulation_steps"] = each // micro_batch
+        config.pop("train_batch_size", None)
 
 
 def _check_deepspeed(config: dict[str, Any], path: Path, problems: list[str]) -> None:

@@ -7,10 +7,12 @@ calls ``deepspeed.initialize`` with a config, and goes forward, backward, step. 
 moved, what share of the step the optimizer took, and how many bytes of optimizer state each rank holds.
 
 `settings` reads the command line, `corpus` the text, `progress` shows what happens, `checkpoints` saves and resumes,
-`state_table` counts the bytes of state, and `memory_report` measures all memory of one step if asked to.
+`state_table` counts the bytes of state; if asked to, `memory_report` measures all memory of one step, and `noise_watch`
+the gradient noise scale.
 """
 
 import contextlib
+import datetime
 import functools
 import math
 import os
@@ -19,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,10 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfigError
 from memory_report import MemoryReport
+from noise_watch import NoiseWatch
 from progress import OptimizerClock, Progress
 from state_table import ModelStates, StateMeter, figures, table
+from torch.nn.functional import cross_entropy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +77,9 @@ def run(chosen: settings.Settings) -> None:
     with contextlib.ExitStack() as ending, MemoryReport(chosen.memory_report, *about) as memory:
         engine, model = _engine(chosen)
         ending.callback(engine.destroy)
+        # From here on; hosts may start at very different times. DeepSpeed has a group of its own for gradients.
+        for group in (dist.group.WORLD, engine.data_parallel_group):
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=chosen.timeout), group)
         checkpoints.check(engine, chosen)
         memory.watch(engine)
         _train(chosen, engine, model, text, memory)
@@ -90,7 +97,10 @@ def _train(
     plan = {option: getattr(chosen, option) for option in ("steps", "seed", "seq_length")}
     plan["text"] = text.directory.name  # made of the text itself
     start = checkpoints.Start()
-    if chosen.resume or chosen.autoresume:
+    if chosen.branch:
+        start = checkpoints.branch(engine, chosen, plan, batch)
+        chosen = replace(chosen, steps=start.steps + chosen.steps)
+    elif chosen.resume or chosen.autoresume:
         start = checkpoints.resume(engine, chosen, plan, batch)
     first = start.steps
     if first >= chosen.steps:  # a restarted run that had reached its end
@@ -99,13 +109,14 @@ def _train(
         return
 
     def state_after(step: int) -> dict[str, Any]:
-        return {**plan, "batch": batch, "sequences": batches.taken(step)}
+        return {**plan, "batch": batch, "sequences": batches.taken(step), **noise.state()}
 
     clock = OptimizerClock(optimizer, get_accelerator().synchronize)
     meter = StateMeter(model, optimizer)
     windows = corpus.Windows(text.train, chosen.seq_length, chosen.seed)
     batches = Batches(windows, chosen, rank, ranks, engine.device, start)
     evaluation = HeldOut(corpus.Windows(text.held_out, chosen.seq_length, 0), chosen, rank, ranks, engine.device)
+    noise = NoiseWatch(engine, chosen, start.noise_scale)
 
     with Progress(rank == 0, first, chosen.steps, chosen.log_every, chosen.output) as progress:
         progress.say(_opening(chosen, model, text, batches, engine, start))
@@ -139,15 +150,16 @@ def _train(
             )
             memory.step_done()
             done = step + 1
+            noise.step_done(progress, done)
             if chosen.eval_every and done % chosen.eval_every == 0 and done < chosen.steps:
                 progress.held_out(done, evaluation.loss(engine))
             if chosen.save_every and done % chosen.save_every == 0 and done < chosen.steps:
                 checkpoints.save(engine, chosen, done, state_after(done))
-        after = evaluation.loss(engine)
-        progress.held_out(chosen.steps, after)
+        after = evaluation.losses(engine)
+        progress.held_out(chosen.steps, after.mean().item())
         if chosen.save:
             checkpoints.save(engine, chosen, chosen.steps, state_after(chosen.steps))
-    _close(progress, chosen, meter, before, after, shares)
+    _close(progress, chosen, meter, before, after, shares, chosen.steps - first, noise)
 
 
 # ----------------------------------------------------------------------------------------------------------- the parts
@@ -261,7 +273,7 @@ class Batches:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Mean loss per sequence over a fixed set of held-out sequences, shared out over the ranks."""
+    """Loss of a fixed set of held-out sequences, shared out over the ranks."""
 
     windows: corpus.Windows
     chosen: settings.Settings
@@ -269,17 +281,27 @@ class HeldOut:
     ranks: int
     device: torch.device | str
 
-    @torch.no_grad()
     def loss(self, engine: Any) -> float:
+        """The mean over the sequences."""
+        return self.losses(engine).mean().item()
+
+    @torch.no_grad()
+    def losses(self, engine: Any) -> torch.Tensor:
+        """Of each sequence, float32 on every rank: which they are and their order do not follow from the batch."""
         # The same number on every rank: under ZeRO-3 each forward pass is a collective call.
         each = max(1, min(self.chosen.eval_sequences, len(self.windows)) // self.ranks)
         own = torch.from_numpy(self.windows.global_batch(0, each * self.ranks))[self.rank :: self.ranks]
         engine.eval()
-        total = torch.zeros((), device=self.device)
+        found = []
         for ids in own.to(self.device).split(self.chosen.micro_batch):
-            total += engine(input_ids=ids, labels=ids).loss.float() * len(ids)
+            logits = engine(input_ids=ids).logits[:, :-1].float()
+            tokens = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            found.append(tokens.view(len(ids), -1).mean(dim=1))
         engine.train()
-        return _mean_over_ranks(total / each)
+        mine = torch.cat(found)
+        everyones = [torch.empty_like(mine) for _ in range(self.ranks)]
+        dist.all_gather(everyones, mine)
+        return torch.stack(everyones, dim=1).flatten()
 
 
 def _mean_over_ranks(value: torch.Tensor) -> float:
@@ -316,16 +338,21 @@ def _close(
     chosen: settings.Settings,
     meter: StateMeter,
     before: float,
-    after: float,
+    after_each: torch.Tensor,
     shares: list[float],
+    steps: int,
+    noise: NoiseWatch,
 ) -> None:
     """The last lines: loss, the optimizer's share, and the table."""
+    after, ranks = after_each.mean().item(), dist.get_world_size()
     everyone: list[ModelStates | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, meter.read())
     states = [each for each in everyone if each is not None]
     share = statistics.median(shares) if shares else math.nan
+    # torch's exp says inf where math's raises: a run that diverged still ends with its summary.
+    perplexity = torch.tensor([before, after], dtype=torch.float64).exp().tolist()
     progress.say(
-        f"\nheld-out loss {before:.4f} -> {after:.4f} (perplexity {math.exp(before):,.0f} -> {math.exp(after):,.1f})"
+        f"\nheld-out loss {before:.4f} -> {after:.4f} (perplexity {perplexity[0]:,.0f} -> {perplexity[1]:,.1f})"
     )
     progress.say(f"optimizer step: {100 * share:.2f} % of the training step (median, without the first step)\n")
     progress.console.print(table(chosen.optimizer_name, states))
@@ -334,8 +361,16 @@ def _close(
             "optimizer": chosen.deepspeed["optimizer"],
             "held_out_loss_before": before,
             "held_out_loss_after": after,
+            "held_out_losses_after": after_each.tolist(),
+            "steps": steps,
+            "batch": chosen.micro_batch * chosen.accumulation * ranks,
+            "micro_batch": chosen.micro_batch,
+            "accumulation": chosen.accumulation,
+            "ranks": ranks,
+            "seq_length": chosen.seq_length,
             "optimizer_share": share,
             "bytes_per_rank": figures(states),
+            **noise.summary(),
         }
     )
 

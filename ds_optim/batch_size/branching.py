@@ -1,0 +1,400 @@
+"""The critical batch size, measured: branch from one checkpoint at several batch sizes and compare where they end.
+
+Merrill et al. (2505.23971): every branch starts from the same weights and optimizer state, has its learning rate scaled
+by the optimizer's rule, and sees the same number of tokens. The critical batch is the largest whose held-out loss is
+still within a tolerance of the baseline's. No estimate of any noise is involved.
+
+A branch is a process: the user's own training command, to which this adds
+
+    --branch CHECKPOINT --batch B --steps N --lr-scale S --output DIRECTORY    [--skip-sequences N] [--noise-scale]
+
+and which must leave ``DIRECTORY/summary.json`` with ``held_out_loss_after`` (and, for a standard error,
+``held_out_losses_after``: one loss per held-out sequence). ``launcher/train.py`` does. A finished branch is one file,
+written when it ends, and is not run again; an interrupted one begins anew. This module plans and runs the branches,
+`ds_optim.batch_size.verdict` judges them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_optim.batch_size.learning_rate import Rule, rule_of, scale
+from ds_optim.checkpoint.directory import LATEST, MANIFEST, OBJECTS, folder_of, read_about, write_text
+from ds_optim.json_file import read_object
+
+FINISHED = "finished.json"
+CONSOLE = "console.txt"
+DIVERGED = "it diverged"
+_OURS = ("--branch", "--batch", "--steps", "--tokens", "--lr-scale", "--output", "--skip-sequences", "--noise-scale")
+_ROUNDED_BY = 0.05  # how far the budget may move so that it is a whole number of steps at every batch
+
+
+class BranchingError(ValueError):
+    """The measurement cannot begin; the message lists every reason."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(f"- {problem}" for problem in problems))
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where the branches start.
+
+    Attributes:
+        folder: of the one checkpoint.
+        identity: changes when its content does.
+        optimizer: class name; None if it does not say.
+        batch: sequences per step of the run that saved it; None if it does not say.
+        seq_length: tokens per sequence of that run; None if it does not say.
+    """
+
+    folder: Path
+    identity: str
+    optimizer: str | None = None
+    batch: int | None = None
+    seq_length: int | None = None
+
+    @classmethod
+    def read(cls, directory: Path) -> Checkpoint:
+        """Read a directory of checkpoints (the newest of it) or one checkpoint's folder.
+
+        The canonical form says what optimizer and, if ``launcher/train.py`` saved it, what batch it was; that part of
+        it is pickled, so branch only from what you trust. DeepSpeed's own form is taken by its path.
+
+        Raises:
+            BranchingError: there is no checkpoint.
+        """
+        folder = directory
+        if (directory / LATEST).is_file():
+            folder = folder_of(directory, (directory / LATEST).read_text(encoding="utf-8").strip())
+        folder = folder.resolve()
+        if not (folder / MANIFEST).is_file():
+            if not any(folder.glob("*_model_states.pt")):
+                raise BranchingError([f"there is no checkpoint in {directory}"])
+            return cls(folder, str(folder))
+        import torch
+
+        identity = read_object(folder / MANIFEST).get("sha256", str(folder))
+        state = torch.load(folder / OBJECTS, map_location="cpu", weights_only=False)["client_state"]
+        known = state if isinstance(state, Mapping) else {}
+        return cls(folder, identity, read_about(folder)["optimizer"], known.get("batch"), known.get("seq_length"))
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One run: ``steps`` of ``batch`` sequences, the checkpoint's learning rate times ``lr_scale``.
+
+    A repeat reads the next stretch of the text, after ``skip_sequences``.
+    """
+
+    batch: int
+    repeat: int
+    steps: int
+    lr_scale: float
+    skip_sequences: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"batch_{self.batch}" + (f"_repeat_{self.repeat}" if self.repeat else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """What is measured: see `plan`."""
+
+    checkpoint: Checkpoint
+    command: tuple[str, ...]
+    output: Path
+    baseline: int
+    seq_length: int
+    rule: Rule
+    noise_scale: bool
+    branches: tuple[Branch, ...]
+
+    @property
+    def batches(self) -> list[int]:
+        """In ascending order."""
+        return sorted({branch.batch for branch in self.branches})
+
+    def tokens(self, branch: Branch) -> int:
+        """That the branch sees."""
+        return branch.steps * branch.batch * self.seq_length
+
+    def measures_noise(self, branch: Branch) -> bool:
+        """Whether the branch also estimates the noise scale: the baseline's first run does."""
+        return self.noise_scale and branch.batch == self.baseline and not branch.repeat
+
+    def arguments(self, branch: Branch) -> list[str]:
+        """The whole command of a branch."""
+        added: dict[str, Any] = {
+            "--branch": self.checkpoint.folder,
+            "--batch": branch.batch,
+            "--steps": branch.steps,
+            "--lr-scale": repr(branch.lr_scale),
+            "--output": (self.output / branch.name).resolve(),
+        }
+        if branch.skip_sequences:
+            added["--skip-sequences"] = branch.skip_sequences
+        options = [str(part) for pair in added.items() for part in pair]
+        return [*self.command, *options, *(["--noise-scale"] if self.measures_noise(branch) else [])]
+
+    def setting(self, branch: Branch) -> dict[str, Any]:
+        """What must be the same for a finished branch to count."""
+        return {
+            "checkpoint": self.checkpoint.identity,
+            "command": list(self.command),
+            "steps": branch.steps,
+            "learning-rate scale": branch.lr_scale,
+            "skipped sequences": branch.skip_sequences,
+            "tokens per sequence": self.seq_length,
+            "noise scale": self.measures_noise(branch),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a branch ended.
+
+    Attributes:
+        loss: held-out loss, mean over the sequences; NaN if it diverged or failed.
+        losses: of each held-out sequence; empty if the command does not say.
+        failure: why there is no loss; empty if there is one.
+        seconds: that it took.
+        summary: what the command wrote.
+    """
+
+    branch: Branch
+    loss: float
+    losses: tuple[float, ...]
+    failure: str
+    seconds: float
+    summary: Mapping[str, Any]
+
+
+def plan(
+    checkpoint: Checkpoint,
+    command: Sequence[str],
+    output: Path,
+    batches: Sequence[int],
+    tokens: float,
+    *,
+    baseline: int | None = None,
+    seq_length: int | None = None,
+    rule: Rule | None = None,
+    repeats: int = 1,
+    noise_scale: bool = True,
+) -> Study:
+    """The branches, smallest batch first, the baseline before all.
+
+    Args:
+        checkpoint: where they start.
+        command: the training command.
+        output: a folder for the branches.
+        batches: sequences per step, each a branch.
+        tokens: for every branch, rounded to whole steps: to the same number for all of them if that moves it by 5 % at
+            most, else each to its own nearest.
+        baseline: the batch that the others are held against (the checkpoint's own, or the first of ``batches``).
+        seq_length: tokens per sequence (the checkpoint's).
+        rule: of the learning rate (the optimizer's).
+        repeats: of every branch, each on the next stretch of the text.
+        noise_scale: whether the baseline is asked for its estimate too.
+
+    Raises:
+        BranchingError: every reason why these branches cannot be run, or are not those that are finished in ``output``.
+    """
+    problems = []
+    sizes = sorted(set(batches))
+    if len(sizes) < 2 or sizes[0] < 1:
+        problems.append(f"--batches is {', '.join(map(str, batches))}; two or more different sizes are needed")
+    if baseline is None:
+        baseline = checkpoint.batch if checkpoint.batch in sizes else batches[0] if batches else 0
+    elif baseline not in sizes:
+        problems.append(f"--baseline is {baseline}, which is not among --batches")
+    if baseline == sizes[-1] and len(sizes) > 1:
+        problems.append(f"the baseline, {baseline}, is the largest of --batches: add larger ones, or say --baseline")
+    if seq_length is not None and checkpoint.seq_length not in (None, seq_length):
+        problems.append(f"--seq-length is {seq_length} and the checkpoint's run had {checkpoint.seq_length}")
+    seq_length = seq_length or checkpoint.seq_length
+    if seq_length is None:
+        problems.append("the checkpoint does not say how long its sequences are: give --seq-length")
+    if rule is None:
+        try:
+            rule = rule_of(checkpoint.optimizer or "an optimizer that the checkpoint does not name")
+        except ValueError as error:
+            problems.append(str(error))
+    if repeats < 1:
+        problems.append(f"--repeats is {repeats}; it must be 1 or more")
+    if not command:
+        problems.append("no training command is given: put it after --")
+    ours = sorted({word.split("=")[0] for word in command} & set(_OURS))
+    if ours:
+        problems.append(f"the training command has {', '.join(ours)}: leave that out, each branch gets its own")
+    if seq_length and not tokens >= sizes[-1] * seq_length:
+        problems.append(f"--tokens is {tokens:g}; one step of {sizes[-1]} sequences takes {sizes[-1] * seq_length:,}")
+    if problems:
+        raise BranchingError(problems)
+    assert seq_length is not None
+    assert rule is not None
+    steps = _steps(sizes, tokens / seq_length)
+    longest = max(size * steps[size] for size in sizes)
+    at = checkpoint.batch or baseline  # the batch that the checkpoint's learning rate was meant for
+    branches = [
+        Branch(size, repeat, steps[size], scale(rule, size / at), repeat * longest)
+        for repeat in range(repeats)
+        for size in [baseline, *(size for size in sizes if size != baseline)]
+    ]
+    study = Study(checkpoint, tuple(command), output, baseline, seq_length, rule, noise_scale, tuple(branches))
+    changed = [problem for branch in branches for problem in _changes(study, branch)]
+    if changed:
+        raise BranchingError([*changed, "what is finished was measured otherwise: give another --output"])
+    return study
+
+
+def finished(study: Study, branch: Branch) -> Outcome | None:
+    """The outcome that an earlier run of this study left; None if the branch is still to be run."""
+    path = study.output / branch.name / FINISHED
+    if not path.is_file():
+        return None
+    content = read_object(path)
+    return _outcome(branch, content["summary"], content["seconds"])
+
+
+def run(study: Study, branch: Branch, watch: Callable[[int], object] = lambda _: None) -> Outcome:
+    """Run one branch to its end, whatever that is; a failure is an outcome.
+
+    Args:
+        study: that it belongs to.
+        branch: which is not finished; what an interrupted run of it left is removed.
+        watch: called every second or so with the tokens seen so far.
+    """
+    folder = study.output / branch.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    started = time.monotonic()
+    with open(folder / CONSOLE, "wb") as console:
+        try:
+            # A process group of its own: if this process is stopped, everything that the command started is.
+            process = subprocess.Popen(
+                study.arguments(branch), stdout=console, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        except OSError as error:
+            return Outcome(branch, math.nan, (), f"it cannot be started: {error}", 0.0, {})
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                watch(_tokens_seen(folder))
+        finally:
+            if process.poll() is None:
+                _stop(process)
+    seconds = round(time.monotonic() - started, 1)
+    failure, summary = _read_summary(folder, branch, process.returncode)
+    if failure:
+        return Outcome(branch, math.nan, (), f"{failure} (see {folder / CONSOLE})", seconds, summary)
+    content = {"setting": study.setting(branch), "seconds": seconds, "summary": summary}
+    making = folder / f"{FINISHED}.writing"
+    write_text(making, json.dumps(content, indent=1) + "\n")
+    making.rename(folder / FINISHED)
+    return _outcome(branch, summary, seconds)
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+
+def _steps(sizes: Sequence[int], sequences: float) -> dict[int, int]:
+    """Steps at every batch size for a budget of sequences."""
+    whole = math.lcm(*sizes)
+    budget = round(sequences / whole) * whole
+    if abs(budget - sequences) > _ROUNDED_BY * sequences:
+        return {size: max(1, round(sequences / size)) for size in sizes}
+    return {size: budget // size for size in sizes}
+
+
+def _changes(study: Study, branch: Branch) -> list[str]:
+    """How a finished branch differs from what would be run now."""
+    path = study.output / branch.name / FINISHED
+    if not path.is_file():
+        return []
+    try:
+        before = read_object(path)["setting"]
+    except (ValueError, KeyError):
+        return [f"{path} cannot be read: remove {path.parent}"]
+    return [
+        f"{path.parent}: {key} was {_shown(before.get(key))} and is now {_shown(now)}"
+        for key, now in study.setting(branch).items()
+        if before.get(key) != now
+    ]
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def _read_summary(folder: Path, branch: Branch, status: int) -> tuple[str, dict[str, Any]]:
+    """What went wrong, if anything did, and what the command wrote."""
+    if status != 0:
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        return f"{how}: {_last_line(folder / CONSOLE)}", {}
+    try:
+        summary = read_object(folder / "summary.json")
+        float(summary["held_out_loss_after"])
+    except (OSError, ValueError) as error:
+        return f"the command ended well but left no summary: {error}", {}
+    except (KeyError, TypeError):
+        return "summary.json has no number for held_out_loss_after", {}
+    if summary.get("batch", branch.batch) != branch.batch:
+        return f"summary.json says that the batch was {summary['batch']}", summary
+    return "", summary
+
+
+def _outcome(branch: Branch, summary: Mapping[str, Any], seconds: float) -> Outcome:
+    loss = float(summary["held_out_loss_after"])
+    if not math.isfinite(loss):
+        return Outcome(branch, math.nan, (), DIVERGED, seconds, summary)
+    return Outcome(branch, loss, tuple(summary.get("held_out_losses_after", ())), "", seconds, summary)
+
+
+def _last_line(path: Path) -> str:
+    """What the command said last, or its last error; without the log lines that DeepSpeed's launcher adds."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    own = [line for line in lines if not re.match(r"\[\d{4}-\d\d-\d\d", line)]
+    errors = [line for line in own if re.match(r"[\w.]*Error\b", line.removeprefix("[rank0]: "))]
+    return (errors or own or lines or ["it said nothing"])[-1].removeprefix("- ")[:300]
+
+
+def _tokens_seen(folder: Path) -> int:
+    """From the log that ``launcher/train.py`` writes; 0 of another command."""
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        return 0
+    seen = 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            seen += int(json.loads(line).get("tokens", 0))
+        except (ValueError, AttributeError):  # a line that is being written
+            continue
+    return seen
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the command and what it started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=10)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        return

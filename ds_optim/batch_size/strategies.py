@@ -1,0 +1,282 @@
+"""Where each strategy has the averaged gradient of a whole batch: after the reduction, before clipping.
+
+A DeepSpeed wrapper has it in ``step()``, in flat partitions, right before it unscales and clips them; its own methods
+are wrapped there (of this engine, not of DeepSpeed's classes). `sharding.zero` says which elements of a partition are
+which parameter's, and which are padding or left over from an earlier step. torch's own strategies have it in ``.grad``
+when a backward pass has ended, and a user may clip right after that: it is measured in a callback of the autograd
+engine, queued behind DDP's and FSDP2's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import wrapt
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ds_optim.roles import canonical_name
+from ds_optim.sharding.binding import Binding, BoundTensor
+from ds_optim.sharding.dtensor import group_of
+from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.sharding.layout import Replicated
+
+Piece = tuple[str, Tensor, float]
+"""Parameter's name, elements of its averaged gradient, and the share of their squares that this rank contributes."""
+
+
+class NoiseScaleError(ValueError):
+    """The noise scale cannot be measured like this; the same on every rank."""
+
+
+class Strategy(Protocol):
+    """What `NoiseScale` asks of a strategy.
+
+    Attributes:
+        module: the model; its forward passes are counted.
+        parameters: what is trained, by canonical name; tied weights once.
+        group: the ranks whose micro-batches are averaged; None for one process.
+    """
+
+    module: nn.Module
+    parameters: dict[str, Tensor]
+    group: dist.ProcessGroup | None
+
+    def loss_scale(self) -> float:
+        """What the loss of the present step is multiplied by."""
+
+    def starts_anew(self) -> bool:
+        """Whether the gradients of this step that arrived so far were dropped: it was skipped, or they were zeroed."""
+
+    def gradient_arrives(self) -> None:
+        """Told of every gradient in a backward pass, before it is accumulated."""
+
+    def detach(self) -> None:
+        """Leave everything as it was."""
+
+
+Measure = Callable[[int, Iterator[Piece]], None]
+"""Takes a part of the averaged gradient, by number; measured again, it counts as it was last."""
+
+
+class EngineStrategy:
+    """A DeepSpeed engine at ZeRO 0, 1, 2 or 3.
+
+    Args:
+        engine: a `deepspeed.DeepSpeedEngine` with an optimizer, anybody's.
+        measure: takes the pieces of one partition's gradient, before they are clipped.
+        finish: called when all of a step were measured.
+
+    Raises:
+        NoiseScaleError: expert, tensor, sequence or pipeline parallelism; a wrapper that is not known.
+    """
+
+    def __init__(self, engine: Any, measure: Measure, finish: Callable[[], None]) -> None:
+        self._engine, self._measure, self._finish = engine, measure, finish
+        self._wrapper = engine.optimizer
+        self._binding = self._read()
+        self._step = int(engine.global_steps)
+        self._seen: set[Tensor] = set()  # in this step
+        self._undo: list[Callable[[], None]] = []
+        self._wrap()
+        self.module: nn.Module = engine.module
+        self.parameters = trained(engine.module)
+        self.group: dist.ProcessGroup | None = engine.data_parallel_group
+
+    def loss_scale(self) -> float:
+        # Without ZeRO DeepSpeed's step() divides by a scale that it never applied to the loss.
+        scaled = self._engine.fp16_enabled() and self._engine.zero_optimization_stage() > 0
+        return float(self._wrapper.loss_scale) if scaled else 1.0
+
+    def starts_anew(self) -> bool:
+        if self._engine.global_steps == self._step:
+            return False
+        self._step = int(self._engine.global_steps)
+        self._seen.clear()
+        return True
+
+    def gradient_arrives(self) -> None:
+        pass
+
+    def detach(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+
+    def _read(self) -> Binding:
+        engine = self._engine
+        problems = [
+            f"{name} is {getattr(engine, name)}: a rank's gradient is not one of whole sequences"
+            for name in ("mp_world_size", "sequence_parallel_size")
+            if getattr(engine, name, 1) > 1
+        ]
+        if self._wrapper is None:
+            problems.append("the engine has no optimizer")
+        if engine.has_moe_layers:
+            problems.append("experts under DeepSpeed's expert parallelism each have a batch of their own")
+        if engine.pipeline_parallelism:
+            problems.append("a pipeline stage holds only a part of the model")
+        if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+            problems.append("torch_autocast with float16 and without ZeRO: use bfloat16")
+        binding = Binding({})
+        if not problems:
+            from ds_optim.sharding import zero
+
+            binding = zero.read(engine)
+            problems += binding.problems
+        everyones = dict.fromkeys(reason for found in from_all_ranks(problems) for reason in found)
+        if everyones:
+            raise NoiseScaleError(f"the noise scale is for data parallelism and ZeRO: {'; '.join(everyones)}")
+        return binding
+
+    def _wrap(self) -> None:
+        """Methods that run between reduction and clipping; without ZeRO in fp32 the last moment is the step itself."""
+        wrapper = self._wrapper
+        if wrapper is self._engine.basic_optimizer:
+            self._before(self._engine, "clip_fp32_gradients")
+            self._undo.append(wrapper.register_step_pre_hook(lambda *_: self._before_step()).remove)
+        elif hasattr(wrapper, "unscale_and_clip_grads"):
+            self._before(wrapper, "unscale_and_clip_grads")
+        else:
+            self._before(wrapper, "get_grads_for_norm")
+
+    def _before(self, owner: Any, method: str) -> None:
+        def measured(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+            self._measure_new()
+            return wrapped(*args, **kwargs)
+
+        setattr(owner, method, wrapt.FunctionWrapper(getattr(owner, method), measured))
+        self._undo.append(lambda: delattr(owner, method))
+
+    def _before_step(self) -> None:
+        self._measure_new()
+        if len(self._seen) < len(self._binding.tensors):  # some have no gradient
+            self._finish()
+
+    def _measure_new(self) -> None:
+        """DeepSpeed prepares its partitions one after the other, or all at once."""
+        if len(self._seen) == len(self._binding.tensors):
+            return
+        for part, (tensor, bound) in enumerate(self._binding.tensors.items()):
+            gradient = self._gradients().get(tensor, tensor.grad)
+            if tensor not in self._seen and gradient is not None:
+                self._seen.add(tensor)
+                self._measure(part, _pieces(bound, gradient.reshape(-1)))
+        if len(self._seen) == len(self._binding.tensors):
+            self._finish()
+
+    def _gradients(self) -> dict[Tensor, Tensor]:
+        """BF16_Optimizer's, which it puts into ``.grad`` after clipping only."""
+        gradients = getattr(self._wrapper, "fp32_groups_gradient_flat_partition", ())
+        return dict(zip(self._wrapper.fp32_groups_flat_partition, gradients, strict=True)) if gradients else {}
+
+
+def _pieces(bound: BoundTensor, gradient: Tensor) -> Iterator[Piece]:
+    """The gradient of one partition without padding, and without what is left over from an earlier step."""
+    is_replicated = isinstance(bound.layout, Replicated)
+    share = 1 / bound.layout.world_size if is_replicated else 1.0
+    for fragment in bound.layout.fragments(bound.rank):
+        name = bound.layout.parameters[fragment.parameter].name
+        values = gradient.narrow(0, fragment.offset, fragment.numel)
+        try:
+            is_used = bound.used is None or bound.used(name)
+        except RuntimeError:  # DeepSpeed added it to an older gradient: the step cannot be measured
+            is_used, values = True, gradient.new_full((), math.nan)
+        if is_used:
+            yield name, values, share
+
+
+class TorchStrategy:
+    """A model on one device, under DDP, or under FSDP2 or HSDP.
+
+    Args:
+        module: the model as it is called in the training loop.
+        optimizer: whose ``step()`` ends a batch.
+        measure: takes the pieces of all gradients whenever a backward pass has ended; the last time counts.
+        finish: called before the optimizer's step.
+
+    Raises:
+        NoiseScaleError: FSDP1, tensor parallelism, parameters on several meshes or that DDP ignores.
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, measure: Measure, finish: Callable[[], None]
+    ) -> None:
+        self._measure = measure
+        self.module, self.parameters = module, trained(module)
+        self._ddp = module if isinstance(module, DistributedDataParallel) else None
+        self._task = -1  # of the autograd engine
+        self._meshes = list({p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)})
+        problems = list(self._problems())
+        if problems:
+            raise NoiseScaleError(f"the noise scale is for data parallelism, FSDP2 and HSDP: {'; '.join(problems)}")
+        self.group: dist.ProcessGroup | None = None
+        if self._meshes:
+            self.group = group_of(self._meshes[0])
+        elif self._ddp is not None:
+            self.group = self._ddp.process_group
+        self._hook = optimizer.register_step_pre_hook(lambda *_: finish())
+        self._has_gradient = False
+
+    def loss_scale(self) -> float:
+        return 1.0
+
+    def starts_anew(self) -> bool:
+        """Under FSDP2 a gradient may be waiting in an unsharded parameter: nothing can be said there."""
+        if not self._has_gradient or self._meshes:
+            return False
+        self._has_gradient = any(parameter.grad is not None for parameter in self.parameters.values())
+        return not self._has_gradient
+
+    def gradient_arrives(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            # Callbacks run in the order in which they were queued; DDP queues its own in the course of the pass.
+            _when_backward_ends(lambda: _when_backward_ends(self._backward_ended))
+
+    def detach(self) -> None:
+        self._hook.remove()
+
+    def _backward_ended(self) -> None:
+        self._has_gradient = True
+        if self._ddp is None or self._ddp.require_backward_grad_sync:
+            with torch.no_grad():
+                self._measure(0, self._pieces())
+
+    def _pieces(self) -> Iterator[Piece]:
+        for name, parameter in self.parameters.items():
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                mesh = zip(gradient.device_mesh.shape, gradient.placements, strict=True)
+                yield name, gradient.to_local(), 1 / math.prod(size for size, one in mesh if one.is_replicate())
+            elif gradient is not None:
+                yield name, gradient, 1.0 if self.group is None else 1 / dist.get_world_size(self.group)
+
+    def _problems(self) -> Iterator[str]:
+        if len(self._meshes) > 1:
+            yield "the parameters lie on several meshes"
+        for name, parameter in self.parameters.items():
+            if getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False):
+                yield f"{name} was flattened by FSDP1: use torch.distributed.fsdp.fully_shard"
+            elif not isinstance(parameter, DTensor):
+                if self._meshes:
+                    yield f"{name} is not sharded, others are: wrap the whole model in fully_shard"
+            elif any(not one.is_replicate() for one in parameter.placements[:-1]):
+                yield f"{name} lies as {parameter.placements}: tensor parallelism"
+        if self._ddp is not None and self._ddp.parameters_to_ignore:
+            yield f"DDP does not average {', '.join(sorted(self._ddp.parameters_to_ignore))}"
+
+
+def trained(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that get a gradient, by canonical name; tied weights once."""
+    return {canonical_name(name): p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def _when_backward_ends(action: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(action)
