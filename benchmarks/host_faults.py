@@ -235,7 +235,9 @@ def _ranks_on(host: Host) -> list[object]:
 
 
 def kill_a_rank(cluster: LocalCluster) -> None:
-    max(cluster.hosts[1].processes("train.py"), key=lambda process: process.pid).kill()
+    # The launchers' command lines begin with -m; what a rank has forked is younger than itself.
+    ranks = [one for one in cluster.hosts[1].processes("train.py") if one.cmdline()[1:2] == ["-u"]]
+    min((one for one in ranks if "-m" not in one.cmdline()[:4]), key=lambda one: one.create_time()).kill()
 
 
 def lose_a_host(cluster: LocalCluster) -> None:

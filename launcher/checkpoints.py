@@ -99,7 +99,7 @@ def resume(engine: Any, chosen: settings.Settings, plan: Mapping[str, Any], batc
     origin = f"{directory}, {steps} steps done"
     if state.get("batch", batch) != batch:
         origin += f"; a step took {state['batch']} sequences and takes {batch} from here on"
-    return Start(steps, int(state.get("sequences", steps * batch)), origin, state.get("noise_scale"))
+    return Start(steps, _sequences(state, steps, batch), origin, state.get("noise_scale"))
 
 
 def branch(engine: Any, chosen: settings.Settings, plan: Mapping[str, Any], batch: int) -> Start:
@@ -131,7 +131,12 @@ def branch(engine: Any, chosen: settings.Settings, plan: Mapping[str, Any], batc
     engine.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(engine.basic_optimizer, share)
     steps = int(engine.global_steps)
     origin = f"branched from {found[0]} after {steps} steps; learning rate x {chosen.lr_scale:g}"
-    return Start(steps, int(state.get("sequences", steps * batch)) + chosen.skip_sequences, origin)
+    return Start(steps, _sequences(state, steps, batch) + chosen.skip_sequences, origin)
+
+
+def _sequences(state: Mapping[str, Any], steps: int, batch: int) -> int:
+    """Of the text that were taken; another script's checkpoint may not say so."""
+    return int(state.get("sequences", steps * state.get("batch", batch)))
 
 
 def _find(path: Path) -> tuple[Path, str | None, bool] | None:

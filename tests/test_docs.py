@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 LISTED = "bash tests/run.sh --collect-only -q tests/test_integrations.py"
+BATCH_SIZE_TESTS = "bash tests/run.sh --collect-only -q tests/test_batch_size.py tests/test_noise_scale.py"
 
 # Commands whose full length belongs elsewhere: what is run in their place, and why that is enough.
 INSTEAD = {
@@ -44,6 +45,17 @@ INSTEAD = {
     "--preflight-only launcher/train.py --steps 20",
     "python launcher/local_cluster.py loopback --hosts 2 -- launcher/train.py "
     "--steps 20": "python launcher/local_cluster.py loopback --help",
+    # tests/test_batch_size.py and tests/test_noise_scale.py run the same on a tiny model.
+    "deepspeed --num_gpus 2 launcher/train.py --optimizer adan --noise-scale --output runs/mine": BATCH_SIZE_TESTS,
+    "deepspeed --num_gpus 2 launcher/train.py --optimizer lion --tokens 4e6 --save runs/base "
+    "--save-every 500": BATCH_SIZE_TESTS,
+    "ds-optim batch-size measure --checkpoint runs/base/global_step500 --batches 8,16,32,64,128 --tokens 4e5 "
+    "--output runs/critical -- deepspeed --num_gpus 2 launcher/train.py --optimizer lion "
+    "--micro-batch 8": "ds-optim batch-size measure --help",
+    # tests/test_batch_size.py runs it for a small device; finding what fits takes a minute.
+    "ds-optim batch-size advise --batch 64 --noise-scale 213 --ranks 2 --micro-batch 4 --seq-length 128 "
+    "--model configs/models/llama_60m.json --deepspeed configs/adamw_zero2.json "
+    "--device-memory 8GB": "ds-optim batch-size advise --help",
     # It is what runs this.
     "bash tests/run.sh": "bash tests/run.sh --collect-only -q tests/test_docs.py",
 }
@@ -98,7 +110,7 @@ def test_a_bash_block_runs(block: Block) -> None:
     for line in block.text.replace("\\\n", " ").splitlines():
         command = line.split("#")[0].strip()
         if command:
-            run(["bash", "-c", INSTEAD.get(command, command)], ROOT)
+            run(["bash", "-c", INSTEAD.get(" ".join(command.split()), command)], ROOT)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=str)

@@ -46,7 +46,7 @@ def gaussian(small: int, parts: int, updates: int, seed: int, *, runs: int = 1, 
 
 @pytest.mark.parametrize(("small", "parts"), [(2, 16), (8, 4)])
 def test_the_gaussian_vector_is_found(small: int, parts: int, seed: int) -> None:
-    [reading] = gaussian(small, parts, 6000, seed, beta=0.9999)
+    [reading] = gaussian(small, parts, 12_000, seed, beta=0.9999)  # a standard error of 1.5 %
     assert reading.ready
     assert reading.sequences == pytest.approx(TRUE, rel=0.05)
     assert reading.tokens == pytest.approx(128 * reading.sequences)
@@ -73,7 +73,7 @@ def test_a_reading_is_not_ready_until_it_says_something(seed: int) -> None:
     [few] = gaussian(8, 8, 30, seed)
     assert (few.ready, few.sequences, few.interval, few.why) == (False, None, None, "30 of 50 updates")
     noisy = gaussian(2, 2, 60, seed, runs=50)
-    assert sum(reading.ready for reading in noisy) <= 2  # 50 luckless draws of |G|² = 1 with a deviation of 1.7
+    assert sum(reading.ready for reading in noisy) <= 5  # lucky draws of |G|² = 1 with a deviation of 1.7: 1 or 2 in 50
     whys = {reading.why for reading in noisy if not reading.ready and "still wide" not in reading.why}
     assert whys == {"the average of |G|² is not positive yet", "|G|² cannot be told from zero yet"}
     assert all("not positive" in reading.why for reading in noisy if (reading.gradient_sq or 0) <= 0)
@@ -475,6 +475,37 @@ def test_one_micro_batch_on_one_rank_is_refused() -> None:
     noise.detach()
 
 
+def test_the_same_sequences_everywhere_are_never_ready() -> None:
+    torch.manual_seed(0)
+    model = Words()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with NoiseScale(model, optimizer=optimizer, micro_batch_size=4) as noise:
+        for _ in range(60):
+            inputs = torch.randn(4, 8)
+            for _ in range(2):
+                model(inputs).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    reading = noise.read()
+    assert not reading.ready
+    assert "read the same sequences" in reading.why
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({}, "second.bias, second.weight: trained, but not the optimizer's"), ({"beta": 1.0}, "beta is 1.0")],
+)
+def test_training_goes_on_after_a_refusal(options: dict[str, Any], words: str) -> None:
+    model = Words()
+    optimizer = torch.optim.SGD(model.parameters() if options else model.first.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=words):
+        NoiseScale(model, optimizer=optimizer, micro_batch_size=4, **options)
+    before = model.first.weight.detach().clone()
+    model(torch.randn(4, 8)).backward()
+    optimizer.step()
+    assert not torch.equal(model.first.weight, before)
+
+
 def refusals() -> list[str]:
     """A job: what is said on this rank."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -482,8 +513,10 @@ def refusals() -> list[str]:
 
     said = []
     if dist.get_world_size() == 1:
-        with training(Run(stage=2, accumulation=1)) as (_, engine, _, _), pytest.raises(NothingToCompareError) as error:
-            NoiseScale(engine)
+        with training(Run(stage=2, accumulation=1)) as (_, engine, _, _):
+            with pytest.raises(NothingToCompareError) as error:
+                NoiseScale(engine)
+            assert "unscale_and_clip_grads" not in vars(engine.optimizer)  # it is as it was
         said.append(str(error.value))
     else:
         model = Words()
@@ -535,10 +568,11 @@ def test_what_is_missing_is_said() -> None:
 def test_the_averages_survive_a_checkpoint() -> None:
     whole = words([4] * 12, [0] * 12).read()
     part = words([4] * 12, [0] * 12)
-    again = NoiseScale(Words(), optimizer=torch.optim.SGD(Words().parameters()), micro_batch_size=4)
+    model = Words()
+    again = NoiseScale(model, optimizer=torch.optim.SGD(model.parameters()), micro_batch_size=4)
     again.load_state_dict(json.loads(json.dumps(part.state_dict())))
     assert again.read() == whole
-    other = NoiseScale(Words(), optimizer=torch.optim.SGD(Words().parameters()), micro_batch_size=4, beta=0.9)
+    other = NoiseScale(model, optimizer=torch.optim.SGD(model.parameters()), micro_batch_size=4, beta=0.9)
     with pytest.raises(ValueError, match=r"saved noise scale has beta 0\.99"):
         other.load_state_dict(part.state_dict())
 

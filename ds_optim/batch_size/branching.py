@@ -16,9 +16,11 @@ written when it ends, and is not run again; an interrupted one begins anew. This
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -73,7 +75,7 @@ class Checkpoint:
         it is pickled, so branch only from what you trust. DeepSpeed's own form is taken by its path.
 
         Raises:
-            BranchingError: there is no checkpoint.
+            BranchingError: there is no checkpoint, or a damaged one.
         """
         folder = directory
         if (directory / LATEST).is_file():
@@ -85,10 +87,17 @@ class Checkpoint:
             return cls(folder, str(folder))
         import torch
 
-        identity = read_object(folder / MANIFEST).get("sha256", str(folder))
-        state = torch.load(folder / OBJECTS, map_location="cpu", weights_only=False)["client_state"]
+        try:
+            identity = read_object(folder / MANIFEST).get("sha256", str(folder))
+            state = torch.load(folder / OBJECTS, map_location="cpu", weights_only=False)["client_state"]
+            optimizer = read_about(folder)["optimizer"]
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            said = f"{type(error).__name__}: {error}"
+            raise BranchingError(
+                [f"{folder} is damaged ({said}): see `ds-optim checkpoint verify`, and take another checkpoint"]
+            ) from error
         known = state if isinstance(state, Mapping) else {}
-        return cls(folder, identity, read_about(folder)["optimizer"], known.get("batch"), known.get("seq_length"))
+        return cls(folder, identity, optimizer, known.get("batch"), known.get("seq_length"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +302,8 @@ def run(study: Study, branch: Branch, watch: Callable[[int], object] = lambda _:
             return Outcome(branch, math.nan, (), f"it cannot be started: {error}", 0.0, {})
         try:
             while process.poll() is None:
-                time.sleep(0.2)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=1)
                 watch(_tokens_seen(folder))
         finally:
             if process.poll() is None:
@@ -389,12 +399,7 @@ def _tokens_seen(folder: Path) -> int:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the command and what it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+    for number in (signal.SIGTERM, signal.SIGKILL):  # the second for what has outlived the first
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(timeout=10)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        return

@@ -176,6 +176,8 @@ def _reading(
         interval = fieller(first, second)
         if interval is None:
             why = "|G|² cannot be told from zero yet"
+        elif noise <= 0 or interval[1] <= 0:
+            why, interval = "tr Σ is not positive: do all micro-batches and ranks read the same sequences?", None
         elif interval[1] > WIDEST * interval[0]:
             why = f"the interval is still wide: {interval[0]:,.0f} to {interval[1]:,.0f} sequences"
             interval = None

@@ -104,11 +104,12 @@ def _stopping() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _rule(text: str | None) -> Rule | None:
@@ -152,6 +153,11 @@ def _run_all(console: Console, study: Study) -> list[Outcome]:
             result = outcome.failure or f"held-out loss {outcome.loss:.4f}"
             took = "finished before" if was_there else f"{outcome.seconds:.0f} s"
             progress.console.print(f"{branch.name}: {result} ({took})", markup=False, soft_wrap=True)
+            if outcome.failure and branch.batch == study.baseline:
+                hint = "; --no-noise-scale leaves the estimate out" if study.measures_noise(branch) else ""
+                raise branching.BranchingError(
+                    [f"the baseline, {branch.name}, failed, and there is nothing to hold the others against{hint}"]
+                )
     return outcomes
 
 

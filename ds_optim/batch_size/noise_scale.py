@@ -57,7 +57,7 @@ class NoiseScale:
     """Measures the gradient noise scale of every optimizer step, from when it is made until `detach`.
 
     All ranks make one, at the same place in the program. Steps that would mislead are left out and counted: skipped for
-    overflow, micro-batches of another size, or of other numbers of tokens where ``labels`` tell them.
+    micro-batches of another size, or of other numbers of tokens where ``labels`` tell them.
 
     Args:
         target: a DeepSpeed engine; or the module that the training loop calls: under DDP, under FSDP2's
@@ -96,16 +96,19 @@ class NoiseScale:
         self._strategy: Strategy
         if is_engine:
             self._strategy = EngineStrategy(target, self._measured, self._finish)
-            if target.gradient_accumulation_steps() * self._ranks < 2:
-                raise _nothing_to_compare()
         else:
-            optimizer = _basic(optimizer)
-            self._strategy = TorchStrategy(target, optimizer, self._measured, self._finish)
-        roles = infer_roles(self._strategy.module) if by_role else {}
-        self._roles = sorted({family(role) for name, role in roles.items() if name in self._strategy.parameters})
-        rows = {role: row for row, role in enumerate(self._roles)}
-        self._row = {name: rows[family(roles[name])] if by_role else 0 for name in self._strategy.parameters}
-        self._estimator = Estimator(1 + len(self._roles), beta, min_updates)
+            self._strategy = TorchStrategy(target, _basic(optimizer), self._measured, self._finish)
+        try:
+            if is_engine and target.gradient_accumulation_steps() * self._ranks < 2:
+                raise _nothing_to_compare()
+            roles = infer_roles(self._strategy.module) if by_role else {}
+            self._roles = sorted({family(role) for name, role in roles.items() if name in self._strategy.parameters})
+            rows = {role: row for row, role in enumerate(self._roles)}
+            self._row = {name: rows[family(roles[name])] if by_role else 0 for name in self._strategy.parameters}
+            self._estimator = Estimator(1 + len(self._roles), beta, min_updates)
+        except BaseException:
+            self._strategy.detach()
+            raise
         self._counts = torch.zeros(1 + len(_LEFT_OUT), dtype=torch.float64)
         self._batch = 0
         self._start_step()
@@ -248,7 +251,8 @@ class NoiseScale:
         big = torch.stack(list(self._big.values())).sum(0) if self._big else torch.full_like(small, torch.nan)
         tokens = self._totals([self._tokens, [count.square() for count in self._tokens]])
         told = [passes, passes**2, self._is_size_wrong, passes > self._forwards, len(self._tokens)]
-        everyones = torch.cat([small, big, small.new_tensor(told), tokens])
+        # Filled on the device: a copy from the host would wait for it.
+        everyones = torch.cat([small, big, torch.stack([small.new_full((), float(one)) for one in told]), tokens])
         if ranks > 1:
             dist.all_reduce(everyones, group=self._strategy.group)
         self._batch = passes * ranks * self._size

@@ -10,13 +10,14 @@ engine, queued behind DDP's and FSDP2's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import wrapt
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -129,6 +130,8 @@ class EngineStrategy:
 
             binding = zero.read(engine)
             problems += binding.problems
+            known = {spec.name for bound in binding.tensors.values() for spec in bound.layout.parameters}
+            problems += strays(name for name in trained(engine.module) if name not in known)
         everyones = dict.fromkeys(reason for found in from_all_ranks(problems) for reason in found)
         if everyones:
             raise NoiseScaleError(f"the noise scale is for data parallelism and ZeRO: {'; '.join(everyones)}")
@@ -211,6 +214,7 @@ class TorchStrategy:
         self.module, self.parameters = module, trained(module)
         self._ddp = module if isinstance(module, DistributedDataParallel) else None
         self._task = -1  # of the autograd engine
+        self._optimizer = optimizer
         self._meshes = list({p.device_mesh for p in self.parameters.values() if isinstance(p, DTensor)})
         problems = list(self._problems())
         if problems:
@@ -259,6 +263,9 @@ class TorchStrategy:
                 yield name, gradient, 1.0 if self.group is None else 1 / dist.get_world_size(self.group)
 
     def _problems(self) -> Iterator[str]:
+        stepped = {parameter for group in self._optimizer.param_groups for parameter in group["params"]}
+        yield from strays(name for name, parameter in self.parameters.items() if parameter not in stepped)
+        sharded = {p for module in self.module.modules() if isinstance(module, FSDPModule) for p in module.parameters()}
         if len(self._meshes) > 1:
             yield "the parameters lie on several meshes"
         for name, parameter in self.parameters.items():
@@ -267,10 +274,17 @@ class TorchStrategy:
             elif not isinstance(parameter, DTensor):
                 if self._meshes:
                     yield f"{name} is not sharded, others are: wrap the whole model in fully_shard"
-            elif any(not one.is_replicate() for one in parameter.placements[:-1]):
+            elif parameter not in sharded or any(not one.is_replicate() for one in parameter.placements[:-1]):
                 yield f"{name} lies as {parameter.placements}: tensor parallelism"
         if self._ddp is not None and self._ddp.parameters_to_ignore:
             yield f"DDP does not average {', '.join(sorted(self._ddp.parameters_to_ignore))}"
+
+
+def strays(names: Iterable[str]) -> list[str]:
+    """The problem with parameters that get a gradient and are nobody's; nothing if there are none."""
+    found = sorted(names)
+    shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    return [f"{shown}: trained, but not the optimizer's: freeze them, or give them to it"] if found else []
 
 
 def trained(module: nn.Module) -> dict[str, Tensor]:
