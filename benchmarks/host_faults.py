@@ -466,7 +466,7 @@ def page(text: str) -> str:
 
 `python benchmarks/host_faults.py --markdown docs/results/host_faults.md`, {date}, {os.cpu_count()} cores, three hosts
 of `launcher/local_cluster.py` (namespaces on a bridge, an ssh server in each), torch {torch.__version__}, deepspeed
-{deepspeed_version}, Python {platform.python_version()}.
+{deepspeed_version}, Python {platform.python_version()}, beside other work on the same cores.
 
 A small Llama, Shampoo, ZeRO-2, one rank per host, `--timeout {TIMEOUT}` (ranks) and `--silence {SILENCE}` (ssh), a
 checkpoint every {SAVE_EVERY} steps. Seconds are from the fault to the end of the command, which must come within

@@ -350,7 +350,9 @@ def test_a_branch_that_diverged_is_outside_the_tolerance(fake: Callable[..., str
 
 def test_without_a_baseline_nothing_is_said(fake: Callable[..., str]) -> None:
     printed = fake("--broken", 8, batches="8,16", status=1)
-    assert "The baseline of 8 sequences has no loss: exit status 1: MemoryError" in printed
+    assert "batch_8: exit status 1: MemoryError" in printed
+    assert "the baseline, batch_8, failed, and there is nothing to hold the others against" in printed
+    assert "batch_16:" not in printed  # it was not run
 
 
 def test_a_command_that_took_another_batch_is_found_out(fake: Callable[..., str]) -> None:

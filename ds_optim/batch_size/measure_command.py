@@ -74,12 +74,12 @@ def measure(
             repeats=repeats,
             noise_scale=noise_scale,
         )
+        _show_plan(console, study, tokens)
+        with _stopping():
+            outcomes = _run_all(console, study)
     except (branching.BranchingError, OSError) as error:
         console.print(Text.assemble(("problem:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(1) from error
-    _show_plan(console, study, tokens)
-    with _stopping():
-        outcomes = _run_all(console, study)
     table = verdict.rows(outcomes, study.baseline, tolerance)
     found = verdict.judge(table, study.baseline, tolerance)
     said = _noise_of(outcomes, study)
