@@ -26,7 +26,7 @@ REQUIREMENTS = [
 # transformers' Trainer drives DeepSpeed through accelerate.
 TRAINER = ["accelerate>=1.15,<2"]
 
-# Drawing of benchmarks/convergence.py.
+# Drawing: `ds-optim batch-size measure`, and benchmarks.
 PLOT = ["matplotlib>=3.9"]
 
 EXTRAS = {
@@ -36,6 +36,7 @@ EXTRAS = {
     "bench": ["pytorch-optimizer==4.1.0", "adan-pytorch==0.1.0", "lion-pytorch==0.2.5", "adam-mini==1.1.1"],
     "test": [
         *TRAINER,
+        *PLOT,
         "pytest>=8.3",
         "hypothesis>=6.115",
         "allpairspy>=2.5",

@@ -1,6 +1,6 @@
 """Noise scale and critical batch size of the small Llama while it trains: AdamW at two points, Lion at one.
 
-    python benchmarks/batch_size.py run         # 35 to 40 minutes of two free cores; what is finished is kept
+    python benchmarks/batch_size.py run         # about 30 minutes of two free cores; what is finished is kept
     python benchmarks/batch_size.py report      # docs/results/batch_size.{json,md,png}
 
 Each optimizer trains once with ``--noise-scale`` at a constant learning rate (after a warm-up), so that no schedule
@@ -61,10 +61,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 @app.command()
 def run(
     out: Out = DEFAULT_OUT,
-    base_steps: Annotated[int, typer.Option(help="Of 1,024 tokens; a multiple of --early.")] = 480,
+    base_steps: Annotated[int, typer.Option(help="Of 1,024 tokens; a multiple of --early.")] = 400,
     early: Annotated[int, typer.Option(help="Step of AdamW's first measurement.")] = 80,
-    tokens: Annotated[float, typer.Option(help="Of every branch.")] = 131_072,
-    batches: Annotated[str, typer.Option(help="Of the branches.")] = "4,8,16,32,64",
+    tokens: Annotated[float, typer.Option(help="Of every branch.")] = 98_304,
+    batches: Annotated[str, typer.Option(help="Of the branches.")] = "4,8,16,32",
 ) -> None:
     """Train the base runs and the branches that are missing. The same command goes on after an interruption."""
     plan = Plan(base_steps, early, tokens, batches)
@@ -149,13 +149,15 @@ def _collect(out: Path) -> dict[str, Any]:
         log = out / optimizer / "log.jsonl"
         records = map(json.loads, log.read_text(encoding="utf-8").splitlines()) if log.exists() else ()
         keys = ("step", "sequences", "interval")
-        noise = ({"step": one["step"], **one["noise_scale"]} for one in records if "noise_scale" in one)
-        readings[optimizer] = [{key: one[key] for key in keys} for one in noise if one["ready"]]
+        # An interrupted run logs some steps again.
+        noise = {one["step"]: {"step": one["step"], **one["noise_scale"]} for one in records if "noise_scale" in one}
+        readings[optimizer] = [{key: one[key] for key in keys} for one in noise.values() if one["ready"]]
     measurements = []
     for path in sorted(out.glob("*_*/result.json"), key=lambda path: (path.parent.name.split("_")[0], _step(path))):
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = ("optimizer", "baseline", "lr_rule", "tolerance", "critical_batch", "noise_scale", "rows", "branches")
-        measurements.append({"step": _step(path), **{key: content[key] for key in kept}})
+        base = next((one for one in readings[path.parent.name.split("_")[0]] if one["step"] == _step(path)), None)
+        measurements.append({"step": _step(path), "base": base, **{key: content[key] for key in kept}})
     seconds = out / "seconds.json"
     return {
         "date": datetime.date.today().isoformat(),
@@ -236,6 +238,9 @@ def _measurement(one: dict[str, Any]) -> list[str]:
         estimate = f"The baseline's noise scale: {noise['sequences']:,.1f} sequences ({low:,.1f} to {high:,.1f})."
     else:
         estimate = f"The baseline's noise scale: not ready ({noise.get('why', 'not asked for')})."
+    if one["base"] is not None:
+        low, high = one["base"]["interval"]
+        estimate += f" The base run's at the checkpoint: {one['base']['sequences']:,.1f} ({low:,.1f} to {high:,.1f})."
     lines = [
         f"### {one['optimizer']}, from step {one['step']}",
         "",
