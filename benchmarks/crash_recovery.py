@@ -110,7 +110,7 @@ def rank_of_the_job(folder: Path, arguments: list[str]) -> int:
     teller.watch(DeepSpeedEngine, "forward", "forward")
     teller.watch(DeepSpeedEngine, "backward", "backward")
     teller.watch(DeepSpeedEngine, "step", "optimizer")
-    teller.watch(train.HeldOut, "loss", "evaluation")
+    teller.watch(train.HeldOut, "losses", "evaluation")  # which `loss` calls
     teller.watch(checkpoints, "save", "save")
     teller.watch(directory, "_prepare", "make folder")
     teller.watch(ranges, "write", "tensors")

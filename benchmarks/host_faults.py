@@ -220,15 +220,8 @@ def equal_to(job: Job, expected: Path) -> str:
     return "weights and state bitwise equal"
 
 
-def nobody_left(cluster: LocalCluster) -> None:
-    """No rank runs on a host that is still there."""
-    left = [f"{host.name}: {len(found)}" for host in cluster.hosts if (found := _ranks_on(host))]
-    if left:
-        raise FaultError(f"ranks were left behind ({', '.join(left)})")
-
-
-def _ranks_on(host: Host) -> list[object]:
-    return list(host.processes("train.py")) if host.is_alive else []
+def _has_ranks(host: Host) -> bool:
+    return host.is_alive and bool(host.processes("train.py"))
 
 
 # --------------------------------------------------------------------------------------------------------- the faults
@@ -342,9 +335,10 @@ def _first_reason(logs: Path) -> str:
 
 def nobody_left_soon(cluster: LocalCluster, seconds: float) -> None:
     deadline = time.monotonic() + seconds
-    while any(_ranks_on(host) for host in cluster.hosts) and time.monotonic() < deadline:
+    while left := [host.name for host in cluster.hosts if _has_ranks(host)]:
+        if time.monotonic() > deadline:
+            raise FaultError(f"ranks were left behind on {', '.join(left)}")
         time.sleep(0.2)
-    nobody_left(cluster)
 
 
 def refused(name: str, prepare: Callable[[Job], None], wanted: Sequence[str]) -> Callable[..., Outcome]:

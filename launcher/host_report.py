@@ -56,7 +56,6 @@ class Report(BaseModel):
         problems: what is wrong on this host alone.
     """
 
-    hostname: str
     versions: dict[str, str]
     package: str | None
     script: str | None
@@ -73,10 +72,8 @@ def report(question: Question) -> Report:
     try:
         layout = layout_hash(question)
         devices = _devices()
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # an import, a config file, an optimizer's refusal: the launching host must hear of it
+    except (Exception, SystemExit) as error:
+        # An import, a config file, an option, an optimizer's refusal: the launching host must hear of it.
         said = " ".join(str(error).split())[:300]
         problems.append(f"the training's settings cannot be read here: {type(error).__name__}: {said}")
     if question.shared is not None and not _sees(*question.shared):
@@ -86,7 +83,6 @@ def report(question: Question) -> Report:
     if question.port is not None:
         problems += port_problems(question.port)
     return Report(
-        hostname=socket.gethostname(),
         versions={"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         package=_package_hash(),
         script=_script_hash(Path(question.script)),
@@ -125,10 +121,9 @@ def is_train_py(script: str) -> bool:
 
 
 def _devices() -> int:
-    import torch
-
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
+    import torch
 
     return torch.cuda.device_count()
 

@@ -10,8 +10,6 @@ from pathlib import Path
 INHERITED = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 """What was set for the command counts on all hosts; pdsh would start them without it."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)$")
-
-
 _PLAIN = re.compile(r"[\w@%+=:,./-]+")  # what DeepSpeed puts into a remote shell's command line as it is
 _EXPANDED = re.compile(r"[$`\\\"]")  # what a shell expands inside the quotes that DeepSpeed puts around spaces
 
@@ -28,15 +26,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
     Raises:
         JobFilesError: no file, no host, bad lines, hosts that are named twice, slots of zero.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobFilesError(f"hostfile {path}: {getattr(error, 'strerror', None) or error}") from error
     hosts: dict[str, int] = {}
     problems = []
-    for number, line in enumerate((line.strip() for line in lines), 1):
-        if not line or line.startswith("#"):
-            continue
+    for number, line in _lines(path, "hostfile"):
         match = _LINE.match(line)
         if match is None:
             problems.append(f'hostfile {path}, line {number}: "{line}" is not of the form "NAME slots=N"')
@@ -55,22 +47,26 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
+def _lines(path: Path, what: str) -> list[tuple[int, str]]:
+    """The lines that count, with their numbers: neither empty nor comments."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobFilesError(f"{what} {path}: {getattr(error, 'strerror', None) or error}") from error
+    numbered = enumerate((line.strip() for line in lines), 1)
+    return [(number, line) for number, line in numbered if line and not line.startswith("#")]
+
+
 def read_environment(path: Path) -> dict[str, str]:
     """NAME=VALUE lines, as in DeepSpeed's ``.deepspeed_env``; empty lines and comments may stand between them.
 
     Raises:
         JobFilesError: no file; every line that is neither.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobFilesError(f"environment file {path}: {getattr(error, 'strerror', None) or error}") from error
     found: dict[str, str] = {}
     problems = []
-    for number, line in enumerate((line.strip() for line in lines), 1):
+    for number, line in _lines(path, "environment file"):
         name, equals, value = line.partition("=")
-        if not line or line.startswith("#"):
-            continue
         if not equals or not name.isidentifier():
             problems.append(f'environment file {path}, line {number}: "{line}" is not of the form NAME=VALUE')
         elif any(sign in value for sign in "\"'`$\\"):

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -127,10 +127,9 @@ class Host:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def inside(self, command: Sequence[str], directory: Path | None = None) -> list[str]:
+    def inside(self, command: Sequence[str]) -> list[str]:
         """The command line that runs ``command`` on this host, in the same working directory."""
-        where = str(directory or Path.cwd())
-        return ["nsenter", "--target", str(self.pid), "--all", "--", "env", "-C", where, *command]
+        return ["nsenter", "--target", str(self.pid), "--all", "--", "env", "-C", str(Path.cwd()), *command]
 
     def run(self, command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
         """`subprocess.run` on this host; output is captured as text unless said otherwise."""
@@ -175,20 +174,20 @@ class LocalCluster:
         hostfile: for ``deepspeed --hostfile``.
 
     Raises:
-        ClusterError: on entry; every reason.
+        ClusterError: this machine cannot; every reason. On entry: something did not start.
     """
 
     def __init__(self, hosts: int = 2, slots: int = 1, subnet: str = "10.77.0") -> None:
         problems = problems_here(hosts, slots)
         if problems:
             raise ClusterError(_refusal(problems, hosts))
-        self._directory = Path(tempfile.mkdtemp(prefix="local-cluster-"))
         self._count, self._subnet, self._slots = hosts, subnet, slots
         self._switch: subprocess.Popen[bytes] | None = None
         self.hosts: list[Host] = []
-        self.hostfile = self._directory / "hostfile"
 
     def __enter__(self) -> LocalCluster:
+        self._directory = Path(tempfile.mkdtemp(prefix="local-cluster-"))
+        self.hostfile = self._directory / "hostfile"
         try:
             self._build()
         except BaseException:
@@ -436,8 +435,8 @@ def _path_of(program: str) -> str:
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}") or ""
 
 
-def _checked(command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def _checked(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ClusterError(f"{shlex.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
 

@@ -105,6 +105,9 @@ eval "$found"  # HOSTS, SLOTS, MASTER_ADDR
 mkdir -p "$logs"
 logs=$(cd "$logs" && pwd)
 touch "$scratch/start"  # logs of earlier jobs are older
+# torchrun's ranks would meet in the agents' store under the number of restarts, which agents count differently when one
+# fails and the others only follow: with a store of its own, every attempt begins clean.
+[ -z "$elastic" ] || echo TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 >> "$environment"
 while IFS= read -r line; do export "${line?}"; done < "$environment"
 export DS_ENV_FILE=$environment PDSH_RCMD_TYPE=ssh
 # A host without power says nothing: ssh must ask, or pdsh waits for it for ever.
@@ -139,9 +142,6 @@ if [ -z "$elastic" ]; then
     touch "$scratch/end"
     wait $follower || true
 else
-    # torchrun's ranks would meet in the agents' store under the number of restarts, which agents count differently when
-    # one fails and the others only follow: with a store of its own, every attempt begins clean.
-    echo TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 >> "$environment"
     count=$(tr ',' '\n' <<< "$HOSTS" | wc -l)
     id=multinode-$port
     agent=("$PYTHON" -m torch.distributed.run --nnodes "$elastic:$count" --nproc-per-node "$SLOTS" --max-restarts "$restarts"
@@ -150,7 +150,6 @@ else
         --log-dir "$logs" --redirects 3 --tee 3)
     if [ $no_ssh = yes ]; then
         stop() { kill -TERM $launcher; }
-        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
         run "${agent[@]}" "$@"
     else
         [ -z "$ssh_port" ] || PDSH_SSH_ARGS_APPEND+=" -p $ssh_port"

@@ -292,9 +292,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def local_problems(needs_pdsh: bool) -> list[str]:
-    """What the launching host itself lacks."""
-    wanted = {"ssh": "openssh-client", "pdsh": "pdsh"} if needs_pdsh else {}
+def local_problems() -> list[str]:
+    """What the launching host itself lacks to reach the others."""
+    wanted = {"ssh": "openssh-client", "pdsh": "pdsh"}
     return [
         f"{program} is missing on the launching host (Debian: apt-get install {package})"
         for program, package in wanted.items()
@@ -359,7 +359,7 @@ def _noting(problems: list[str], read: Callable[[], _Read]) -> _Read | None:
 
 def _problems_of_the_command(given: argparse.Namespace, hosts: Mapping[str, int]) -> list[str]:
     """What can be seen before any host is asked."""
-    problems: list[str] = [] if given.no_ssh else local_problems(needs_pdsh=True)
+    problems: list[str] = [] if given.no_ssh else local_problems()
     if not Path(given.script).is_file():
         problems.append(f"{given.script}: no such training script")
     elif is_train_py(given.script) and hosts:

@@ -345,7 +345,7 @@ def _close(
 ) -> None:
     """The last lines: loss, the optimizer's share, and the table."""
     after, ranks = after_each.mean().item(), dist.get_world_size()
-    everyone: list[ModelStates | None] = [None] * dist.get_world_size()
+    everyone: list[ModelStates | None] = [None] * ranks
     dist.all_gather_object(everyone, meter.read())
     states = [each for each in everyone if each is not None]
     share = statistics.median(shares) if shares else math.nan

@@ -267,7 +267,6 @@ def test_over_loopback_a_host_that_fails_takes_the_others_along(tmp_path: Path) 
 
 def _report(**changes: object) -> host_report.Report:
     same = {
-        "hostname": "a",
         "versions": {"torch": "2.13.0"},
         "package": "p" * 64,
         "script": "s" * 64,

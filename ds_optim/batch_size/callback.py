@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ds_optim.batch_size.estimator import Reading
 from ds_optim.batch_size.noise_scale import NoiseScale, UnequalBatchesError
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback as _Callback
-else:
-    try:
-        from transformers import TrainerCallback as _Callback
-    except ImportError:
-        _Callback = object
+from ds_optim.trainer_callback import Callback, engine_of
 
 
-class NoiseScaleCallback(_Callback):  # type: ignore[misc]
+class NoiseScaleCallback(Callback):  # type: ignore[misc]
     """Measures the noise scale of a `transformers.Trainer`, plain or under DeepSpeed, and puts it into its log.
 
         trainer.add_callback(NoiseScaleCallback(trainer, seq_length=2048))
@@ -45,9 +38,9 @@ class NoiseScaleCallback(_Callback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Engine, model and optimizer are there now."""
         options = {"micro_batch_size": args.per_device_train_batch_size, **self._options}
-        wrapped = getattr(self._trainer.accelerator, "deepspeed_engine_wrapped", None)
-        if wrapped is not None:
-            self._noise = NoiseScale(wrapped.engine, **options)
+        engine = engine_of(self._trainer)
+        if engine is not None:
+            self._noise = NoiseScale(engine, **options)
         else:
             self._noise = NoiseScale(self._trainer.model_wrapped, optimizer=self._trainer.optimizer, **options)
 

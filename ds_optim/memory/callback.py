@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ds_optim.memory.accountant import MemoryAccountant
 from ds_optim.memory.record import Category, Record
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback as _Callback
-else:
-    try:
-        from transformers import TrainerCallback as _Callback
-    except ImportError:
-        _Callback = object
+from ds_optim.trainer_callback import Callback, engine_of
 
 
-class MemoryReportCallback(_Callback):  # type: ignore[misc]
+class MemoryReportCallback(Callback):  # type: ignore[misc]
     """Measures one step of a `transformers.Trainer`, plain or under DeepSpeed, and writes ``directory/measured.json``.
 
         trainer.add_callback(MemoryReportCallback(trainer, "report"))
@@ -61,9 +54,9 @@ class MemoryReportCallback(_Callback):  # type: ignore[misc]
             return
         if self._is_ours:
             self._account.__enter__()
-        wrapped = getattr(self._trainer.accelerator, "deepspeed_engine_wrapped", None)
-        if wrapped is not None:
-            self._account.watch(wrapped.engine)
+        engine = engine_of(self._trainer)
+        if engine is not None:
+            self._account.watch(engine)
         else:
             self._account.watch(self._trainer.model_wrapped, self._trainer.optimizer)
 
