@@ -38,6 +38,7 @@ EXTRAS = {
         *TRAINER,
         *PLOT,
         "pytest>=8.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.115",
         "allpairspy>=2.5",
         "peft>=0.21",

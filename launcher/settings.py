@@ -379,6 +379,9 @@ def _check_model(model: dict[str, Any], given: argparse.Namespace, problems: lis
 
 def _steps(given: argparse.Namespace, config: dict[str, Any] | None, world_size: int, problems: list[str]) -> int:
     steps: int = given.steps
+    if given.tokens is not None and not math.isfinite(given.tokens):
+        problems.append(f"--tokens is {given.tokens:g}; it must be a number of tokens")
+        return 1
     if given.tokens is not None and config is not None:
         sequences = (config.get("train_micro_batch_size_per_gpu"), config.get("gradient_accumulation_steps", 1))
         if not all(isinstance(n, int) and n >= 1 for n in sequences) or given.seq_length < 1:

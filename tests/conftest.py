@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis reads its own option
 def pytest_configure(config: pytest.Config) -> None:
-    text = config.getoption("--seed")
+    text = str(config.getoption("--seed"))  # a worker of pytest-xdist is given the number
     if text == "random":
         text = str(secrets.randbelow(2**31))
     if not text.isdecimal():

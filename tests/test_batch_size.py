@@ -420,6 +420,8 @@ def test_everything_that_is_wrong_is_listed(tmp_path: Path, saved: Path) -> None
     assert [(one.batch, one.lr_scale) for one in larger.branches] == [(16, math.sqrt(2)), (32, 2.0)]
     with pytest.raises(branching.BranchingError, match="largest of --batches"):
         branching.plan(start, ["train"], tmp_path, [4, 8], 1e4)
+    with pytest.raises(branching.BranchingError, match="--tokens is inf; it must be a number of tokens"):
+        branching.plan(start, ["train"], tmp_path, [8, 16], math.inf)
     silent = branching.Checkpoint(tmp_path, "identity")
     with pytest.raises(branching.BranchingError, match=r"does not say how long.*\n.*no learning-rate rule is known"):
         branching.plan(silent, ["train"], tmp_path, [4, 8], 1e4)
@@ -513,6 +515,8 @@ def test_a_batch_is_reached_with_the_largest_micro_batch_allowed() -> None:
     assert shares(1, "--accumulation", "5") == (4, 5)
     tokens = settings.read(["--batch", "64", "--tokens", "1e5", "--seq-length", "50"], 4)
     assert tokens.steps == math.ceil(1e5 / (64 * 50))
+    with pytest.raises(settings.SettingsError, match="--tokens is inf"):
+        settings.read(["--tokens", "inf"], 2)
     with pytest.raises(settings.SettingsError, match="--batch is 9; it must be a multiple of the 2 ranks"):
         shares(2, "--batch", "9")
 

@@ -258,6 +258,27 @@ def measured(run: Run) -> dict[str, list[float]]:
     return {role: norms_of(one) for role, one in {"all": reading, **reading.roles}.items()}
 
 
+def two_at_once(first_leaves_first: bool) -> tuple[list[int], bool]:
+    """A job: the steps that two of them saw when one left after the first step; whether the engine is as it was."""
+    run = Run(stage=2, accumulation=2)
+    with training(run) as (called, target, model, optimizer):
+        pair = [NoiseScale(target, micro_batch_size=SIZE) for _ in range(2)]
+        leaves, stays = pair if first_leaves_first else reversed(pair)
+        one_step(run, called, model, optimizer, 0)
+        leaves.detach()
+        one_step(run, called, model, optimizer, 1)
+        stays.detach()
+        one_step(run, called, model, optimizer, 2)
+        return [leaves.read().updates, stays.read().updates], "unscale_and_clip_grads" not in vars(target.optimizer)
+
+
+@pytest.mark.parametrize("first_leaves_first", [True, False])
+def test_two_on_one_engine_leave_in_any_order(pool: Pools, first_leaves_first: bool) -> None:
+    [(updates, is_as_it_was)] = pool(1).run(two_at_once, first_leaves_first)
+    assert updates == [1, 2]
+    assert is_as_it_was != first_leaves_first, "what another one holds stays, and does nothing"
+
+
 def norms_of(reading: Reading) -> list[float]:
     """What the two unbiased numbers were made of: squared norms of a micro-batch's and of the batch's gradient."""
     assert reading.gradient_sq is not None

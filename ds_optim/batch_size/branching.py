@@ -250,7 +250,9 @@ def plan(
     ours = sorted({word.split("=")[0] for word in command} & set(_OURS))
     if ours:
         problems.append(f"the training command has {', '.join(ours)}: leave that out, each branch gets its own")
-    if seq_length and not tokens >= sizes[-1] * seq_length:
+    if not math.isfinite(tokens):
+        problems.append(f"--tokens is {tokens:g}; it must be a number of tokens")
+    elif seq_length and tokens < sizes[-1] * seq_length:
         problems.append(f"--tokens is {tokens:g}; one step of {sizes[-1]} sequences takes {sizes[-1] * seq_length:,}")
     if problems:
         raise BranchingError(problems)

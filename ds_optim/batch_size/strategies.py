@@ -150,11 +150,23 @@ class EngineStrategy:
 
     def _before(self, owner: Any, method: str) -> None:
         def measured(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-            self._measure_new()
+            if self._undo:
+                self._measure_new()
             return wrapped(*args, **kwargs)
 
-        setattr(owner, method, wrapt.FunctionWrapper(getattr(owner, method), measured))
-        self._undo.append(lambda: delattr(owner, method))
+        before = vars(owner).get(method)
+        ours = wrapt.FunctionWrapper(getattr(owner, method), measured)
+
+        def undo() -> None:
+            if vars(owner).get(method) is not ours:  # wrapped by somebody after us: we only pass calls on
+                return
+            if before is None:
+                delattr(owner, method)
+            else:
+                setattr(owner, method, before)
+
+        setattr(owner, method, ours)
+        self._undo.append(undo)
 
     def _before_step(self) -> None:
         self._measure_new()
