@@ -615,20 +615,25 @@ def free_port() -> int:
 
 
 def test_branches_of_the_real_training_job(pool: Any, short: list[str], tmp_path: Path) -> None:  # noqa: F811
+    """From a checkpoint of two ranks on one, which is enough here: no launcher."""
     common = [*short[: short.index("--steps")], *short[short.index("--steps") + 2 :], "--optimizer", "lion"]
     pool(2).run(train_in_pool, [*common, "--steps", "6", "--save", str(tmp_path / "saved"), "--save-every", "4"])
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
-    command = [*runner, str(LAUNCHER / "train.py"), *common]
+    command = [sys.executable, str(LAUNCHER / "train.py"), *common]
+    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     start = str(tmp_path / "saved" / "global_step4")
     options = ["--checkpoint", start, "--batches", "8,16", "--tokens", "1024", "--output", str(tmp_path / "out")]
-    measure = [sys.executable, "-c", MAIN, "batch-size", "measure", *options]
     finished = subprocess.run(
-        [*measure, "--tolerance", "9", "--no-noise-scale", "--", *command], capture_output=True, text=True, timeout=900
+        [sys.executable, "-c", MAIN, "batch-size", "measure", *options, "--tolerance", "9", "--", *command],
+        env={**os.environ, **world, "MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "The critical batch size is at least 16 sequences. Nothing larger was tried." in finished.stdout
     found = result(tmp_path)
     assert (found["optimizer"], found["baseline"], found["seq_length"]) == ("Lion", 8, 32)
-    assert [(one["steps"], one["accumulation"]) for one in found["branches"]] == [(4, 1), (2, 2)]
+    assert [(one["steps"], one["accumulation"]) for one in found["branches"]] == [(4, 2), (2, 4)]
     assert all(0 < row["loss"] < 10 for row in found["rows"])
     assert found["rows"][1]["standard_error"] > 0
+    assert (found["noise_scale"]["updates"], found["noise_scale"]["ready"]) == (4, False)

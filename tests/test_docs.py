@@ -20,21 +20,12 @@ import ds_optim
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
-LISTED = "bash tests/run.sh --collect-only -q tests/test_integrations.py"
-BATCH_SIZE_TESTS = "bash tests/run.sh --collect-only -q tests/test_batch_size.py tests/test_noise_scale.py"
-
 # Commands whose full length belongs elsewhere: what is run in their place, and why that is enough.
 INSTEAD = {
     # Its whole length is what the README reports.
     "bash launcher/quickstart.sh": "bash launcher/quickstart.sh --steps 3",
     # tests/test_claims.py runs it whole.
     "ds-optim claims": "ds-optim claims --help",
-    # tests/test_integrations.py runs the same examples, on the pool's ranks.
-    "deepspeed --num_gpus 2 examples/on_cpu.py examples/trainer_deepspeed.py "
-    "--deepspeed examples/adan_auto.json": LISTED,
-    "torchrun --nproc_per_node 2 examples/on_cpu.py examples/trainer_torch.py --fsdp": LISTED,
-    "python examples/lora.py Shampoo": LISTED,
-    "accelerate launch --num_processes 2 examples/on_cpu.py examples/accelerate_fsdp2.py": LISTED,
     # tests/test_multinode.py does the same on hosts of a local cluster.
     "bash launcher/multinode.sh --hostfile hosts --preflight-only launcher/train.py --optimizer adan "
     "--save runs/adan": "bash launcher/multinode.sh --help",
@@ -45,10 +36,7 @@ INSTEAD = {
     "--preflight-only launcher/train.py --steps 20",
     "python launcher/local_cluster.py loopback --hosts 2 -- launcher/train.py "
     "--steps 20": "python launcher/local_cluster.py loopback --help",
-    # tests/test_batch_size.py and tests/test_noise_scale.py run the same on a tiny model.
-    "deepspeed --num_gpus 2 launcher/train.py --optimizer adan --noise-scale --output runs/mine": BATCH_SIZE_TESTS,
-    "deepspeed --num_gpus 2 launcher/train.py --optimizer lion --tokens 4e6 --save runs/base "
-    "--save-every 500": BATCH_SIZE_TESTS,
+    # tests/test_batch_size.py runs it for a tiny model.
     "ds-optim batch-size measure --checkpoint runs/base/global_step500 --batches 8,16,32,64,128 --tokens 4e5 "
     "--output runs/critical -- deepspeed --num_gpus 2 launcher/train.py --optimizer lion "
     "--micro-batch 8": "ds-optim batch-size measure --help",
@@ -56,8 +44,23 @@ INSTEAD = {
     "ds-optim batch-size advise --batch 64 --noise-scale 213 --ranks 2 --micro-batch 4 --seq-length 128 "
     "--model configs/models/llama_60m.json --deepspeed configs/adamw_zero2.json "
     "--device-memory 8GB": "ds-optim batch-size advise --help",
-    # It is what runs this.
-    "bash tests/run.sh": "bash tests/run.sh --collect-only -q tests/test_docs.py",
+}
+
+# Commands that other tests run, on the pool's ranks or on a tiny model; here only that these tests exist.
+ELSEWHERE = {
+    "bash tests/run.sh": "conftest.pytest_report_header",
+    "deepspeed --num_gpus 2 examples/on_cpu.py examples/trainer_deepspeed.py "
+    "--deepspeed examples/adan_auto.json": "test_integrations."
+    "test_the_trainer_takes_adan_and_its_three_betas_from_the_json",
+    "torchrun --nproc_per_node 2 examples/on_cpu.py examples/trainer_torch.py --fsdp": "test_integrations."
+    "test_the_trainer_on_one_device_under_ddp_and_fsdp2_trains_the_same_model",
+    "python examples/lora.py Shampoo": "test_integrations.test_lora",
+    "accelerate launch --num_processes 2 examples/on_cpu.py examples/accelerate_fsdp2.py": "test_integrations."
+    "test_accelerate_with_fsdp2_a_compiled_model_and_torchs_schedule",
+    "deepspeed --num_gpus 2 launcher/train.py --optimizer adan --noise-scale --output runs/mine": "test_noise_scale."
+    "test_the_launcher_and_the_monitors_show_it",
+    "deepspeed --num_gpus 2 launcher/train.py --optimizer lion --tokens 4e6 --save runs/base "
+    "--save-every 500": "test_batch_size.test_branches_of_the_real_training_job",
 }
 
 
@@ -108,9 +111,20 @@ def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
 def test_a_bash_block_runs(block: Block) -> None:
     for line in block.text.replace("\\\n", " ").splitlines():
-        command = line.split("#")[0].strip()
-        if command:
-            run(["bash", "-c", INSTEAD.get(" ".join(command.split()), command)], ROOT)
+        command = " ".join(line.split("#")[0].split())
+        if command in ELSEWHERE:
+            module, _, name = ELSEWHERE[command].partition(".")
+            assert f"\ndef {name}(" in (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
+        elif command:
+            run(["bash", "-c", INSTEAD.get(command, command)], ROOT)
+
+
+def test_no_command_is_replaced_that_no_page_has() -> None:
+    lines = [
+        line for block in BLOCKS if block.language == "bash" for line in block.text.replace("\\\n", " ").splitlines()
+    ]
+    shown = {" ".join(line.split("#")[0].split()) for line in lines}
+    assert set(INSTEAD) | set(ELSEWHERE) <= shown
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=str)

@@ -240,8 +240,11 @@ def test_a_stopped_job_leaves_no_rank_behind(options: list[str], number: signal.
     script.write_text(SLEEPER)
     with _cluster(2) as cluster:
         command = [*MULTINODE, "--no-preflight", "--interface", "eth0", "--logs", str(tmp_path / "logs"), *options]
+        # What its parent ignores (under nohup: SIGHUP) a shell ignores, too.
+        before = signal.signal(number, signal.SIG_DFL)
         with (tmp_path / "said").open("w") as said:
             running = cluster.hosts[0].start([*command, str(script), "none"], env=cluster.environment, stdout=said)
+        signal.signal(number, before)
         _until(lambda: all(_ranks(host, script) for host in cluster.hosts), 120)
         [shell] = [process for process in cluster.hosts[0].processes("multinode.sh") if process.name() == "bash"][:1]
         shell.send_signal(number)
