@@ -59,6 +59,8 @@ PRELOADED = [
     "deepspeed",
     "transformers.models.llama.modeling_llama",
 ]
+# Of a process that is the only rank of its world; the system picks the port.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -37,6 +36,7 @@ from ds_optim.batch_size.advice import (
 )
 from ds_optim.batch_size.learning_rate import RULES, rule_of, scale
 from ds_optim.cli import app
+from pool import ALONE
 from test_launcher import (
     CONFIGS,
     LAUNCHER,
@@ -607,24 +607,16 @@ def test_the_held_out_sequences_are_the_same_for_every_batch_and_number_of_ranks
     assert one[0] == pytest.approx(pool(4).run(held_out_in_pool, short, 2)[0], rel=1e-5)
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port: int = free.getsockname()[1]
-        return port
-
-
 def test_branches_of_the_real_training_job(pool: Any, short: list[str], tmp_path: Path) -> None:  # noqa: F811
     """From a checkpoint of two ranks on one, which is enough here: no launcher."""
     common = [*short[: short.index("--steps")], *short[short.index("--steps") + 2 :], "--optimizer", "lion"]
     pool(2).run(train_in_pool, [*common, "--steps", "6", "--save", str(tmp_path / "saved"), "--save-every", "4"])
     command = [sys.executable, str(LAUNCHER / "train.py"), *common]
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     start = str(tmp_path / "saved" / "global_step4")
     options = ["--checkpoint", start, "--batches", "8,16", "--tokens", "1024", "--output", str(tmp_path / "out")]
     finished = subprocess.run(
         [sys.executable, "-c", MAIN, "batch-size", "measure", *options, "--tolerance", "9", "--", *command],
-        env={**os.environ, **world, "MASTER_PORT": str(free_port())},
+        env={**os.environ, **ALONE},
         capture_output=True,
         text=True,
         timeout=900,

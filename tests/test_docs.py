@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import ds_optim
+from pool import ALONE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,11 +45,12 @@ INSTEAD = {
     "ds-optim batch-size advise --batch 64 --noise-scale 213 --ranks 2 --micro-batch 4 --seq-length 128 "
     "--model configs/models/llama_60m.json --deepspeed configs/adamw_zero2.json "
     "--device-memory 8GB": "ds-optim batch-size advise --help",
+    # It is what runs this.
+    "bash tests/run.sh": "bash tests/run.sh --collect-only -q tests/test_docs.py",
 }
 
 # Commands that other tests run, on the pool's ranks or on a tiny model; here only that these tests exist.
 ELSEWHERE = {
-    "bash tests/run.sh": "conftest.pytest_report_header",
     "deepspeed --num_gpus 2 examples/on_cpu.py examples/trainer_deepspeed.py "
     "--deepspeed examples/adan_auto.json": "test_integrations."
     "test_the_trainer_takes_adan_and_its_three_betas_from_the_json",
@@ -87,11 +89,16 @@ def blocks() -> list[Block]:
 BLOCKS = blocks()
 
 
+def commands(block: Block) -> list[str]:
+    """Of a bash block: one per line that is no comment, continuation lines joined, single spaces."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return list(filter(None, (" ".join(line.split("#")[0].split()) for line in lines)))
+
+
 def run(command: list[str], folder: Path) -> None:
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     if command[0] == sys.executable:
-        environment.update(world)
+        environment.update(ALONE)
     finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
 
@@ -110,21 +117,17 @@ def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
 def test_a_bash_block_runs(block: Block) -> None:
-    for line in block.text.replace("\\\n", " ").splitlines():
-        command = " ".join(line.split("#")[0].split())
+    for command in commands(block):
         if command in ELSEWHERE:
             module, _, name = ELSEWHERE[command].partition(".")
             assert f"\ndef {name}(" in (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
-        elif command:
+        else:
             run(["bash", "-c", INSTEAD.get(command, command)], ROOT)
 
 
 def test_no_command_is_replaced_that_no_page_has() -> None:
-    lines = [
-        line for block in BLOCKS if block.language == "bash" for line in block.text.replace("\\\n", " ").splitlines()
-    ]
-    shown = {" ".join(line.split("#")[0].split()) for line in lines}
-    assert set(INSTEAD) | set(ELSEWHERE) <= shown
+    shown = {command for block in BLOCKS if block.language == "bash" for command in commands(block)}
+    assert INSTEAD.keys() | ELSEWHERE.keys() <= shown
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=str)

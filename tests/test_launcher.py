@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ CONFIGS = ROOT / "configs"
 sys.path.insert(0, str(LAUNCHER))  # as `deepspeed launcher/train.py` does
 
 import corpus  # noqa: E402
+import local_cluster  # noqa: E402
 import settings  # noqa: E402
 from progress import OptimizerClock, Progress  # noqa: E402
 from state_table import ModelStates, StateMeter, table  # noqa: E402
@@ -367,9 +367,7 @@ def test_the_log_has_every_step_and_a_line_per_window(tmp_path: Path, capsys: py
 
 
 def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
+    port = local_cluster.free_port()
     command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port, LAUNCHER / "train.py"]
     return subprocess.run(
         [sys.executable, *map(str, (*command, *arguments))], capture_output=True, text=True, timeout=600

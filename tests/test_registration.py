@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pool import ALONE
+
 SCRIPT = """
 import deepspeed, torch
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 1))
@@ -58,13 +60,12 @@ def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedP
     """Run code as a script of one rank in a fresh interpreter."""
     script = folder / "script.py"
     script.write_text(code, encoding="utf-8")
-    world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     plain = {
         key: value for key, value in os.environ.items() if key not in ("TORCH_DEVICE_BACKEND_AUTOLOAD", "PYTHONPATH")
     }
     return subprocess.run(
         [sys.executable, str(script)],
-        env={**plain, **world, "DS_ACCELERATOR": "cpu", **environment},
+        env={**plain, **ALONE, "DS_ACCELERATOR": "cpu", **environment},
         cwd=folder,
         capture_output=True,
         text=True,
