@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -32,6 +32,7 @@ from ds_optim.role import Role
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, exempt_names, infer_roles, logical_shape
 from ds_optim.sharding import zero
+from ds_optim.sharding.gradient_window import settle_gradients
 from ds_optim_autoload import ENGINE
 
 CLASSES: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini, Shampoo, SWAN)
@@ -113,7 +114,10 @@ def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[A
         result = wrapped(client, parameters)
     basic = engine.basic_optimizer
     if isinstance(basic, ShardedOptimizer):
-        basic.bind(zero.read(engine), _roles(engine, basic._roles_given, inferred))
+        binding = zero.read(engine)
+        if not binding.problems:
+            binding = replace(binding, settle=settle_gradients(engine))
+        basic.bind(binding, _roles(engine, basic._roles_given, inferred))
         zero.guard_state_access(engine, type(basic).__name__, basic.element_keys)
     return result
 

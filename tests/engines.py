@@ -92,6 +92,7 @@ class Case:
     seed: int = 0
     more_bits: int = 0  # of the gradients; their squares then round when they are added up
     unused_from: int | None = None  # `sometimes` is used before this step only
+    clipping: float = 0.0  # the global norm above which DeepSpeed scales gradients down; 0: never
 
     def config(self) -> dict[str, Any]:
         """The DeepSpeed configuration."""
@@ -99,7 +100,7 @@ class Case:
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": 0.0,
+            "gradient_clipping": self.clipping,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": False,
             **self.extra,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,10 +47,20 @@ def weight_decays(model: nn.Module, case: Case) -> dict[str, float]:
 
 
 def gradient(case: Case, name: str, shape: tuple[int, ...], step: int) -> Tensor:
-    """What the optimizer sees: micro-batches add up, unused parameters count as zero."""
+    """What reaches DeepSpeed: micro-batches add up, unused parameters count as zero."""
     if case.unused_from is not None and step >= case.unused_from and "sometimes" in name:
         return torch.zeros(shape)
     return case.accumulation * constant_gradient(name, shape, step, case.seed, case.more_bits)
+
+
+def gradients(case: Case, shapes: Mapping[str, tuple[int, ...]], step: int) -> dict[str, Tensor]:
+    """What the optimizer sees, fp64: all of them, scaled down together where DeepSpeed clips."""
+    found = {name: gradient(case, name, shape, step).double() for name, shape in shapes.items()}
+    if not case.clipping:
+        return found
+    norm = torch.cat([grad.reshape(-1) for grad in found.values()]).norm()
+    share = (case.clipping / (norm + 1e-6)).clamp(max=1)
+    return {name: grad * share for name, grad in found.items()}
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -78,7 +89,7 @@ def by_matrix_oracle(case: Case) -> dict[str, Tensor]:
     adam_state: dict[str, dict[str, Tensor]] = {}
     for step in range(1, case.steps + 1):
         lr = learning_rate(step)
-        grads = {name: gradient(case, name, tuple(p.shape), step).double() for name, p in params.items()}
+        grads = gradients(case, {name: tuple(p.shape) for name, p in params.items()}, step)
         if case.optimizer == "Shampoo":
             settings = {
                 "ridge": "relative",
@@ -111,8 +122,7 @@ def by_oracle(case: Case) -> dict[str, Tensor]:
         options["labels"] = {name: block_labels(name, shape) for name, shape in shapes.items()}
     state: dict[str, dict[str, Tensor]] = {}
     for step in range(1, case.steps + 1):
-        grads = {name: gradient(case, name, shape, step).double() for name, shape in shapes.items()}
-        oracle(params, grads, state, step, lr=learning_rate(step), **options)
+        oracle(params, gradients(case, shapes, step), state, step, lr=learning_rate(step), **options)
     return {name: p.reshape(-1) for name, p in params.items()}
 
 
@@ -130,9 +140,9 @@ def by_one_process(case: Case) -> dict[str, Tensor]:
     for step in range(1, case.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
-        for name, parameter in model.named_parameters():
-            if name in decays:
-                parameter.grad = gradient(case, name, tuple(parameter.shape), step)
+        trained = {name: parameter for name, parameter in model.named_parameters() if name in decays}
+        for name, grad in gradients(case, {n: tuple(p.shape) for n, p in trained.items()}, step).items():
+            trained[name].grad = grad.float()
         optimizer.step()
     return {n: p.detach().reshape(-1) for n, p in model.named_parameters() if n in decays}
 

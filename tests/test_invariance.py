@@ -61,6 +61,8 @@ FACTORS: dict[str, list[Any]] = {
     "tied": [False, True],
     "frozen": [(), ("embed_tokens", "k_proj")],
     "accumulation": [1, 2],
+    "clipping": [0.0, 1.0],
+    "unused": [None, 4],
 }
 
 
@@ -92,6 +94,8 @@ def case_of(row: list[Any], seed: int = 0) -> tuple[Case, int]:
         tied=values["tied"],
         frozen=values["frozen"],
         accumulation=values["accumulation"],
+        clipping=values["clipping"],
+        unused_from=values["unused"],
         steps=STEPS.get(values["optimizer"], 10),
         seed=seed,
     )
@@ -107,8 +111,8 @@ def check(pool: Pools, case: Case, ranks: int) -> None:
     found = assembled(reports)
     assert distance(found, by_oracle(case)) <= TOLERANCE.get(case.optimizer, 1e-6)
     twin = by_one_process(case)
-    if case.optimizer == "AdamMini":
-        assert distance(found, twin) <= 1e-6
+    if case.optimizer == "AdamMini" or case.clipping:  # the norm is DeepSpeed's, and the order in which it is added up
+        assert distance(found, twin) <= TOLERANCE.get(case.optimizer, 1e-6)
     else:
         differing = [name for name, values in twin.items() if not torch.equal(values, found[name])]
         assert not differing, f"not bitwise the same as one process: {differing}"

@@ -122,7 +122,7 @@ def test_spans_leave_padding_out(drawn: tuple[Layout, dict[str, BlockGrid]]) -> 
     layout, _ = drawn
     for rank in range(layout.world_size):
         covered = [0] * layout.local_numel(rank)
-        for start, length, _ in held_spans(layout, rank):
+        for start, length in held_spans(layout, rank):
             for index in range(start, start + length):
                 covered[index] += 1
         assert max(covered, default=0) <= 1

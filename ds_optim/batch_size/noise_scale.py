@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ds_optim.batch_size.estimator import Estimator, Reading
 from ds_optim.batch_size.gradient_hooks import GradientHooks, norms, square_sum
 from ds_optim.batch_size.strategies import EngineStrategy, NoiseScaleError, Piece, Strategy, TorchStrategy
+from ds_optim.instance_methods import after
 from ds_optim.role import Role
 from ds_optim.roles import infer_roles
 
@@ -114,6 +115,8 @@ class NoiseScale:
         self._start_step()
         self._hooks = GradientHooks(self._strategy.module, self._strategy.parameters, self._arrived)
         self._forward = self._strategy.module.register_forward_pre_hook(self._called, with_kwargs=True)
+        if is_engine:
+            after(target, "destroy", self.detach)
 
     # ------------------------------------------------------------------------------------------------- what users call
 

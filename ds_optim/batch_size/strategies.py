@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import wrapt
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ds_optim.instance_methods import wrap
+from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.binding import Binding, BoundTensor
 from ds_optim.sharding.dtensor import group_of
@@ -85,6 +86,7 @@ class EngineStrategy:
         self._seen: set[Tensor] = set()  # in this step
         self._undo: list[Callable[[], None]] = []
         self._wrap()
+        self._is_stale = self._stale_gradients()
         self.module: nn.Module = engine.module
         self.parameters = trained(engine.module)
         self.group: dist.ProcessGroup | None = engine.data_parallel_group
@@ -137,6 +139,16 @@ class EngineStrategy:
             raise NoiseScaleError(f"the noise scale is for data parallelism and ZeRO: {'; '.join(everyones)}")
         return binding
 
+    def _stale_gradients(self) -> Callable[[Tensor], bool]:
+        """Tells whose gradient is left over from an earlier step. Our own optimizers are handed none of those."""
+        from ds_optim.sharding.gradient_window import GradientWindow, keeps_gradients
+
+        if isinstance(self._engine.basic_optimizer, ShardedOptimizer) or not keeps_gradients(self._wrapper):
+            return lambda _: False
+        window = GradientWindow(self._engine, clears=False)
+        self._undo.append(window.remove)
+        return window.is_stale
+
     def _wrap(self) -> None:
         """Methods that run between reduction and clipping; without ZeRO in fp32 the last moment is the step itself."""
         wrapper = self._wrapper
@@ -150,23 +162,11 @@ class EngineStrategy:
 
     def _before(self, owner: Any, method: str) -> None:
         def measured(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-            if self._undo:
+            if self._undo:  # otherwise we only pass calls on
                 self._measure_new()
             return wrapped(*args, **kwargs)
 
-        before = vars(owner).get(method)
-        ours = wrapt.FunctionWrapper(getattr(owner, method), measured)
-
-        def undo() -> None:
-            if vars(owner).get(method) is not ours:  # wrapped by somebody after us: we only pass calls on
-                return
-            if before is None:
-                delattr(owner, method)
-            else:
-                setattr(owner, method, before)
-
-        setattr(owner, method, ours)
-        self._undo.append(undo)
+        self._undo.append(wrap(owner, method, measured))
 
     def _before_step(self) -> None:
         self._measure_new()
@@ -181,7 +181,7 @@ class EngineStrategy:
             gradient = self._gradients().get(tensor, tensor.grad)
             if tensor not in self._seen and gradient is not None:
                 self._seen.add(tensor)
-                self._measure(part, _pieces(bound, gradient.reshape(-1)))
+                self._measure(part, self._pieces(bound, gradient.reshape(-1)))
         if len(self._seen) == len(self._binding.tensors):
             self._finish()
 
@@ -190,20 +190,14 @@ class EngineStrategy:
         gradients = getattr(self._wrapper, "fp32_groups_gradient_flat_partition", ())
         return dict(zip(self._wrapper.fp32_groups_flat_partition, gradients, strict=True)) if gradients else {}
 
-
-def _pieces(bound: BoundTensor, gradient: Tensor) -> Iterator[Piece]:
-    """The gradient of one partition without padding, and without what is left over from an earlier step."""
-    is_replicated = isinstance(bound.layout, Replicated)
-    share = 1 / bound.layout.world_size if is_replicated else 1.0
-    for fragment in bound.layout.fragments(bound.rank):
-        name = bound.layout.parameters[fragment.parameter].name
-        values = gradient.narrow(0, fragment.offset, fragment.numel)
-        try:
-            is_used = bound.used is None or bound.used(name)
-        except RuntimeError:  # DeepSpeed added it to an older gradient: the step cannot be measured
-            is_used, values = True, gradient.new_full((), math.nan)
-        if is_used:
-            yield name, values, share
+    def _pieces(self, bound: BoundTensor, gradient: Tensor) -> Iterator[Piece]:
+        """The gradient of one partition without padding, and without what is left over from an earlier step."""
+        is_replicated = isinstance(bound.layout, Replicated)
+        share = 1 / bound.layout.world_size if is_replicated else 1.0
+        for fragment in bound.layout.fragments(bound.rank):
+            name = bound.layout.parameters[fragment.parameter].name
+            if not self._is_stale(self.parameters[name]):
+                yield name, gradient.narrow(0, fragment.offset, fragment.numel), share
 
 
 class TorchStrategy:

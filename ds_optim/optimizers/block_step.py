@@ -92,7 +92,6 @@ class BlockStep:
         wire: how buckets travel.
         flat: local tensors, flat, by their index in the plan; updated in place.
         grads: their flat gradients; None counts as zero.
-        idle: parameters of each tensor whose gradient counts as zero.
         state: the optimizer's state of each tensor.
         begins: where each owned block's state begins there.
         block_state: what the rule keeps for a block.
@@ -108,7 +107,6 @@ class BlockStep:
     wire: pipeline.Wire
     flat: Mapping[int, Tensor]
     grads: Mapping[int, Tensor | None]
-    idle: Mapping[int, frozenset[int]]
     state: Mapping[int, dict[str, Any]]
     begins: Mapping[int, Mapping[int, Mapping[str, int]]]
     block_state: BlockState
@@ -128,7 +126,7 @@ class BlockStep:
         return torch.cat(flags).sum(dtype=torch.float32)
 
     def _gradient_of(self, piece: Piece) -> Tensor | None:
-        return None if piece.parameter in self.idle[piece.tensor] else self.grads[piece.tensor]
+        return self.grads[piece.tensor]
 
     def _compute(self, bucket: Bucket, work: Tensor) -> None:
         with full_precision():

@@ -62,35 +62,24 @@ class Tables:
     num_cuts: int = 0
 
 
-def idle_parameters(bound: BoundTensor) -> frozenset[int]:
-    """Parameters of a tensor (by index) whose gradient must count as zero in this step."""
-    if bound.used is None:
-        return frozenset()
-    return frozenset(index for index, spec in enumerate(bound.layout.parameters) if not bound.used(spec.name))
-
-
-def span_tables(bounds: Sequence[BoundTensor], idle: Sequence[frozenset[int]]) -> Tables:
-    """Tables of an elementwise rule: every stretch without padding, ``has_grad`` 0 for idle parameters."""
-    spans = [
-        (index, *span)
-        for index, (bound, its_idle) in enumerate(zip(bounds, idle, strict=True))
-        for span in held_spans(bound.layout, bound.rank, its_idle)
-    ]
+def span_tables(bounds: Sequence[BoundTensor]) -> Tables:
+    """Tables of an elementwise rule: every stretch without padding."""
+    spans = [(index, *span, 1) for index, bound in enumerate(bounds) for span in held_spans(bound.layout, bound.rank)]
     return Tables(spans=_table(spans, 4))
 
 
-def block_tables(runs: Sequence[Runs], idle: Sequence[frozenset[int]]) -> Tables:
+def block_tables(runs: Sequence[Runs]) -> Tables:
     """Tables of a blockwise rule: every tensor's runs, their cut blocks numbered through."""
     rows: list[tuple[int, ...]] = []
     columns: list[tuple[int, ...]] = []
     cuts = 0
     for index, of_tensor in enumerate(runs):
-        for *head, first, last, parameter in of_tensor.rows:
+        for *head, first, last, _ in of_tensor.rows:
             shifted = (cut + cuts if cut >= 0 else -1 for cut in (first, last))
-            rows.append((index, *head, *shifted, int(parameter not in idle[index])))
-        for *head, cut, block_numel, parameter in of_tensor.columns:
+            rows.append((index, *head, *shifted, 1))
+        for *head, cut, block_numel, _ in of_tensor.columns:
             shifted_cut = cut + cuts if cut >= 0 else -1
-            columns.append((index, *head, shifted_cut, block_numel, int(parameter not in idle[index])))
+            columns.append((index, *head, shifted_cut, block_numel, 1))
         cuts += of_tensor.num_cuts
     return Tables(row_runs=_table(rows, 9), column_runs=_table(columns, 12), num_cuts=cuts)
 
@@ -153,20 +142,20 @@ class Call:
             self._copied.append((tensor, flat))
         return flat
 
-    def narrowed(self, stretches: Sequence[tuple[int, int, int, int, int]]) -> Call:
+    def narrowed(self, stretches: Sequence[tuple[int, int, int, int]]) -> Call:
         """This call over parts of its tensors, whose state has no room for the rest.
 
         Args:
-            stretches: (tensor, start, length, has_grad, where its state begins).
+            stretches: (tensor, start, length, where its state begins).
         """
 
         def part(of: list[Any], index: int, start: int, length: int) -> Any:
             return None if of[index] is None else of[index].narrow(0, start, length)
 
-        self.tables = Tables(spans=_table([(i, 0, s[2], s[3]) for i, s in enumerate(stretches)], 4))
+        self.tables = Tables(spans=_table([(i, 0, s[2], 1) for i, s in enumerate(stretches)], 4))
         self.grads = [part(self.grads, s[0], s[1], s[2]) for s in stretches]
         self.params = [part(self.params, s[0], s[1], s[2]) for s in stretches]
-        self.states = [[part(of_kind, s[0], s[4], s[2]) for s in stretches] for of_kind in self.states]
+        self.states = [[part(of_kind, s[0], s[3], s[2]) for s in stretches] for of_kind in self.states]
         if self.rounding is not None:
             bf16 = [index for index, param in enumerate(self.params) if param.dtype == torch.bfloat16]
             self.rounding = self.rounding.narrowed({index: stretches[index][:3] for index in bf16})

@@ -34,7 +34,6 @@ from ds_optim.optimizers.launch import (
     StateSpec,
     Tables,
     block_tables,
-    idle_parameters,
     places,
     run,
     span_tables,
@@ -135,6 +134,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._names: dict[Tensor, str] = {}
         self._listed: list[list[str]] = []
         self._bound: dict[Tensor, BoundTensor] = {}
+        self._settle_gradients: Callable[[], None] | None = None
         self._read: dict[Tensor, BoundTensor] = {}
         self._replicas: dict[Tensor, dist.ProcessGroup] | None = None
         self._checked: set[Tensor] = set()
@@ -272,7 +272,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         except Exception as error:  # whatever it is, the other ranks must hear of it
             binding = replace(binding, problems=(*binding.problems, f"no kernels: {error}"))
         try:
-            self._bound = dict(binding.tensors)
+            self._bound, self._settle_gradients = dict(binding.tensors), binding.settle
             self._roles = dict(roles)
             self._forget_layouts()
             if not binding.problems:
@@ -447,6 +447,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ]
         if not self.is_bound:
             self._check_layouts([tensor for _, tensor in active])
+        if self._settle_gradients is not None:
+            self._settle_gradients()
         if self._is_phantom(active):
             for _, tensor in active:
                 self._state_of(tensor)
@@ -570,15 +572,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return Call(self.rule, tensors, states, self._tables_of(tensors, bounds), scalars, bounds[0].group, rounding)
 
     def _tables_of(self, tensors: list[Tensor], bounds: list[BoundTensor]) -> Tables:
-        idle = [idle_parameters(bound) for bound in bounds]
         key = tuple(id(tensor) for tensor in tensors)
-        if any(idle) or key not in self._tables:
+        if key not in self._tables:
             if self.rule.block_state:
-                tables = block_tables([self._runs_of(tensor) for tensor in tensors], idle)
+                tables = block_tables([self._runs_of(tensor) for tensor in tensors])
             else:
-                tables = span_tables(bounds, idle)
-            if any(idle):  # rare, and another set of parameters next time
-                return tables
+                tables = span_tables(bounds)
             if len(self._tables) >= _TABLES_KEPT:
                 self._tables.clear()
             self._tables[key] = (tensors, tables)  # the tensors too, so that no other one gets their ids

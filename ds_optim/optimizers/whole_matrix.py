@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from ds_optim.kernels import Rounding
 from ds_optim.optimizers.adamw import adam_scalars, adamw_update
 from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, stack_size
-from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, Tables, idle_parameters, row_major
+from ds_optim.optimizers.launch import Call, Rule, Scalars, StateSpec, Tables, row_major
 from ds_optim.optimizers.logical import Logical, element_pieces, owned_pieces, packed
 from ds_optim.optimizers.mesh_state import parts_of
 from ds_optim.optimizers.owner_state import (
@@ -319,13 +319,13 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     # -- state ------------------------------------------------------------------------------------------------------
 
-    def _fallback_spans(self, tensor: Tensor, idle: frozenset[int] = frozenset()) -> list[tuple[int, int, int]]:
-        """What Adam steps of a tensor, as ``(start, length, has_grad)``."""
+    def _fallback_spans(self, tensor: Tensor) -> list[tuple[int, int]]:
+        """What Adam steps of a tensor, as ``(start, length)``."""
         if tensor not in self._matrices:
             plan, index = self._plan_of(tensor)
             self._matrices[tensor] = frozenset(plan.blocks[block].parameter for block in plan.of_tensor(index))
         bound = self._bound_tensor(tensor)
-        return held_spans(bound.layout, bound.rank, idle, self._matrices[tensor])
+        return held_spans(bound.layout, bound.rank, self._matrices[tensor])
 
     def _state_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
         plan, index = self._plan_of(tensor)
@@ -336,7 +336,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         return spec
 
     def _fallback_spec(self, tensor: Tensor) -> dict[str, StateSpec]:
-        numel = sum(length for _, length, _ in self._fallback_spans(tensor))
+        numel = sum(length for _, length in self._fallback_spans(tensor))
         all_adams = not self._matrices[tensor] if isinstance(tensor, DTensor) else numel == tensor.numel()
         shape = tuple(tensor.shape) if all_adams else (numel,)
         return dict.fromkeys(self.rule.element_state, (shape, self.state_dtype))
@@ -372,8 +372,8 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         stretches = []
         for index, tensor in enumerate(tensors):
             begin = 0
-            for start, length, has_grad in self._fallback_spans(tensor, idle_parameters(self._bound_tensor(tensor))):
-                stretches.append((index, start, length, has_grad, begin))
+            for start, length in self._fallback_spans(tensor):
+                stretches.append((index, start, length, begin))
                 begin += length
         return super()._call(tensors, scalars, rounding).narrowed(stretches)
 
@@ -420,7 +420,6 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             wire=pipeline.Wire(ranks, key.device, self.exchange_dtype, plan.replicated, self.traffic),
             flat=flat,
             grads={i: None if (g := local_grad(t)) is None else row_major(g) for i, t in by_index.items()},
-            idle={index: idle_parameters(self._bound_tensor(tensor)) for index, tensor in by_index.items()},
             state={index: self.state[tensor] for index, tensor in by_index.items()},
             begins={index: self._begins[tensor] for index, tensor in by_index.items()},
             block_state=self.block_state,

@@ -24,14 +24,11 @@ class BoundTensor:
         group: the shard group; None for a tensor that this process holds whole.
         owners: the group over which the owners of blocks are spread, where it is more than the shard group: HSDP
             replicates shards. Its ranks are those of one replica's shard group behind those of another's.
-        used: tells whether a parameter (by name) received a gradient for this step, where the strategy would hand
-            over a stale one otherwise; None where gradients can be trusted.
     """
 
     layout: Layout
     rank: int = 0
     group: dist.ProcessGroup | None = None
-    used: Callable[[str], bool] | None = None
     owners: dist.ProcessGroup | None = None
 
     @property
@@ -52,10 +49,13 @@ class Binding:
     Attributes:
         tensors: the local tensors, by identity.
         problems: what the reader found that cannot be matched; `verify` raises them on every rank.
+        settle: to be called when a step begins, before its gradients are read; None where nothing can be left in them
+            from an earlier one.
     """
 
     tensors: Mapping[Tensor, BoundTensor]
     problems: tuple[str, ...] = field(default=())
+    settle: Callable[[], None] | None = None
 
 
 def local_of(tensor: Tensor) -> Tensor:

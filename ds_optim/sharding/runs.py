@@ -32,23 +32,20 @@ class Runs:
     num_cuts: int
 
 
-def held_spans(
-    layout: Layout, rank: int, idle: Set[int] = frozenset(), left_out: Set[int] = frozenset()
-) -> list[tuple[int, int, int]]:
-    """What ``rank`` holds, as ``(start, length, has_grad)``, neighbours joined: kernels are fast on long spans.
+def held_spans(layout: Layout, rank: int, left_out: Set[int] = frozenset()) -> list[tuple[int, int]]:
+    """What ``rank`` holds, as ``(start, length)``, neighbours joined: kernels are fast on long spans.
 
     Args:
-        idle: parameters, by index, whose gradient counts as zero (``has_grad`` 0).
         left_out: parameters, by index, that somebody else steps.
     """
-    joined: list[tuple[int, int, int]] = []
+    joined: list[tuple[int, int]] = []
     for fragment in layout.fragments(rank):
         if fragment.parameter in left_out:
             continue
-        start, length, has_grad = fragment.offset, fragment.numel, int(fragment.parameter not in idle)
-        if joined and (joined[-1][0] + joined[-1][1], joined[-1][2]) == (start, has_grad):
+        start, length = fragment.offset, fragment.numel
+        if joined and sum(joined[-1]) == start:
             start, length = joined[-1][0], joined.pop()[1] + length
-        joined.append((start, length, has_grad))
+        joined.append((start, length))
     return joined
 
 

@@ -7,14 +7,14 @@ that the fp32 master holds the same values there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-import wrapt
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -22,8 +22,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from ds_optim.instance_methods import after, wrap
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding.binding import Binding, BoundTensor
+from ds_optim.sharding.gradient_window import BUFFERS_OF_ZERO_3
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 
 KNOWN_VERSIONS = "0.19.8 and later patches of 0.19"
@@ -38,7 +40,9 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
         "real_dp_process_group",
         "single_partition_of_fp32_groups",
         "cpu_offload",
-        "micro_step_id",
+        "averaged_gradients",
+        "all_grad_tensors",
+        "_grad_acc_hooks",
         "_hp_optimizer_states_linked",
         "_lazy_init_hp_params_optimizer_state",
         "_link_all_hp_params",
@@ -48,9 +52,13 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
         "fp32_partitioned_groups_flat",
         "grad_position",
         "_get_sub_group_process_group",
-        "micro_step_id",
+        "offload_optimizer",
+        BUFFERS_OF_ZERO_3,
+        "_grad_acc_hooks",
+        "_leaf_module_hooks",
     ),
     BF16_Optimizer: (
+        "clear_hp_grads",
         "bf16_groups",
         "bf16_groups_flat",
         "fp32_groups_flat_partition",
@@ -129,30 +137,28 @@ def guard_state_access(engine: Any, optimizer: str, keys: tuple[str, ...]) -> No
                 f"{optimizer}: {known} one value per element in each rank's partition, {key!r} is not; "
                 "ds_optim.checkpoint.full_state(engine, parameter_name) gathers everything that is kept for a parameter"
             )
-        if key is not None and link is not None:
-            wrapper._hp_optimizer_states_linked = False
-            link()
+        linking = reference()
+        if key is not None and hasattr(linking, "_lazy_init_hp_params_optimizer_state"):
+            linking._hp_optimizer_states_linked = False
+            linking._lazy_init_hp_params_optimizer_state()
         return wrapped(*args, **kwargs)
 
     def guarded(one: Any) -> None:
         for name in _STATE_ACCESS:
-            if hasattr(one, name):
-                setattr(one, name, wrapt.FunctionWrapper(getattr(one, name), guard))
+            method = getattr(one, name, None)
+            if method is not None and getattr(method, "_self_wrapper", None) is not guard:
+                wrap(one, name, guard)
 
     def guarded_parameters() -> None:
         for parameter in engine.module.parameters():
             guarded(parameter)
 
-    def linked(wrapped: Any, _: Any, args: Any, kwargs: Any) -> None:
-        wrapped(*args, **kwargs)
-        guarded_parameters()
-
     wrapper = engine.optimizer
-    link = getattr(wrapper, "_lazy_init_hp_params_optimizer_state", None)
+    reference: Callable[[], Any] = weakref.ref(wrapper)  # parameters, which are guarded, may outlive the engine
     guarded(wrapper)
     guarded_parameters()
-    if link is not None:  # after a load and after `reload_states` parameters get new methods
-        wrapper._link_all_hp_params = wrapt.FunctionWrapper(wrapper._link_all_hp_params, linked)
+    if hasattr(wrapper, "_link_all_hp_params"):  # after a load and after `reload_states` parameters get new methods
+        after(wrapper, "_link_all_hp_params", guarded_parameters)
 
 
 def _refused(problem: str) -> Binding:
@@ -185,7 +191,6 @@ class _Reader:
 
     def zero_1_and_2(self, wrapper: Any) -> None:
         """One flat partition per parameter group, round-robin order and alignment padding included."""
-        watch = GradientWatch(self.engine, self.names) if wrapper.cpu_offload else None
         for index, parameters in enumerate(wrapper.round_robin_bit16_groups):
             self._flat(
                 parameters,
@@ -194,7 +199,6 @@ class _Reader:
                 int(wrapper.partition_size[index]),
                 wrapper.single_partition_of_fp32_groups[index],
                 wrapper.real_dp_process_group[index],
-                watch,
             )
 
     def bf16_optimizer(self, wrapper: Any) -> None:
@@ -207,11 +211,10 @@ class _Reader:
             group = wrapper.real_dp_process_group[index]
             flat = wrapper.bf16_groups_flat[index]
             size = flat.numel() // dist.get_world_size(group)
-            self._flat(parameters, offsets, flat, size, wrapper.fp32_groups_flat_partition[index], group, None)
+            self._flat(parameters, offsets, flat, size, wrapper.fp32_groups_flat_partition[index], group)
 
     def zero_3(self, wrapper: Any) -> None:
         """One flat tensor per sub-group: this rank's slice of each of its parameters, one behind the other."""
-        watch = GradientWatch(self.engine, self.names)
         for index, parameters in enumerate(wrapper.fp16_groups):
             group = wrapper._get_sub_group_process_group(index)
             rank = dist.get_rank(group)
@@ -232,7 +235,7 @@ class _Reader:
                 for position, parameter in enumerate(parameters)
                 if parameter.ds_tensor.numel() == layout.slice_numel(position)
             }
-            self._add(wrapper.fp32_partitioned_groups_flat[index], layout, rank, group, slices, watch, local=True)
+            self._add(wrapper.fp32_partitioned_groups_flat[index], layout, rank, group, slices, local=True)
 
     def _flat(
         self,
@@ -242,7 +245,6 @@ class _Reader:
         size: int,
         master: Tensor,
         group: dist.ProcessGroup,
-        watch: GradientWatch | None,
     ) -> None:
         specs = tuple(map(self._spec, parameters))
         for spec, parameter, offset in zip(specs, parameters, offsets, strict=True):
@@ -255,7 +257,7 @@ class _Reader:
                 )
         layout = FlatPartition(specs, tuple(offsets), size, dist.get_world_size(group))
         whole = {index: parameter.data.reshape(-1) for index, parameter in enumerate(parameters)}
-        self._add(master, layout, dist.get_rank(group), group, whole, watch)
+        self._add(master, layout, dist.get_rank(group), group, whole)
 
     def _add(
         self,
@@ -264,12 +266,11 @@ class _Reader:
         rank: int,
         group: dist.ProcessGroup | None,
         weights: Mapping[int, Tensor],
-        watch: GradientWatch | None = None,
         *,
         local: bool = False,
     ) -> None:
         """Bind a tensor, after comparing it with the model's weights (whole, or with ``local`` this rank's slices)."""
-        self.tensors[tensor] = BoundTensor(layout, rank, group, watch.used if watch else None)
+        self.tensors[tensor] = BoundTensor(layout, rank, group)
         master = tensor.detach().reshape(-1)
         for fragment in layout.fragments(rank):
             weight = weights.get(fragment.parameter)
@@ -298,68 +299,6 @@ def _same_values(master: Tensor, weight: Tensor) -> bool:
     return all(
         torch.allclose(one.to(two.dtype), two.to(one.device), rtol=0, atol=0, equal_nan=True) for one, two in pieces
     )
-
-
-class GradientWatch:
-    """Knows which parameters received a gradient in the current step.
-
-    ZeRO-3, and ZeRO-1/2 with CPU offload, keep gradients in buffers that outlive the step: a parameter that the model
-    did not use is handed over with the *previous* step's gradient (stage3.py `partition_grads` copies what arrives).
-    Such a parameter counts as having zero gradient. Hooks on the parameters see what really arrived; under these
-    strategies all ranks use the same parameters, since their reductions would not match otherwise.
-    """
-
-    def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
-        self._engine = engine
-        self._steps = 0  # windows that were consumed; `global_steps` alone goes back when a checkpoint is loaded
-        self._consumed = False
-        self._seen: dict[str, tuple[int, int]] = {}
-        self._late: dict[str, tuple[int, int]] = {}
-        for parameter, name in names.items():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._note(name))
-        # A ZeRO-3 "leaf module" hands zeros to its own idle parameters, and other ranks may have used them.
-        leaves: dict[torch.nn.Module, list[str]] = {}
-        for parameter, name in names.items():
-            if hasattr(parameter, "ds_z3_leaf_module"):
-                leaves.setdefault(parameter.ds_z3_leaf_module, []).append(name)
-        for module, inside in leaves.items():
-            module.register_full_backward_hook(lambda *_, inside=inside: self._note_all(inside))
-
-    def _window(self) -> tuple[int, int]:
-        """The accumulation window at hand; `global_steps` tells windows apart that were skipped for overflow."""
-        return self._steps, self._engine.global_steps
-
-    def _note(self, name: str) -> None:
-        if self._consumed:  # the first gradient after a step
-            self._steps, self._consumed = self._steps + 1, False
-        window = self._window()
-        seen = self._seen.get(name)
-        if seen is not None and seen != window and self._engine.optimizer.micro_step_id > 0:
-            self._late[name] = window
-        self._seen[name] = window
-
-    def _note_all(self, names: list[str]) -> None:
-        for name in names:
-            self._note(name)
-
-    def used(self, name: str) -> bool:
-        """Whether the parameter received a gradient in this step.
-
-        Raises:
-            RuntimeError: a parameter joined in the middle of a gradient accumulation window. DeepSpeed adds its
-                gradient to what was left of an earlier step, which cannot be undone here.
-        """
-        self._consumed = True
-        window = self._window()
-        late = sorted(name for name, when in self._late.items() if when == window)
-        if late:
-            raise RuntimeError(
-                f"{', '.join(late)}: used for the first time in a later backward pass of this step; DeepSpeed then "
-                "adds the new gradient to a previous step's. Use every parameter in the step's first backward pass, "
-                "make one backward pass per step, or use ZeRO stage 1 or 2 without offload"
-            )
-        return self._seen.get(name) == window
 
 
 def zero_settings(config: Mapping[str, Any]) -> DeepSpeedZeroConfig:
