@@ -130,7 +130,7 @@ def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[s
             'the "ds_optim" object is for an optimizer that the JSON names; give its contents to the optimizer '
             "that you make yourself"
         )
-    _raise_on_all_ranks(problems)
+    _raise_on_all_ranks(engine, problems)
     _allow_cpu_offload(engine)
 
 
@@ -152,7 +152,7 @@ def _prepare_from_json(
         problems.append('"no_decay" has no effect on parameter groups that you made: leave it out')
     patterns = settings.no_decay
     exempt, pattern_problems = _exempt(engine, patterns, inferred)
-    _raise_on_all_ranks([*problems, *pattern_problems])
+    _raise_on_all_ranks(engine, [*problems, *pattern_problems])
     if options.get("roles") is not None:  # they were judged
         exempt, _ = _exempt(engine, patterns, _roles(engine, options["roles"], inferred))
     engine._config.optimizer_params = options
@@ -331,9 +331,10 @@ def _without_auto(value: Any) -> Any:
     return value
 
 
-def _raise_on_all_ranks(problems: list[str]) -> None:
-    """Every rank raises if one has a problem: pipeline stages hold different layers, and none may wait for another."""
-    raise_on_all_ranks(problems, "ds_optim cannot run under this configuration, nothing was changed")
+def _raise_on_all_ranks(engine: Any, problems: list[str]) -> None:
+    """On all ranks of an engine: its stages have different layers, and none of them may wait for another."""
+    subject = "ds_optim cannot run under this configuration, nothing was changed"
+    raise_on_all_ranks(problems, subject, zero.ranks_of(engine))
 
 
 _install()

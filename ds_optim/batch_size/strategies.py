@@ -10,7 +10,7 @@ engine, queued behind DDP's and FSDP2's own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_optim.instance_methods import wrap
 from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.roles import canonical_name
-from ds_optim.sharding.binding import Binding, BoundTensor
+from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.dtensor import group_of
-from ds_optim.sharding.exchange import from_all_ranks
 from ds_optim.sharding.layout import Replicated
 
 Piece = tuple[str, Tensor, float]
@@ -81,7 +80,7 @@ class EngineStrategy:
     def __init__(self, engine: Any, measure: Measure, finish: Callable[[], None]) -> None:
         self._engine, self._measure, self._finish = engine, measure, finish
         self._wrapper = engine.optimizer
-        self._binding = self._read()
+        self._tensors = self._read()
         self._step = int(engine.global_steps)
         self._seen: set[Tensor] = set()  # in this step
         self._undo: list[Callable[[], None]] = []
@@ -111,7 +110,9 @@ class EngineStrategy:
             undo()
         self._undo.clear()
 
-    def _read(self) -> Binding:
+    def _read(self) -> Mapping[Tensor, BoundTensor]:
+        from ds_optim.sharding import zero  # imports DeepSpeed, which is there if there is an engine
+
         engine = self._engine
         problems = [
             f"{name} is {getattr(engine, name)}: a rank's gradient is not one of whole sequences"
@@ -126,18 +127,18 @@ class EngineStrategy:
             problems.append("a pipeline stage holds only a part of the model")
         if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
             problems.append("torch_autocast with float16 and without ZeRO: use bfloat16")
-        binding = Binding({})
+        tensors: Mapping[Tensor, BoundTensor] = {}
         if not problems:
-            from ds_optim.sharding import zero
-
             binding = zero.read(engine)
+            tensors = binding.tensors
             problems += binding.problems
-            known = {spec.name for bound in binding.tensors.values() for spec in bound.layout.parameters}
+            known = {spec.name for bound in tensors.values() for spec in bound.layout.parameters}
             problems += strays(name for name in trained(engine.module) if name not in known)
-        everyones = dict.fromkeys(reason for found in from_all_ranks(problems) for reason in found)
+        found = zero.ranks_of(engine).everyones(problems).values()
+        everyones = dict.fromkeys(reason for of_rank in found for reason in of_rank)
         if everyones:
             raise NoiseScaleError(f"the noise scale is for data parallelism and ZeRO: {'; '.join(everyones)}")
-        return binding
+        return tensors
 
     def _stale_gradients(self) -> Callable[[Tensor], bool]:
         """Tells whose gradient is left over from an earlier step. Our own optimizers are handed none of those."""
@@ -170,19 +171,19 @@ class EngineStrategy:
 
     def _before_step(self) -> None:
         self._measure_new()
-        if len(self._seen) < len(self._binding.tensors):  # some have no gradient
+        if len(self._seen) < len(self._tensors):  # some have no gradient
             self._finish()
 
     def _measure_new(self) -> None:
         """DeepSpeed prepares its partitions one after the other, or all at once."""
-        if len(self._seen) == len(self._binding.tensors):
+        if len(self._seen) == len(self._tensors):
             return
-        for part, (tensor, bound) in enumerate(self._binding.tensors.items()):
+        for part, (tensor, bound) in enumerate(self._tensors.items()):
             gradient = self._gradients().get(tensor, tensor.grad)
             if tensor not in self._seen and gradient is not None:
                 self._seen.add(tensor)
                 self._measure(part, self._pieces(bound, gradient.reshape(-1)))
-        if len(self._seen) == len(self._binding.tensors):
+        if len(self._seen) == len(self._tensors):
             self._finish()
 
     def _gradients(self) -> dict[Tensor, Tensor]:

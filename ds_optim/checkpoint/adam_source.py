@@ -17,6 +17,7 @@ from ds_optim.checkpoint import ranges
 from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles
 from ds_optim.checkpoint.directory import ABOUT, CheckpointError, on_every_rank, read_about, whole_checkpoint
 from ds_optim.roles import canonical_name
+from ds_optim.sharding.exchange import Ranks
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
 
@@ -51,8 +52,9 @@ class AdamSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CanonicalSource:
-    """A checkpoint of `ds_optim.AdamW`, as `ds_optim.checkpoint.save` stores it."""
+    """A checkpoint of `ds_optim.AdamW`, as `ds_optim.checkpoint.save` stores it, for ranks that read it together."""
 
+    ranks: Ranks
     folder: Path
     entries: dict[str, Entry]
 
@@ -65,7 +67,7 @@ class CanonicalSource:
             numel[stored] = math.prod(self.entries[want.name].shape)
         wanted = {stored: ranges.Ranges(numel[stored], torch.float32, held) for stored, held in parts.items()}
         try:
-            ranges.read(self.folder, wanted)
+            ranges.read(self.folder, wanted, self.ranks.group)
         except OSError as error:  # raised on every rank alike
             raise CheckpointError(f"reading {self.folder} failed half-way, start warm again:\n- {error}") from error
 
@@ -102,8 +104,8 @@ class DeepSpeedSource:
                     into[low - begin : high - begin] = values
 
 
-def source_in(directory: Path, tag: str | None) -> AdamSource:
-    """What a directory of checkpoints holds: a collective.
+def source_in(ranks: Ranks, directory: Path, tag: str | None) -> AdamSource:
+    """What a directory of checkpoints holds: a collective of ``ranks``.
 
     Raises:
         CheckpointError: on every rank; nothing there, damaged, or not AdamW's.
@@ -111,17 +113,17 @@ def source_in(directory: Path, tag: str | None) -> AdamSource:
     latest = directory / "latest"
     name = tag or (latest.read_text(encoding="utf-8").strip() if latest.is_file() else "")
     if any((directory / name).glob("*model_states.pt")):
-        return on_every_rank(lambda: _deepspeed_source(directory, tag), f"cannot start from {directory}")
-    return _canonical_source(directory, tag)
+        return on_every_rank(ranks, lambda: _deepspeed_source(directory, tag), f"cannot start from {directory}")
+    return _canonical_source(ranks, directory, tag)
 
 
-def _canonical_source(directory: Path, tag: str | None) -> CanonicalSource:
+def _canonical_source(ranks: Ranks, directory: Path, tag: str | None) -> CanonicalSource:
     """
     Raises:
         CheckpointError: on every rank; no checkpoint of this form, damaged, or not AdamW's.
     """
-    folder = whole_checkpoint(directory, tag, fallback=False)
-    about = on_every_rank(lambda: read_about(folder), f"cannot read {folder / ABOUT}")
+    folder = whole_checkpoint(ranks, directory, tag, fallback=False)
+    about = on_every_rank(ranks, lambda: read_about(folder), f"cannot read {folder / ABOUT}")
     if about["optimizer"] != "AdamW":
         raise CheckpointError(
             f"{folder} is of {about['optimizer'] or 'a model without optimizer'}: only AdamW's two moments say what "
@@ -131,7 +133,7 @@ def _canonical_source(directory: Path, tag: str | None) -> CanonicalSource:
     entries = {
         name: Entry(tuple(entry["shape"]), entry["step"], betas[name]) for name, entry in about["parameters"].items()
     }
-    return CanonicalSource(folder, entries)
+    return CanonicalSource(ranks, folder, entries)
 
 
 def _deepspeed_source(directory: Path, tag: str | None) -> DeepSpeedSource:

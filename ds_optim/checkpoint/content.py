@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_optim.checkpoint import engine as engines
-from ds_optim.checkpoint.directory import rank
 from ds_optim.checkpoint.ranges import CHUNK_ELEMENTS, Ranges
 from ds_optim.optimizers.launch import row_major
 from ds_optim.optimizers.logical import Logical, LogicalParameter, Piece, slices
@@ -26,6 +25,7 @@ from ds_optim.optimizers.sharded import BLOCKS_OF_GROUP, ShardedOptimizer
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import local_of
+from ds_optim.sharding.exchange import ALONE, Ranks
 from ds_optim.sharding.layout import Scattered
 
 _NOT_SETTINGS = ("params", "param_names", BLOCKS_OF_GROUP)
@@ -39,6 +39,7 @@ class Subject:
         model: the module, unwrapped.
         optimizer: ours, or None for weights alone.
         engine: the DeepSpeed engine, if there is one.
+        ranks: that save or load it together.
         parameters: what the optimizer keeps, by local tensor.
         untrained: the model's other parameters and its buffers: logical shape, where this rank's part of it begins,
             and that part.
@@ -49,6 +50,7 @@ class Subject:
     engine: Any
     parameters: dict[Tensor, list[LogicalParameter]] = field(default_factory=dict)
     untrained: dict[str, tuple[tuple[int, ...], int, Tensor]] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     def listed(self) -> Iterator[tuple[Tensor, LogicalParameter]]:
         """Every trained parameter, with the local tensor that it lies in."""
@@ -60,8 +62,12 @@ class Subject:
         return max((_step_of(self.optimizer, tensor) or 0 for tensor in self.parameters), default=0)
 
 
-def subject_of(model: Any, optimizer: Any) -> tuple[Subject | None, list[str]]:
-    """What a call names, or why it cannot be saved or loaded."""
+def subject_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple[Subject | None, list[str]]:
+    """What a call names, or why it cannot be saved or loaded.
+
+    Args:
+        ranks: that save or load it together, see `ds_optim.ranks.ranks_of`.
+    """
     engine = model if engines.is_engine(model) else None
     if engine is not None:
         if optimizer is not None and optimizer not in (engine.optimizer, engine.basic_optimizer):
@@ -76,7 +82,7 @@ def subject_of(model: Any, optimizer: Any) -> tuple[Subject | None, list[str]]:
     found = engines.problems(engine) if engine is not None else []
     if found:
         return None, found
-    subject = Subject(model, optimizer, engine)
+    subject = Subject(model, optimizer, engine, ranks=ranks)
     names: dict[Tensor, str] = {parameter: canonical_name(name) for name, parameter in model.named_parameters()}
     for tensor, parameters in (optimizer.logical() if optimizer is not None else {}).items():
         called = names.get(tensor)  # an optimizer without an engine may not have been told names
@@ -277,9 +283,9 @@ def to_write(subject: Subject) -> dict[str, Ranges]:
             for key, logical in one.state.items():
                 add(f"state.{one.name}.{key}", logical, state.get(key))
     for name, (shape, begin, values) in subject.untrained.items():
-        # Ranks may have different statistics in their buffers; those of rank 0 are stored, as DeepSpeed does.
+        # Ranks may have different statistics in their buffers; those of the first are stored, as DeepSpeed does.
         sliced = values.numel() != math.prod(shape)
-        parts = [(begin, row_major(values))] if sliced or rank() == 0 else []
+        parts = [(begin, row_major(values))] if sliced or subject.ranks.index == 0 else []
         if math.prod(shape):
             found[f"module.{name}"] = Ranges(math.prod(shape), values.dtype, parts, CHUNK_ELEMENTS)
     return found

@@ -31,6 +31,7 @@ from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.role import Role
 from ds_optim.roles import canonical_name, exempt_names, shapes_and_roles
 from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated
 
 
@@ -92,7 +93,7 @@ def convert(
         if rank == 0:
             about = {**_about(files, states, config or {}), **content.described(subject)}
 
-    with new_checkpoint(Path(directory), files.tag) as folder:
+    with new_checkpoint(ALONE, Path(directory), files.tag) as folder:
         write_small(folder, about, files.client_state or None, files.main.get("lr_scheduler"))
         ranges.write(folder, {name: _together(parts) for name, parts in merged.items()})
     return Path(directory) / files.tag

@@ -6,7 +6,8 @@
     DIRECTORY/TAG/objects.pt         learning-rate scheduler and client state (pickled)
     DIRECTORY/TAG/.metadata, *.distcp    tensors, by torch.distributed.checkpoint
 
-A checkpoint is written under a temporary name and renamed when it is on the disk.
+A checkpoint is written under a temporary name and renamed when it is on the disk. The ranks of one engine or model
+write it together, and nobody else; the first among them does what only one can do.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 import ds_optim
-from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.sharding.exchange import ALONE, Ranks, rank_in_job
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -46,14 +46,10 @@ class NewerFormatError(CheckpointError):
     """A later version of ds_optim wrote the checkpoint."""
 
 
-def rank() -> int:
-    """Of this process; 0 if it is alone."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def raise_everywhere(problems: Sequence[str], subject: str, remedy: str = "") -> None:
-    """One `CheckpointError` with every rank's problems on every rank, if any rank has one."""
-    found = list(dict.fromkeys(problem for of_rank in from_all_ranks(list(problems)) for problem in of_rank))
+def raise_everywhere(ranks: Ranks, problems: Sequence[str], subject: str, remedy: str = "") -> None:
+    """One `CheckpointError` with the problems of all ``ranks`` on each of them, if any has one."""
+    everyones = ranks.everyones(list(problems)).values()
+    found = list(dict.fromkeys(problem for of_rank in everyones for problem in of_rank))
     if found:
         raise CheckpointError(in_one(found, subject, remedy))
 
@@ -65,47 +61,50 @@ def in_one(problems: Sequence[str], subject: str, remedy: str = "") -> str:
     return f"{text}\n{remedy}" if remedy else text
 
 
-def on_every_rank(work: Callable[[], T], subject: str, *, only: int | None = None) -> T:
-    """Do something on every rank (or on one, ``only``), and raise on all of them if it fails on any.
-
-    Returns:
-        This rank's result, or that of the one rank.
-    """
+def on_every_rank(ranks: Ranks, work: Callable[[], T], subject: str) -> T:
+    """Do something on each of these ranks, and raise on all of them if it fails on any. Returns this rank's result."""
     result: Any = None
     problem: list[str] = []
     try:
-        if only in (None, rank()):
-            result = work()
+        result = work()
     except Exception as error:  # whatever it is, the other ranks must hear of it
         known = isinstance(error, CheckpointError)
-        problem = [str(error) if known else f"rank {rank()}: {type(error).__name__}: {error}"]
-    raise_everywhere(problem, subject)
-    return result if only is None else from_all_ranks(result)[only]  # type: ignore[no-any-return]
+        problem = [str(error) if known else f"rank {rank_in_job()}: {type(error).__name__}: {error}"]
+    raise_everywhere(ranks, problem, subject)
+    return result  # type: ignore[no-any-return]
+
+
+def on_first_rank(ranks: Ranks, work: Callable[[], T], subject: str) -> T:
+    """As `on_every_rank`, but only the first of them does it; all get its result."""
+    mine = on_every_rank(ranks, lambda: work() if ranks.index == 0 else None, subject)
+    return next(iter(ranks.everyones(mine).values()))  # type: ignore[return-value]
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def new_checkpoint(directory: Path, tag: str) -> Iterator[Path]:
-    """A folder to write a checkpoint into, which becomes ``directory/tag`` when the block ends. A collective.
+def new_checkpoint(ranks: Ranks, directory: Path, tag: str) -> Iterator[Path]:
+    """A folder for ranks to write into, which becomes ``directory/tag`` when the block ends. A collective.
 
     Raises:
         CheckpointError: on every rank; what was written is removed, and what was there before is untouched.
     """
     subject = f"cannot save checkpoint {tag!r} in {directory}, nothing there was changed"
     folder = directory / f".{tag}.tmp"
-    on_every_rank(lambda: _prepare(directory, tag, folder), subject, only=0)
+    on_first_rank(ranks, lambda: _prepare(directory, tag, folder), subject)
     try:
         try:
             yield folder
         except OSError as error:  # raised on every rank alike
             raise CheckpointError(in_one(str(error).split("\n- "), subject)) from error
-        sums = on_every_rank(lambda: {path.name: _described(path) for path in _share(_files(folder))}, subject)
-        everyones = {name: found for of_rank in from_all_ranks(sums) for name, found in of_rank.items()}
-        on_every_rank(lambda: _publish(directory, tag, folder, everyones), subject, only=0)
+        sums = on_every_rank(
+            ranks, lambda: {path.name: _described(path) for path in _share(ranks, _files(folder))}, subject
+        )
+        files = {name: found for of_rank in ranks.everyones(sums).values() for name, found in of_rank.items()}
+        on_first_rank(ranks, lambda: _publish(directory, tag, folder, files), subject)
     except BaseException:
-        if rank() == 0:
+        if ranks.index == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -222,8 +221,8 @@ def folder_of(directory: Path, tag: str) -> Path:
     return old if old.is_dir() and not target.exists() else target
 
 
-def whole_checkpoint(directory: Path, tag: str | None, *, fallback: bool) -> Path:
-    """The folder of a checkpoint whose every file is as it was written. A collective; each rank checks a share.
+def whole_checkpoint(ranks: Ranks, directory: Path, tag: str | None, *, fallback: bool) -> Path:
+    """The folder of a checkpoint whose every file is as it was written. A collective; each of ``ranks`` checks a share.
 
     Args:
         tag: None for the one that ``latest`` names.
@@ -233,33 +232,33 @@ def whole_checkpoint(directory: Path, tag: str | None, *, fallback: bool) -> Pat
         CheckpointError: there is none, or it is damaged and ``fallback`` was not asked for or found nothing.
         NewerFormatError: a later version wrote it.
     """
-    first = on_every_rank(lambda: tag or _latest(directory), f"cannot load from {directory}", only=0)
-    found = damages(folder_of(directory, first))
+    first = on_first_rank(ranks, lambda: tag or _latest(directory), f"cannot load from {directory}")
+    found = damages(folder_of(directory, first), ranks)
     if not found:
         return folder_of(directory, first)
     message = in_one(found, f"checkpoint {first!r} in {directory} is damaged, nothing was loaded")
     if not fallback:
         raise CheckpointError(f"{message}\nLoad an older one: fallback=True, or tag= one of {_tags(directory)}")
     limit = _age(folder_of(directory, first))
-    older = on_every_rank(
+    older = on_first_rank(
+        ranks,
         lambda: [one for one in _tags(directory) if one != first and _age(folder_of(directory, one)) <= limit],
         message,
-        only=0,
     )
     for other in older:
         try:
-            found = damages(folder_of(directory, other))
+            found = damages(folder_of(directory, other), ranks)
         except NewerFormatError:
             continue
         if not found:
-            if rank() == 0:
+            if ranks.index == 0:
                 warnings.warn(f"{message}\nLoading the older checkpoint {other!r} instead", stacklevel=3)
             return folder_of(directory, other)
     raise CheckpointError(f"{message}\nNo older checkpoint there is whole")
 
 
-def damages(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, the same on every rank: a collective.
+def damages(folder: Path, ranks: Ranks = ALONE) -> list[str]:
+    """What is wrong with a checkpoint's files, the same on each of ``ranks``: a collective.
 
     Raises:
         NewerFormatError: a later version wrote it.
@@ -279,9 +278,10 @@ def damages(folder: Path) -> list[str]:
             ], ""
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return [f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"], ""
-        return [problem for name in _share(sorted(files)) for problem in _damage(folder / name, files[name])], ""
+        mine = _share(ranks, sorted(files))
+        return [problem for name in mine for problem in _damage(folder / name, files[name])], ""
 
-    answers = from_all_ranks(check())
+    answers = ranks.everyones(check()).values()
     newer = [reason for _, reason in answers if reason]
     if newer:
         raise NewerFormatError(f"{newer[0]}: install the version that wrote it, or a later one; nothing was loaded")
@@ -339,10 +339,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name != MANIFEST)
 
 
-def _share(listed: Sequence[T]) -> Sequence[T]:
-    """This rank's part of what all ranks check together."""
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    return listed[rank() :: world]
+def _share(ranks: Ranks, listed: Sequence[T]) -> Sequence[T]:
+    """This rank's part of what all of them check together."""
+    return listed[ranks.index :: ranks.size]
 
 
 def _described(path: Path) -> dict[str, Any]:

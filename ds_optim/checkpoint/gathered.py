@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ds_optim.checkpoint import content
 from ds_optim.checkpoint.directory import raise_everywhere
-from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.ranks import ranks_of
 
 
 def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor]:
-    """The whole state of one parameter, on every rank. All ranks call it; for debugging, not for every step.
+    """The whole state of one parameter, on every rank. All ranks of the engine or model call it, as for `save`.
+
+    For debugging, not for every step.
 
     Args:
         model: a DeepSpeed engine whose optimizer is one of ours, or a model.
@@ -27,17 +29,19 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
     Raises:
         CheckpointError: on every rank: no such parameter is trained, or the optimizer is none of ours.
     """
-    subject, problems = content.subject_of(model, optimizer)
+    ranks = ranks_of(model, optimizer)
+    subject, problems = content.subject_of(model, optimizer, ranks)
     found = [] if subject is None else [entry for entry in subject.listed() if entry[1].name == name]
     if subject is not None and not found:
         problems = [f"no parameter called {name!r} is trained here"]
-    raise_everywhere(problems, "there is no state to gather")
+    raise_everywhere(ranks, problems, "there is no state to gather")
     assert subject is not None
     assert subject.optimizer is not None
     tensor, one = found[0]
     state = subject.optimizer.state.get(tensor) or {}
     mine = {key: content.held_parts(of.written, state.get(key)) for key, of in one.state.items()} if state else {}
-    everyones = from_all_ranks({key: [(start, part.cpu()) for start, part in parts] for key, parts in mine.items()})
+    on_host = {key: [(start, part.cpu()) for start, part in parts] for key, parts in mine.items()}
+    everyones = ranks.everyones(on_host).values()
     gathered = {}
     for key, logical in one.state.items():
         parts = [part for of_rank in everyones for part in of_rank.get(key, [])]

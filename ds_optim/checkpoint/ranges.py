@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -165,24 +166,24 @@ class Reader(FileSystemReader):
         return done
 
 
-def write(folder: Path, tensors: Mapping[str, Ranges]) -> None:
-    """Write what all ranks hold, each value once: a collective.
+def write(folder: Path, tensors: Mapping[str, Ranges], group: dist.ProcessGroup | None = None) -> None:
+    """Write what the ranks of a group hold, each value once: a collective. None: what this process holds.
 
     Raises:
         OSError: on every rank, with the reasons of the ranks that failed.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    _quietly(save, dict(tensors), storage_writer=Writer(folder), planner=planner)
+    _quietly(save, dict(tensors), group, storage_writer=Writer(folder), planner=planner)
 
 
-def read(folder: Path, tensors: Mapping[str, Ranges]) -> None:
-    """Read into what this rank holds: a collective.
+def read(folder: Path, tensors: Mapping[str, Ranges], group: dist.ProcessGroup | None = None) -> None:
+    """Read into what this rank holds: a collective of a group. None: of this process on its own.
 
     Raises:
         OSError: on every rank, with the reasons of the ranks that failed.
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    _quietly(load, dict(tensors), storage_reader=Reader(folder), planner=planner)
+    _quietly(load, dict(tensors), group, storage_reader=Reader(folder), planner=planner)
 
 
 def lengths(folder: Path) -> dict[str, tuple[int, torch.dtype]]:
@@ -195,11 +196,14 @@ def lengths(folder: Path) -> dict[str, tuple[int, torch.dtype]]:
     }
 
 
-def _quietly(function: Any, *args: Any, **kwargs: Any) -> None:
+def _quietly(function: Any, tensors: dict[str, Ranges], group: dist.ProcessGroup | None, **kwargs: Any) -> None:
+    ranks = [0] if group is None else dist.get_process_group_ranks(group)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is as good as many
         try:
-            function(*args, **kwargs)
+            function(tensors, process_group=group, no_dist=group is None, **kwargs)
         except CheckpointException as error:  # no subclass of Exception
-            listed = [f"rank {rank}: {type(one).__name__}: {one}" for rank, (one, _) in sorted(error.failures.items())]
+            listed = [
+                f"rank {ranks[at]}: {type(one).__name__}: {one}" for at, (one, _) in sorted(error.failures.items())
+            ]
             raise OSError("\n- ".join(listed)) from error

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ds_optim.checkpoint import content, ranges
 from ds_optim.checkpoint import engine as engines
@@ -18,14 +17,15 @@ from ds_optim.checkpoint.directory import (
     heading,
     new_checkpoint,
     on_every_rank,
+    on_first_rank,
     raise_everywhere,
-    rank,
     read_about,
     remove_older,
     whole_checkpoint,
     write_small,
 )
-from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.ranks import ranks_of
+from ds_optim.sharding.exchange import Ranks
 
 
 def save(
@@ -37,18 +37,20 @@ def save(
     client_state: Any = None,
     keep: int | None = None,
 ) -> Path:
-    """Save weights, optimizer state, settings, scheduler and counters in canonical form. All ranks call it.
+    """Save weights, optimizer state, settings, scheduler and counters in canonical form.
 
+    All ranks of the engine or model call it, and no others: those of the engine's mpu, of the mesh, of DDP's group
+    (under DDP give the wrapped model, or have given it as ``roles``); all ranks of the job where there is nothing such.
     Every value is stored once. A rank needs a bounded buffer beside its shards. The checkpoint is whole or not there:
     it gets its name, and ``latest`` moves, when everything is on the disk.
 
     Args:
-        directory: of the run's checkpoints; made if missing.
+        directory: of the run's checkpoints, and of no other engine's; made if missing.
         model: a DeepSpeed engine whose optimizer is one of ours, or a model.
         optimizer: of a plain model; None saves its weights alone.
         tag: the checkpoint's folder in ``directory``. Unset: ``global_step`` and the engine's count, or ``step`` and
             the optimizer's. A checkpoint of the same tag is replaced.
-        client_state: anything that pickles, the same on all ranks (rank 0's is stored); `load` returns it.
+        client_state: anything that pickles, the same on all ranks (the first one's is stored); `load` returns it.
         keep: checkpoints that stay in ``directory``, this one and the newest before it; older whole ones are removed
             when this one is there. None keeps all.
 
@@ -59,27 +61,25 @@ def save(
         CheckpointError: on every rank, with every rank's reasons: disk full, no permission, not one of our optimizers.
     """
     directory = Path(directory)
-    subject, problems = content.subject_of(model, optimizer)
-    raise_everywhere(problems, "this cannot be saved")
+    ranks = ranks_of(model, optimizer)
+    subject, problems = content.subject_of(model, optimizer, ranks)
+    raise_everywhere(ranks, problems, "this cannot be saved")
     assert subject is not None
     engine = subject.engine
     name = tag or (f"global_step{engine.global_steps}" if engine is not None else f"step{subject.step}")
-    raise_everywhere([*_tag_problems(name), *_keep_problems(keep)], "this cannot be saved")
+    raise_everywhere(ranks, [*_tag_problems(ranks, name), *_keep_problems(keep)], "this cannot be saved")
     about = {
-        **heading(
-            dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
-            engines.counters(engine) if engine is not None else None,
-        ),
+        **heading(ranks.size, engines.counters(engine) if engine is not None else None),
         **content.described(subject),
     }
     scheduler = getattr(engine, "lr_scheduler", None)
     schedule = scheduler.state_dict() if scheduler is not None else None
-    with new_checkpoint(directory, name) as folder:
-        small = partial(write_small, folder, about, client_state, schedule)
-        on_every_rank(small, f"cannot save checkpoint {name!r} in {directory}", only=0)
-        written = on_every_rank(lambda: content.to_write(subject), f"cannot save checkpoint {name!r} in {directory}")
-        ranges.write(folder, written)
-    if keep is not None and rank() == 0:
+    failed = f"cannot save checkpoint {name!r} in {directory}"
+    with new_checkpoint(ranks, directory, name) as folder:
+        on_first_rank(ranks, partial(write_small, folder, about, client_state, schedule), failed)
+        written = on_every_rank(ranks, lambda: content.to_write(subject), failed)
+        ranges.write(folder, written, ranks.group)
+    if keep is not None and ranks.index == 0:
         remove_older(directory, name, keep)
     return directory / name
 
@@ -93,7 +93,7 @@ def load(
     fallback: bool = False,
     load_optimizer_states: bool = True,
 ) -> Any:
-    """Load what `save` stored, on any number of ranks and under any strategy. All ranks call it.
+    """Load what `save` stored, on any number of ranks and under any strategy. Who calls it: as for `save`.
 
     Every file is checked, and every difference between the checkpoint and what is here is named, before anything is
     changed. The pickled part (scheduler, client state) runs code: load only what you trust.
@@ -114,25 +114,28 @@ def load(
             optimizer, other settings, roles or shapes (each difference is named).
     """
     directory = Path(directory)
-    subject, problems = content.subject_of(model, optimizer)
-    raise_everywhere(problems, "nothing can be loaded into this")
+    ranks = ranks_of(model, optimizer)
+    subject, problems = content.subject_of(model, optimizer, ranks)
+    raise_everywhere(ranks, problems, "nothing can be loaded into this")
     assert subject is not None
-    folder = whole_checkpoint(directory, tag, fallback=fallback)
+    folder = whole_checkpoint(ranks, directory, tag, fallback=fallback)
     about, objects = on_every_rank(
+        ranks,
         lambda: (read_about(folder), torch.load(folder / OBJECTS, map_location="cpu", weights_only=False)),
         f"cannot load checkpoint {folder}, nothing was changed",
     )
     states = load_optimizer_states and subject.optimizer is not None
     raise_everywhere(
+        ranks,
         content.misfits(subject, about, states=states) + _schedule_problems(subject, objects["lr_scheduler"]),
         f"checkpoint {folder} does not fit, nothing was changed",
         "Load it with what it was saved with; weights alone: load_optimizer_states=False." if states else "",
     )
     reading = on_every_rank(
-        lambda: content.to_read(subject, about, states=states), f"cannot load {folder}, no weight was changed"
+        ranks, lambda: content.to_read(subject, about, states=states), f"cannot load {folder}, no weight was changed"
     )
     try:
-        ranges.read(folder, reading.tensors)
+        ranges.read(folder, reading.tensors, ranks.group)
     except OSError as error:  # raised on every rank alike
         raise CheckpointError(f"reading {folder} failed half-way, load again before you go on:\n- {error}") from error
     reading.finish()
@@ -159,11 +162,11 @@ def _schedule_problems(subject: content.Subject, saved: Any) -> list[str]:
     return [f"the learning-rate schedule was saved for {len(rates)} parameter groups, there are {groups} here"]
 
 
-def _tag_problems(tag: str) -> list[str]:
+def _tag_problems(ranks: Ranks, tag: str) -> list[str]:
     found = []
     if not tag or tag.startswith(".") or Path(tag).name != tag or tag == "latest":
         found.append(f"tag {tag!r} is not the name of a folder")
-    others = sorted(set(from_all_ranks(tag)))
+    others = sorted(set(ranks.everyones(tag).values()))
     if len(others) > 1:
         found.append(f"ranks would save under different tags: {', '.join(others)}")
     return found

@@ -65,11 +65,11 @@ from ds_optim.optimizers.owner_state import state_begins
 from ds_optim.optimizers.shampoo import Shampoo
 from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
+from ds_optim.ranks import ranks_of
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box, strides_of
-from ds_optim.sharding.exchange import from_all_ranks
 
 _BATCH_ELEMENTS = 1 << 24  # parameters are read together up to this size: what is needed beside the shards
 
@@ -280,10 +280,11 @@ def warm_start(
     names: Sequence[str] | None = None,
     weights: bool = False,
 ) -> None:
-    """Give an optimizer the state that continues an AdamW run. All ranks call it; what it had before is dropped.
+    """Give an optimizer the state that continues an AdamW run; what it had before is dropped.
 
-    Every parameter's step count is kept, settings stay the target's own. On any number of ranks, under any strategy:
-    a rank reads what it needs of the source, and nobody else's.
+    All ranks of the engine or model call it, as for `ds_optim.checkpoint.save`. Every parameter's step count is kept,
+    settings stay the target's own. On any number of ranks, under any strategy: a rank reads what it needs of the
+    source, and nobody else's.
 
     Args:
         source: a directory that `ds_optim.checkpoint.save` wrote for a `ds_optim.AdamW`; one that DeepSpeed's
@@ -301,10 +302,11 @@ def warm_start(
         CheckpointError: on every rank, before anything is changed: no Adam in the source, names, shapes or step counts
             that do not match (each is named), or a Shampoo without a graft.
     """
-    subject, problems = content.subject_of(model, optimizer)
+    ranks = ranks_of(model, optimizer)
+    subject, problems = content.subject_of(model, optimizer, ranks)
     if subject is not None and subject.optimizer is None:
         problems = ["give the optimizer too: warm_start(source, model, optimizer)"]
-    raise_everywhere(problems, "nothing can be started here")
+    raise_everywhere(ranks, problems, "nothing can be started here")
     assert subject is not None
     assert subject.optimizer is not None
     found: AdamSource
@@ -312,19 +314,19 @@ def warm_start(
         trained = {one.name for _, one in subject.listed()}
         in_order = [name for name, _ in subject.model.named_parameters() if canonical_name(name) in trained]
         found, problems = state_dict_source(source, names, in_order)
-        raise_everywhere(problems, "this is not the state of an AdamW")
+        raise_everywhere(ranks, problems, "this is not the state of an AdamW")
     else:
-        found = source_in(Path(source), tag)
+        found = source_in(ranks, Path(source), tag)
     if weights and not isinstance(found, CanonicalSource):
         problems.append("weights=True needs a directory of ds_optim.checkpoint.save: load others as usual before")
     raise_everywhere(
-        problems + _misfits(subject, found.entries), "this AdamW's state does not fit, nothing was changed"
+        ranks, problems + _misfits(subject, found.entries), "this AdamW's state does not fit, nothing was changed"
     )
     if weights:
         assert not isinstance(source, Mapping)
         load(source, model, optimizer, tag=tag, load_optimizer_states=False)
     batches = list(_batches(subject, found.entries))
-    for batch in [*batches, *[[]] * (max(from_all_ranks(len(batches))) - len(batches))]:
+    for batch in [*batches, *[[]] * (max(ranks.everyones(len(batches)).values()) - len(batches))]:
         fillers = [place.fill() for place in batch]
         found.read([want for filler in fillers for want in next(filler)])
         for filler in fillers:

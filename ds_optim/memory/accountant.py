@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optim.memory import cross_checks
@@ -47,6 +46,8 @@ from ds_optim.memory.provenance import describe
 from ds_optim.memory.record import Category, Check, Moment, Phase, RankRecord, Record, StateEntry, human, merge
 from ds_optim.memory.steps import StepAccount, StepLog, balance, named, resolve
 from ds_optim.memory.tracker import Storage, StorageTracker, in_backward
+from ds_optim.ranks import ranks_of
+from ds_optim.sharding.exchange import Ranks
 
 _LARGEST_NAMED = 5  # unaccounted storages in a message
 
@@ -91,6 +92,7 @@ class MemoryAccountant:
         self._labels = Labels(self._tracker)
         self._watched: Any = None
         self._model: nn.Module | None = None
+        self._ranks = Ranks.of_job()
         self._optimizer: Any = None
         self._restore: list[Callable[[], None]] = []
         self._at_init: dict[Storage, int] | None = None
@@ -161,6 +163,7 @@ class MemoryAccountant:
         self._watched = model
         self._model = model.module if is_engine else model
         self._optimizer = model.optimizer if is_engine else optimizer
+        self._ranks = ranks_of(model, basic_optimizer(self._optimizer))
         self._claim()
         self._at_init = {storage: storage.bytes for storage in self._tracker.live}
         self._state = state_entries(self._tracker, basic_optimizer(self._optimizer))
@@ -397,7 +400,7 @@ class MemoryAccountant:
             last = moments.pop()
             moments.append(last.model_copy(update={"amounts": {**last.amounts, Category.SLACK: slack}}))
         rank = RankRecord(
-            rank=dist.get_rank() if dist.is_initialized() else 0,
+            rank=self._ranks.index,
             host=socket.gethostname(),
             elements=sum(local(tensor).numel() for tensor in stepped(self._optimizer)),
             moments=moments,
@@ -405,26 +408,27 @@ class MemoryAccountant:
             checks=[check for checks in (*self._checks.values(), self._allocator) for check in checks],
             timeline=self._last.timeline if self._last else [],
         )
-        found = describe(self._watched, self._model, self._optimizer, wrapper_of(self._optimizer))
+        found = describe(
+            self._watched, self._model, self._optimizer, wrapper_of(self._optimizer), world_size=self._ranks.size
+        )
         about = {**found, "overhead": self.overhead, **provenance}
         return Record.model_validate({"kind": "measured", "provenance": about, "ranks": [rank]})
 
     def gather(self, **provenance: Any) -> Record:
-        """As `record`, of all ranks, on all ranks: a collective. If it fails on one rank it fails on all."""
+        """As `record`, of all ranks, on all ranks: a collective. If it fails on one rank it fails on all.
+
+        The ranks are those of the engine or model that is watched, see `ds_optim.ranks.ranks_of`.
+        """
         mine: Record | str
         try:
             mine = self.record(**provenance)
         except MemoryAccountError as error:
             mine = str(error)
-        if not dist.is_initialized():
-            everyone: list[Any] = [mine]
-        else:
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, mine)
-        problems = [f"rank {rank}: {one}" for rank, one in enumerate(everyone) if isinstance(one, str)]
+        everyones = self._ranks.everyones(mine)
+        problems = [f"rank {rank}: {one}" for rank, one in everyones.items() if isinstance(one, str)]
         if problems:
             raise MemoryAccountError("\n".join(problems))
-        return merge(everyone)
+        return merge([one for one in everyones.values() if isinstance(one, Record)])
 
     def _judge(self, moment: Moment, nobodys: Mapping[Storage, int]) -> None:
         unaccounted = moment.bytes_of(Category.UNACCOUNTED)

@@ -10,7 +10,6 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ds_optim.memory.labels import basic_optimizer, stepped
@@ -19,7 +18,7 @@ _PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
 _STAGES = {"DeepSpeedZeroOptimizer_Stage3": 3, "BF16_Optimizer": 1, "FP16_UnfusedOptimizer": 0, "FP16_Optimizer": 0}
 
 
-def describe(watched: Any, model: nn.Module, optimizer: Any, wrapper: Any) -> dict[str, Any]:
+def describe(watched: Any, model: nn.Module, optimizer: Any, wrapper: Any, *, world_size: int) -> dict[str, Any]:
     """The fields of `ds_optim.memory.record.Provenance` that can be found out.
 
     Args:
@@ -27,6 +26,7 @@ def describe(watched: Any, model: nn.Module, optimizer: Any, wrapper: Any) -> di
         model: the model itself.
         optimizer: as it was given, wrapped or not.
         wrapper: DeepSpeed's wrapper, or None.
+        world_size: ranks that train it.
     """
     basic = basic_optimizer(optimizer)
     is_engine = watched is not model
@@ -42,7 +42,7 @@ def describe(watched: Any, model: nn.Module, optimizer: Any, wrapper: Any) -> di
         "settings": {key: str(value) for key, value in basic.defaults.items() if not isinstance(value, torch.Tensor)},
         "strategy": f"DeepSpeed ZeRO-{stage}" if stage is not None else _strategy(model),
         "stage": stage,
-        "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+        "world_size": world_size,
         "precision": _precision(model, stepped(optimizer)),
         "offload": "cpu" if offload else "none",
         "micro_batch": int(watched.train_micro_batch_size_per_gpu()) if is_engine else None,

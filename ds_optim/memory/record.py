@@ -179,7 +179,7 @@ class RankRecord(_Model):
     """The account of one rank.
 
     Attributes:
-        rank: in the data-parallel group.
+        rank: its place among the ranks of the engine or model.
         host: name of the machine that it ran on; None in a prediction.
         elements: parameter elements that its optimizer updates, padding included.
         moments: in the order of time; the peak of a phase stands before the moment that ends it.

@@ -45,7 +45,7 @@ from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_un
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, verify
 from ds_optim.sharding.blocks import BlockGrid
-from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.sharding.exchange import ALONE, Ranks, from_all_ranks
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.runs import Runs, block_runs
 
@@ -135,6 +135,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._listed: list[list[str]] = []
         self._bound: dict[Tensor, BoundTensor] = {}
         self._settle_gradients: Callable[[], None] | None = None
+        self._ranks = ALONE
         self._read: dict[Tensor, BoundTensor] = {}
         self._replicas: dict[Tensor, dist.ProcessGroup] | None = None
         self._checked: set[Tensor] = set()
@@ -257,10 +258,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # -- binding ----------------------------------------------------------------------------------------------------
 
     def bind(self, binding: Binding, roles: Mapping[str, Role]) -> None:
-        """Step the tensors of a strategy from now on. Called once by the strategy's reader, on all ranks together.
+        """Step the tensors of a strategy from now on. Called once by the strategy's reader, on all its ranks together.
 
         Args:
-            binding: the strategy's local tensors; their order must be the same on every rank.
+            binding: the strategy's local tensors; their order must be the same on every rank of a shard group.
             roles: the role of every parameter, by name.
 
         Raises:
@@ -272,7 +273,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         except Exception as error:  # whatever it is, the other ranks must hear of it
             binding = replace(binding, problems=(*binding.problems, f"no kernels: {error}"))
         try:
-            self._bound, self._settle_gradients = dict(binding.tensors), binding.settle
+            self._bound, self._ranks = dict(binding.tensors), binding.ranks
+            self._settle_gradients = binding.settle
             self._roles = dict(roles)
             self._forget_layouts()
             if not binding.problems:
@@ -302,6 +304,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def is_bound(self) -> bool:
         """Whether a strategy's tensors are stepped (`bind` was called), rather than whole parameters."""
         return bool(self._bound)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Of the engine that it is bound to."""
+        return self._ranks
 
     @property
     def element_keys(self) -> tuple[str, ...]:
@@ -400,7 +407,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 problems.append(f"{type(error).__name__}: {error}")
         for group_of_ranks, bounds in by_group.items():
-            verify(Binding(bounds, tuple(problems)), used, plan, group_of_ranks)
+            verify(Binding(bounds, Ranks((group_of_ranks,)), tuple(problems)), used, plan)
         raise_all(problems, f"{type(self).__name__}")
         self._checked.update(new)
         return True
@@ -494,7 +501,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return False
         mine = any(bool(grad.any()) for _, tensor in active if (grad := local_grad(tensor)) is not None)
         groups = dict.fromkeys(self._bound_tensor(tensor).owner_group for _, tensor in active)
-        return not any([mine, *(any(from_all_ranks(mine, group)) for group in groups if group is not None)])
+        return not any([mine, *(any(from_all_ranks(mine, group)) for group in groups)])
 
     def _state_of(self, tensor: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[tensor]
@@ -750,8 +757,8 @@ class _Kept:
 
 def _keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, ShardedOptimizer)
-    raise_problems = raise_on_all_ranks if optimizer.is_bound else raise_all
-    raise_problems(optimizer.state_problems(state_dict), "this state dict was not saved by the same optimizer")
+    subject = "this state dict was not saved by the same optimizer"
+    raise_on_all_ranks(optimizer.state_problems(state_dict), subject, optimizer.ranks)  # without an engine it is alone
     kept = {
         key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
         for key, state in state_dict["state"].items()
@@ -779,6 +786,7 @@ def raise_all(problems: Sequence[str], subject: str) -> None:
         raise ValueError(f"{subject}:\n- " + "\n- ".join(problems))
 
 
-def raise_on_all_ranks(problems: Sequence[str], subject: str) -> None:
-    """As `raise_all`, on every rank if one has a problem: none may go on, or wait, while another raises."""
-    raise_all(list(dict.fromkeys(problem for of_rank in from_all_ranks(problems) for problem in of_rank)), subject)
+def raise_on_all_ranks(problems: Sequence[str], subject: str, ranks: Ranks) -> None:
+    """As `raise_all`, on all of these ranks if one has a problem: none may go on, or wait, while another raises."""
+    everyones = ranks.everyones(problems).values()
+    raise_all(list(dict.fromkeys(problem for of_rank in everyones for problem in of_rank)), subject)

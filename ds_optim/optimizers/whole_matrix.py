@@ -41,7 +41,7 @@ from ds_optim.roles import warn_unclaimed
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.binding import BoundTensor, local_grad, local_of
-from ds_optim.sharding.exchange import Verdict, from_all_ranks
+from ds_optim.sharding.exchange import ALONE, Ranks, Verdict
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan, make_plans
 from ds_optim.sharding.runs import held_spans
@@ -465,8 +465,8 @@ class WholeMatrixOptimizer(ShardedOptimizer):
                 for block, failed in zip(one.blocks, flags.tolist(), strict=True)
                 if failed
             ]
-            found = [mine] if group is None else from_all_ranks(mine, group)
-            listed += [f"rank {rank}: {entry}" for rank, entries in enumerate(found) for entry in entries]
+            found = (ALONE if group is None else Ranks((group,))).everyones(mine)
+            listed += [f"rank {rank}: {entry}" for rank, entries in found.items() for entry in entries]
         if listed:
             raise RuntimeError(
                 f"{type(self).__name__} withheld the updates of these blocks in the previous step. Remedy: find out "

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.sharding.exchange import Ranks, rank_in_job
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated, check, digest
 
 
@@ -48,12 +48,14 @@ class Binding:
 
     Attributes:
         tensors: the local tensors, by identity.
+        ranks: the processes of the engine, all shard groups of the tensors among them.
         problems: what the reader found that cannot be matched; `verify` raises them on every rank.
         settle: to be called when a step begins, before its gradients are read; None where nothing can be left in them
             from an earlier one.
     """
 
     tensors: Mapping[Tensor, BoundTensor]
+    ranks: Ranks
     problems: tuple[str, ...] = field(default=())
     settle: Callable[[], None] | None = None
 
@@ -86,17 +88,16 @@ def whole(name: str, parameter: Tensor) -> BoundTensor:
     return BoundTensor(Replicated(ParameterSpec(name, tuple(parameter.shape))))
 
 
-def verify(binding: Binding, backend: str, plan: str = "", over: dist.ProcessGroup | None = None) -> None:
-    """Raise on every rank, before any weight changes, unless all ranks can step this binding exactly.
+def verify(binding: Binding, backend: str, plan: str = "") -> None:
+    """Raise on every rank, before any weight changes, unless all ranks of a binding can step it exactly.
 
     Checks on this rank what the reader of the strategy found, every layout's own sums and the tensors' sizes, then
-    compares layout hashes and kernels over all ranks in one collective, so that no rank goes on while another raises.
+    compares layout hashes and kernels over the binding's ranks, so that none of them goes on while another raises.
 
     Args:
         binding: this rank's.
         backend: the kernels that this rank would use.
         plan: a hash of what else the ranks of a shard group must agree on.
-        over: the ranks that compare, all shard groups of the binding among them; None for all ranks.
 
     Raises:
         RuntimeError: lists every problem of every rank.
@@ -114,15 +115,14 @@ def verify(binding: Binding, backend: str, plan: str = "", over: dist.ProcessGro
         grouped.setdefault(_members(bound.group), []).append(bound.layout)
     mine = (problems, {members: digest(layouts) + plan for members, layouts in grouped.items()}, backend)
 
-    answers = from_all_ranks(mine, over)
-    ranks = dict(zip(_members(over) if over is not None else range(len(answers)), answers, strict=True))
+    ranks = binding.ranks.everyones(mine)
     reasons = [f"rank {rank}: {problem}" for rank, (found, _, _) in ranks.items() for problem in found]
-    for members in sorted({members for _, hashes, _ in answers for members in hashes}):
+    for members in sorted({members for _, hashes, _ in ranks.values() for members in hashes}):
         hashed = [ranks[rank][1].get(members) for rank in members]
         if len(set(hashed)) > 1:
             by_rank = {rank: _short(value) for rank, value in zip(members, hashed, strict=True)}
             reasons.append(f"the ranks of a shard group lay it out or plan it differently (hash by rank): {by_rank}")
-    kernels = {used for _, _, used in answers}
+    kernels = {used for _, _, used in ranks.values()}
     if len(kernels) > 1:
         listed = {used: [rank for rank, entry in ranks.items() if entry[2] == used] for used in sorted(kernels)}
         reasons.append(
@@ -145,4 +145,4 @@ def _members(group: dist.ProcessGroup | None) -> tuple[int, ...]:
     """The global ranks of a group; a tensor without one is this process's own business."""
     if group is not None:
         return tuple(dist.get_process_group_ranks(group))
-    return (dist.get_rank() if dist.is_available() and dist.is_initialized() else 0,)
+    return (rank_in_job(),)

@@ -5,6 +5,7 @@ Nothing is asked of other ranks: a DTensor knows its mesh and its placements.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -15,9 +16,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_optim.sharding.binding import BoundTensor, whole
+from ds_optim.sharding.exchange import Ranks, group_over
 from ds_optim.sharding.layout import ParameterSpec, Replicated, RowSharded, Scattered
-
-_groups: dict[tuple[object, ...], dist.ProcessGroup] = {}
 
 
 def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> BoundTensor:
@@ -94,21 +94,27 @@ def replicas_of(model: object) -> dict[Tensor, dist.ProcessGroup]:
     return found
 
 
+def ranks_of(models: Iterable[nn.Module]) -> Ranks:
+    """The ranks that models lie on: of their parameters' meshes, of DDP. Those of the whole job where neither is."""
+    models = list(models)
+    meshes = {p.device_mesh: None for model in models for p in model.parameters() if isinstance(p, DTensor)}
+    found = [(Ranks(tuple(mesh.get_all_groups()[::-1])), _ranks_in(mesh)) for mesh in meshes]
+    for group in dict.fromkeys(group for model in models for group in replicas_of(model).values()):
+        found.append((Ranks((group,)), set(dist.get_process_group_ranks(group))))
+    if not found:
+        return Ranks.of_job()
+    everyone = set().union(*(members for _, members in found))
+    return next((ranks for ranks, members in found if members == everyone), None) or Ranks((group_over(everyone),))
+
+
 def group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
     """All ranks of a mesh as one group; every rank of the mesh must ask."""
-    members = tuple(sorted(int(rank) for rank in mesh.mesh.flatten()))
-    if members == tuple(range(dist.get_world_size())):
-        group = dist.group.WORLD
-        assert group is not None
-        return group
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    key = (dist.group.WORLD, *members)  # a job that is initialised again has other groups
-    if key not in _groups:
-        made = dist.new_group(list(members), use_local_synchronization=True)
-        assert isinstance(made, dist.ProcessGroup)
-        _groups[key] = made
-    return _groups[key]
+    members = _ranks_in(mesh)
+    return mesh.get_group() if mesh.ndim == 1 and len(members) < dist.get_world_size() else group_over(members)
+
+
+def _ranks_in(mesh: DeviceMesh) -> set[int]:
+    return {int(rank) for rank in mesh.mesh.flatten()}
 
 
 def _owners(mesh: DeviceMesh, dim: int) -> dist.ProcessGroup | None:

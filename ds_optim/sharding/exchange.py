@@ -1,5 +1,14 @@
-"""Collectives: over a shard group for tensors on any device, over all ranks for what they must agree on."""
+"""Collectives: over a shard group for tensors on any device, over `Ranks` for what they must agree on.
 
+Every one names the processes that take part. The job may have others (another engine's, a server's), which do something
+else and would be waited for in vain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -9,13 +18,84 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def from_all_ranks(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's value, in the order of the ranks of a group (None: of all); the only one's if not distributed."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+def rank_in_job() -> int:
+    """Of this process; 0 if it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def from_all_ranks(mine: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Every rank's value, in the order of the ranks of a group; None: of a process on its own."""
+    if group is None or dist.get_world_size(group) == 1:
         return [mine]
     found = [mine] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """The processes that have a part in something: an engine's, a mesh's, or this one alone.
+
+    Attributes:
+        axes: process groups with this process in them, whose product they are: the dimensions of a mesh, data and model
+            parallelism of an engine. What one says goes along one axis, then along the next: a group of them all need
+            not exist, and making one costs memory.
+    """
+
+    axes: tuple[dist.ProcessGroup, ...] = ()
+
+    @classmethod
+    def of_job(cls) -> Ranks:
+        """Every process there is."""
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        return cls() if world is None else cls((world,))
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return math.prod(dist.get_world_size(axis) for axis in self.axes)
+
+    @property
+    def index(self) -> int:
+        """This process's place among them, from 0."""
+        place, stride = 0, 1
+        for axis in self.axes:
+            place, stride = place + stride * dist.get_rank(axis), stride * dist.get_world_size(axis)
+        return place
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """A process group of them all, made at need: a collective. None for a process on its own."""
+        if len(self.axes) > 1:
+            return group_over(self.everyones(None))
+        return self.axes[0] if self.axes else None
+
+    def everyones(self, mine: T) -> dict[int, T]:
+        """Every one's value, by its rank in the job, in the order of their places: a collective."""
+        found = {rank_in_job(): mine}
+        for axis in self.axes:
+            found = {rank: value for part in from_all_ranks(found, axis) for rank, value in part.items()}
+        return found
+
+
+ALONE = Ranks()
+
+_groups: dict[tuple[object, ...], dist.ProcessGroup] = {}
+
+
+def group_over(ranks: Iterable[int]) -> dist.ProcessGroup:
+    """A group of these ranks, which all of them and no others must ask for."""
+    members = tuple(sorted(ranks))
+    if len(members) == dist.get_world_size():
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+    key = (dist.group.WORLD, *members)  # a job that is initialised again has other groups
+    if key not in _groups:
+        made = dist.new_group(list(members), use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        _groups[key] = made
+    return _groups[key]
 
 
 class PendingSum:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ds_optim.instance_methods import after, wrap
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding.binding import Binding, BoundTensor
+from ds_optim.sharding.exchange import Ranks
 from ds_optim.sharding.gradient_window import BUFFERS_OF_ZERO_3
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 
@@ -83,6 +84,20 @@ _STATE_ACCESS = (
 _COMPARE_ELEMENTS = 1 << 24  # values compared at a time: bounds the check's memory
 
 
+def ranks_of(engine: Any) -> Ranks:
+    """The processes of one engine: an mpu may give it a part of the job only.
+
+    Those that have the same parameters (data parallelism, and sequence parallelism inside it), and under model or
+    pipeline parallelism those that have the others. Known as soon as the engine has its module.
+    """
+    axes = [engine.seq_data_parallel_group]  # of an earlier engine's mpu, if this one has none: DeepSpeed keeps it
+    if engine.mesh_device is not None:  # of data and sequence parallelism
+        axes = engine.mesh_device.get_all_groups()
+    if engine.mp_world_size > 1:
+        axes.append(engine.mpu.get_model_parallel_group())
+    return Ranks(tuple(axes))
+
+
 def read(engine: Any) -> Binding:
     """The binding of a DeepSpeed engine's basic optimizer. What does not fit is listed in the binding's ``problems``.
 
@@ -94,8 +109,9 @@ def read(engine: Any) -> Binding:
     missing = [name for name in _ATTRIBUTES.get(type(wrapper), ()) if not hasattr(wrapper, name)]
     if missing:
         return _refused(
+            engine,
             f"deepspeed {deepspeed.__version__}: {type(wrapper).__name__} has no {', '.join(missing)}; "
-            f"deepspeed versions known to work: {KNOWN_VERSIONS}"
+            f"deepspeed versions known to work: {KNOWN_VERSIONS}",
         )
     reader = _Reader(engine, names)
     if wrapper is engine.basic_optimizer:
@@ -110,10 +126,11 @@ def read(engine: Any) -> Binding:
         reader.bf16_optimizer(wrapper)
     else:
         return _refused(
+            engine,
             f"{type(wrapper).__name__} is a DeepSpeed optimizer wrapper that is not known here; use ZeRO stage 0, 1, 2 "
-            f"or 3; deepspeed versions known to work: {KNOWN_VERSIONS}"
+            f"or 3; deepspeed versions known to work: {KNOWN_VERSIONS}",
         )
-    return Binding(reader.tensors, problems=tuple(reader.problems))
+    return Binding(reader.tensors, ranks_of(engine), tuple(reader.problems))
 
 
 def guard_state_access(engine: Any, optimizer: str, keys: tuple[str, ...]) -> None:
@@ -161,8 +178,8 @@ def guard_state_access(engine: Any, optimizer: str, keys: tuple[str, ...]) -> No
         after(wrapper, "_link_all_hp_params", guarded_parameters)
 
 
-def _refused(problem: str) -> Binding:
-    return Binding({}, problems=(problem,))
+def _refused(engine: Any, problem: str) -> Binding:
+    return Binding({}, ranks_of(engine), (problem,))
 
 
 class _Reader:
@@ -176,7 +193,7 @@ class _Reader:
 
     def replicated(self, model_groups: list[list[Tensor]], stepped_groups: list[list[Tensor]] | None) -> None:
         """ZeRO-0: whole parameters, or whole fp32 clones of them, the same on every data-parallel rank."""
-        group = self.engine.data_parallel_group
+        group = self.engine.seq_data_parallel_group
         world = dist.get_world_size(group)
         for model, stepped in zip(model_groups, stepped_groups or model_groups, strict=True):
             for parameter, tensor in zip(model, stepped, strict=True):
