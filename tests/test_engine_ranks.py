@@ -283,15 +283,14 @@ def grid_of_two_by_two() -> dict[str, Any]:
                 found[name] = str(error)
                 continue
             steps(engine, engine, 1)
-            for action in (lambda: checkpoint.save("nowhere", engine), lambda: NoiseScale(engine)):
-                with pytest.raises((checkpoint.CheckpointError, NoiseScaleError), match=r"parallelism"):
-                    action()
+            with pytest.raises(checkpoint.CheckpointError, match="model and pipeline parallelism"):
+                checkpoint.save("nowhere", engine)
+            with pytest.raises(NoiseScaleError, match="mp_world_size is 2"):
+                NoiseScale(engine)
+            state = engine.basic_optimizer.state_dict()
+            if rank == 2:
+                del state["state"][0]["exp_avg"]
             with pytest.raises(ValueError, match="was not saved by the same optimizer"):
-                state = engine.basic_optimizer.state_dict()
-                for one in state["state"].values():
-                    one["exp_avg" if rank == 2 else "exp_avg_sq"] = one.pop("exp_avg" if rank == 2 else "exp_avg_sq")
-                    if rank == 2:
-                        del one["exp_avg"]
                 engine.basic_optimizer.load_state_dict(state)
             engine.destroy()
             found[name] = ""
