@@ -12,12 +12,13 @@ import os
 import platform
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ds_optim import extension_builds
 from ds_optim.batch_size.command import batch_size_app
 from ds_optim.checkpoint.command import checkpoint_app
 from ds_optim.json_file import read_object
@@ -43,11 +44,13 @@ def doctor(
 ) -> None:
     """Print versions, whether the hook is installed, which names resolve to what, and what would be refused and why.
 
+    Locks that killed builds of operators left behind are among the problems: a start would wait for them for ever.
+
     Exit status 1 if something is wrong with this installation, or with the JSON that was given.
     """
     console = Console()
     console.print(_versions())
-    problems: list[str] = []
+    problems = _print_builds(console)
     import ds_optim_autoload
 
     autoload = os.getenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
@@ -58,8 +61,7 @@ def doctor(
     try:
         import_module(ds_optim_autoload.ENGINE)  # this is what the hook waits for
     except Exception as error:
-        console.print(f"[bold red]problem:[/] deepspeed cannot be imported: {type(error).__name__}: {error}")
-        raise typer.Exit(1) from error
+        _judge(console, [*problems, f"deepspeed cannot be imported: {type(error).__name__}: {error}"])
     hooked = ds_optim_autoload.installed and ds_optim_autoload.failure is None
     console.print(f"hook on {ds_optim_autoload.ENGINE} installed: {_yes(hooked)}")
     if not hooked:
@@ -68,8 +70,13 @@ def doctor(
         problems += _print_names(console)
         _print_kernels(console)
         problems += _print_refusals(console, config)
+    _judge(console, problems)
+
+
+def _judge(console: Console, problems: list[str]) -> NoReturn:
     for problem in problems:
-        console.print(f"[bold red]problem:[/] {problem}")
+        console.print("[bold red]problem:[/]", end=" ")
+        _say(console, problem)  # a command in it is not broken into lines
     raise typer.Exit(1 if problems else 0)
 
 
@@ -85,6 +92,25 @@ def _versions() -> Table:
         except importlib.metadata.PackageNotFoundError:
             table.add_row(package, "not installed")
     return table
+
+
+def _print_builds(console: Console) -> list[str]:
+    """Where operators are built; what is in the way there is said before DeepSpeed is imported, which may build."""
+    chosen = os.environ.get(extension_builds.VARIABLE)
+    for folder in extension_builds.folders():
+        whose = extension_builds.VARIABLE if chosen else "shared by all environments of this user"
+        if not chosen and folder == extension_builds.own_folder():
+            whose = "of this environment; launcher/ uses it"
+        _say(console, f"operators are built in {folder} ({whose})")
+    locks = extension_builds.locks(extension_builds.folders())
+    for lock in locks:
+        if not lock.is_stale:
+            _say(console, f"  {lock}")
+    return [str(lock) for lock in locks if lock.is_stale]
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_names(console: Console) -> list[str]:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import builds
 import psutil
 from pydantic import BaseModel
 
@@ -82,6 +83,7 @@ def report(question: Question) -> Report:
         )
     if question.port is not None:
         problems += port_problems(question.port)
+    problems += builds.locks()[0]  # left behind by builds that were killed
     return Report(
         versions={"Python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         package=_package_hash(),

@@ -72,5 +72,8 @@ _ds_optim_status=0
 cd "$_ds_optim_here"
 if [ $_ds_optim_status -eq 0 ]; then
     source "$_ds_optim_venv/bin/activate"
+    # Operators that are built on first use: in a folder of this environment's own, unless TORCH_EXTENSIONS_DIR is set.
+    TORCH_EXTENSIONS_DIR=$(python -m ds_optim.extension_builds) || _ds_optim_status=$?
+    export TORCH_EXTENSIONS_DIR
 fi
 [ $_ds_optim_status -eq 0 ]

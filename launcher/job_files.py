@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-INHERITED = ("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+INHERITED = (
+    *("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"),
+    "TORCH_EXTENSIONS_DIR",
+)
 """What was set for the command counts on all hosts; pdsh would start them without it."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)$")
 _PLAIN = re.compile(r"[\w@%+=:,./-]+")  # what DeepSpeed puts into a remote shell's command line as it is

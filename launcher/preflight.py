@@ -6,7 +6,7 @@
 Without ssh the same command runs on every host, with its own ``--node-rank``; the hosts meet at the master's address
 and port, which shows that these can be reached. Checked: the hostfile, ssh, clocks, versions of Python and of packages,
 the same files of ds_optim and of the script, the same layout of parameters over ranks, accelerators for all slots, the
-port, the network interface, and the shared path. The exit status is 1 if there is a problem.
+port, the network interface, the shared path, and locks of killed builds. The exit status is 1 if there is a problem.
 
 Standard output is for `multinode.sh`: assignments for a shell.
 """
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TypeVar
 
 try:
+    import builds
     import job_files
     import settings
     from host_report import MARK, Question, Report, is_train_py, port_problems, report
@@ -324,6 +325,7 @@ def _judged(given: argparse.Namespace) -> list[Answer] | None:
     hosts = _noting(problems, lambda: job_files.read_hostfile(given.hostfile)) or {}
     files = given.env_file or [path for path in ENVIRONMENT_FILES if path.is_file()]
     environment = _noting(problems, lambda: job_files.environment(files, given.interface)) or {}
+    builds.use_own_folder(environment)  # the environment is at the same path on all hosts
     problems += _problems_of_the_command(given, hosts)
     answers = [Answer(name, slots) for name, slots in hosts.items()]
     if not problems and not given.hostfile_only:

@@ -7,8 +7,8 @@ calls ``deepspeed.initialize`` with a config, and goes forward, backward, step. 
 moved, what share of the step the optimizer took, and how many bytes of optimizer state each rank holds.
 
 `settings` reads the command line, `corpus` the text, `progress` shows what happens, `checkpoints` saves and resumes,
-`state_table` counts the bytes of state; if asked to, `memory_report` measures all memory of one step, and `noise_watch`
-the gradient noise scale.
+`builds` looks after DeepSpeed's operators, `state_table` counts the bytes of state; if asked to, `memory_report`
+measures all memory of one step, and `noise_watch` the gradient noise scale.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from typing import Any
 # interpreter, which is not on the PATH where the environment was not activated.
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
+import builds
 import checkpoints
 import corpus
 import deepspeed
@@ -50,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     status = 0
     try:
+        _say_on_every_host(builds.judge())
         run(settings.read(arguments, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    except builds.StaleLockError as error:
+        _say_on_every_host([f"cannot start {error}"])
+        status = 2
     except (settings.SettingsError, corpus.TextError) as error:
         # The same on every rank; one of them says it.
         if int(os.environ.get("RANK", "0")) == 0:
@@ -63,6 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     return status
+
+
+def _say_on_every_host(lines: Sequence[str]) -> None:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        for line in lines:
+            print(f"train.py: {line}", file=sys.stderr, flush=True)
 
 
 def run(chosen: settings.Settings) -> None:

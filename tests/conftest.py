@@ -18,7 +18,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from hypothesis import HealthCheck, settings
 
+from ds_optim import extension_builds
 from pool import Pools
+
+BUILDS = extension_builds.use_own_folder()  # of every process that a test starts
 
 # Examples that start engines are slow by nature; how long one takes says nothing about its correctness.
 settings.register_profile(
@@ -42,6 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
         text = str(secrets.randbelow(2**31))
     if not text.isdecimal():
         raise pytest.UsageError(f"--seed takes a non-negative number or 'random', got {text!r}")
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist has it
+        stale = [lock for lock in extension_builds.locks([BUILDS]) if lock.is_stale]
+        if stale:  # a test that needs the operator would wait for ever
+            raise pytest.UsageError("\n".join(map(str, stale)))
     config.option.seed = int(text)
     if config.getoption("hypothesis_seed", None) is None:
         config.option.hypothesis_seed = text

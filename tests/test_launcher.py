@@ -287,9 +287,9 @@ def test_configs_are_explained_key_by_key() -> None:
 
 
 def test_the_training_job_does_not_name_the_package() -> None:
-    """Reports, the noise scale, canonical checkpoints and the preflight do, and import it when they are asked for."""
+    """Reports, the noise scale, canonical checkpoints, builds and the preflight do, and import it when asked for."""
     named = {path.name: path.read_text() for path in LAUNCHER.glob("*.py") if "ds_optim" in path.read_text()}
-    naming = ["checkpoints.py", "host_report.py", "memory_report.py", "noise_watch.py", "preflight.py"]
+    naming = ["builds.py", "checkpoints.py", "host_report.py", "memory_report.py", "noise_watch.py", "preflight.py"]
     assert sorted(named) == naming
     assert not [text for text in named.values() if re.search(r"^(import|from) ds_optim", text, re.MULTILINE)]
 
