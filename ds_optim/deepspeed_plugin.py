@@ -20,6 +20,7 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero import utils as zero_utils
 from torch import Tensor
 
+from ds_optim.checkpoint.deepspeed_resume import guard_resuming
 from ds_optim.optimizers.adam_mini import AdamMini
 from ds_optim.optimizers.adamw import AdamW
 from ds_optim.optimizers.adan import Adan
@@ -119,6 +120,7 @@ def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[A
             binding = replace(binding, settle=settle_gradients(engine))
         basic.bind(binding, _roles(engine, basic._roles_given, inferred))
         zero.guard_state_access(engine, type(basic).__name__, basic.element_keys)
+        guard_resuming(engine)
     return result
 
 

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -338,3 +339,63 @@ def save_llama(folder: str) -> None:
     engine.save_checkpoint(f"{folder}/theirs")
     checkpoint.save(f"{folder}/ours", engine)
     engine.destroy()
+
+
+# -- what DeepSpeed's own conversion would do -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Universal:
+    """What becomes of an optimizer's checkpoint.
+
+    Attributes:
+        outcome: how `deepspeed.checkpoint.ds_to_universal` ends: "whole", "drops" or "breaks".
+        said: by `inspect`.
+    """
+
+    optimizer: str
+    stage: int
+    outcome: str
+    said: str
+
+
+BREAKS = "breaks half-way: it needs exp_avg and exp_avg_sq of every element"
+UNIVERSAL = [
+    Universal("ds_optim.AdamW", 2, "whole", "takes over exp_avg and exp_avg_sq, which is all there is"),
+    Universal("Adan", 3, "drops", "drops exp_avg_diff, previous_grad without a word"),
+    Universal("ds_optim.Lion", 3, "breaks", BREAKS),
+    Universal("AdamMini", 2, "breaks", BREAKS),
+    Universal("Shampoo", 2, "breaks", BREAKS),
+    Universal("SWAN", 3, "breaks", BREAKS),
+]
+
+
+def save_theirs(folder: str) -> None:
+    for number, one in enumerate(UNIVERSAL):
+        case = Case(one.optimizer, SHAMPOO if one.optimizer == "Shampoo" else {}, stage=one.stage, layers=1)
+        with engine_for(case) as (engine, _, clock):
+            train(engine, case, clock, range(1, 2))
+            engine.save_checkpoint(f"{folder}/{number}")
+
+
+def test_inspect_says_what_deepspeeds_universal_conversion_really_does(pool: Pools, tmp_path: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    pool(2).run(save_theirs, str(tmp_path))
+    for number, one in enumerate(UNIVERSAL):
+        theirs, universal = tmp_path / str(number), tmp_path / f"{number} universal"
+        said = run("inspect", theirs, status=1)
+        stage = "3" if one.stage == 3 else "1 or 2"
+        assert f"of {one.optimizer} at ZeRO stage {stage} on 2 ranks." in said
+        assert f"deepspeed.checkpoint.ds_to_universal {one.said}" in said
+        arguments = {"input_folder": str(theirs / "global_step1"), "output_folder": str(universal)}
+        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+        options = {"inject_missing_state": True, "keep_temp_folder": False, "strict": True}
+        try:
+            ds_to_universal.main(SimpleNamespace(**arguments, **workers, **options))
+        except (KeyError, RuntimeError):
+            assert one.outcome == "breaks"
+        else:
+            assert one.outcome != "breaks"
+            kept = {path.stem for path in (universal / "zero" / "llama.model.norm.weight").iterdir()}
+            assert {"exp_avg", "exp_avg_sq", "fp32"} <= kept <= {"exp_avg", "exp_avg_sq", "fp32", "step"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from torch import Tensor
 
 import ds_optim
-from engines import Case, engine_for, masters, train
+from ds_optim import checkpoint
+from ds_optim.checkpoint.convert import convert
+from ds_optim.checkpoint.warm_start import warm_start
+from engines import Case, assembled, engine_for, masters, train, weights
 from pool import Pools
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
@@ -82,17 +86,27 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(pool: Pools, case: Case,
         assert left_out == []
 
 
-def refused(case: Case, other: Case, folder: str) -> str:
-    """What a rank is told that loads a checkpoint of something else."""
+def save(case: Case, folder: str) -> dict[str, Any]:
+    """DeepSpeed's checkpoint after two steps, and what it should hold."""
     with engine_for(case) as (engine, _, clock):
         train(engine, case, clock, range(1, 3))
         engine.save_checkpoint(folder)
-    with engine_for(other) as (engine, _, _):
+        return {} if isinstance(engine.basic_optimizer, torch.optim.AdamW) else {"masters": masters(engine)}
+
+
+def refused(case: Case, folder: str) -> str:
+    """What a rank is told that loads a checkpoint of something else; all weights must be what they were."""
+    with engine_for(replace(case, seed=case.seed + 1)) as (engine, model, _):
+        before = weights(model), masters(engine)
         try:
             engine.load_checkpoint(folder)
         except ValueError as error:
-            return str(error)
-    return "nothing"
+            said = str(error)
+        else:
+            return "nothing"
+        after = weights(model), masters(engine)
+        unchanged = all(torch.equal(value, after[0][name]) for name, value in before[0].items())
+        return said if unchanged and _same(before[1], after[1]) else f"weights were changed: {said}"
 
 
 Q_PROJ = {"ds_optim": {"roles": {"llama.model.layers.0.self_attn.q_proj.weight": "linear"}}}
@@ -101,7 +115,7 @@ Q_PROJ = {"ds_optim": {"roles": {"llama.model.layers.0.self_attn.q_proj.weight":
 @pytest.mark.parametrize(
     ("case", "other", "word"),
     [
-        (Case("AdamMini", stage=2), Case("ds_optim.Lion", stage=2), "Lion keeps"),
+        (Case("AdamMini", stage=2), Case("ds_optim.Lion", stage=2), "saved by AdamMini, whose state is not Lion's"),
         (Case("AdamMini", stage=3), Case("AdamMini", stage=3, extra=Q_PROJ), "other roles|other blocks"),
         (
             Case("Shampoo", SHAMPOO, stage=1),
@@ -114,8 +128,126 @@ Q_PROJ = {"ds_optim": {"roles": {"llama.model.layers.0.self_attn.q_proj.weight":
 def test_a_checkpoint_of_something_else_is_refused(
     pool: Pools, case: Case, other: Case, word: str, tmp_path: Path
 ) -> None:
-    for said in pool(2).run(refused, case, other, str(tmp_path)):
+    pool(2).run(save, case, str(tmp_path))
+    for said in pool(2).run(refused, other, str(tmp_path)):
         assert re.search(word, said), said
+        assert "weights were changed" not in said
+
+
+# ------------------------------------------------------------------------- where DeepSpeed's own error names no way out
+
+
+def deepspeeds_own_word(case: Case, folder: str) -> tuple[str, bool]:
+    """What DeepSpeed says without our judgement, and whether it had changed weights by then."""
+    with engine_for(replace(case, seed=case.seed + 1)) as (engine, model, _):
+        before = weights(model)
+        try:
+            type(engine).load_checkpoint(engine, folder)
+        except Exception as error:
+            after = weights(model)
+            return str(error), not all(torch.equal(value, after[name]) for name, value in before.items())
+    return "nothing", True
+
+
+def loaded(case: Case, folder: str, *, canonical: bool) -> dict[str, Any]:
+    with engine_for(replace(case, seed=case.seed + 1)) as (engine, _, _):
+        if canonical:
+            checkpoint.load(folder, engine)
+        else:
+            engine.load_checkpoint(folder)
+        return {"masters": masters(engine)}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_another_number_of_ranks_is_told_of_the_conversion(pool: Pools, stage: int, tmp_path: Path) -> None:
+    case = Case("ds_optim.Lion", stage=stage)
+    saved = assembled(pool(2).run(save, case, str(tmp_path / "theirs")))
+    control, changed = pool(1).run(deepspeeds_own_word, case, str(tmp_path / "theirs"))[0]
+    assert "used a DP world size of 2" in control
+    assert changed == (stage == 2)  # at ZeRO-3 the masters hold the weights
+    for said in pool(3).run(refused, case, str(tmp_path / "theirs")):
+        assert "it was saved by 2 ranks, here are 3" in said
+        assert f"`ds-optim checkpoint convert {tmp_path / 'theirs'} OUT`" in said
+        assert "docs/checkpoints.md" in said
+        assert "weights were changed" not in said
+    convert(tmp_path / "theirs", tmp_path / "OUT")
+    for name, values in assembled(pool(3).run(partial(loaded, canonical=True), case, str(tmp_path / "OUT"))).items():
+        assert torch.equal(values, saved[name])
+
+
+@pytest.mark.parametrize(
+    ("case", "other", "word"),
+    [
+        (Case("AdamMini", stage=2), Case("AdamMini", stage=3), "saved at ZeRO stage 1 or 2, this engine's is 3"),
+        (Case("AdamMini", stage=0), Case("AdamMini", stage=1), "saved at ZeRO stage 0, this engine's is 1"),
+        (Case("AdamMini", stage=3), Case("AdamMini", stage=3, precision="bf16"), "this engine's is bf16"),
+        (Case("AdamMini", stage=0, precision="bf16"), Case("AdamMini", stage=0), "in bf16, this engine's is not"),
+        (Case("AdamMini", stage=3, zero={"sub_group_size": 300}), Case("AdamMini", stage=3), "sub_group_size"),
+        (
+            Case("AdamMini", stage=1),
+            Case("AdamMini", stage=1, frozen=("norm",)),
+            "llama.model.norm.weight, not trained",
+        ),
+    ],
+    ids=str,
+)
+def test_so_is_another_stage_precision_or_split(
+    pool: Pools, case: Case, other: Case, word: str, tmp_path: Path
+) -> None:
+    pool(1).run(save, case, str(tmp_path))
+    [said] = pool(1).run(refused, other, str(tmp_path))
+    assert word in said
+    assert "`ds-optim checkpoint convert" in said
+    assert " OUT --model CONFIG.JSON`" in said
+    assert "weights were changed" not in said
+
+
+def started_warm(case: Case, folder: str) -> bool:
+    """Whether the error's advice goes on from the weights that were saved, with moments."""
+    with engine_for(replace(case, seed=case.seed + 1)) as (engine, model, clock):
+        before = weights(model)
+        engine.load_checkpoint(folder, load_optimizer_states=False)
+        warm_start(folder, engine)
+        train(engine, case, clock, range(3, 4))
+        moved = any(not torch.equal(value, before[name]) for name, value in weights(model).items())
+        return moved and {int(state["step"]) for state in engine.basic_optimizer.state.values()} == {3}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_going_on_from_deepspeeds_adamw_names_the_second_group_and_the_warm_start(
+    pool: Pools, stage: int, tmp_path: Path
+) -> None:
+    """Only "type" was changed in the JSON."""
+    folder = str(tmp_path)
+    pool(2).run(save, Case("AdamW", {"torch_adam": True}, stage=stage), folder)
+    ours = Case("ds_optim.AdamW", stage=stage)
+    for control, changed in pool(2).run(deepspeeds_own_word, ours, folder):
+        assert ("parameter-alignment" if stage == 2 else "not saved by the same optimizer") in control
+        assert "no_decay" not in control
+        assert changed == (stage == 2)
+    for case in (ours, Case("AdamMini", stage=stage)):
+        for said in pool(2).run(refused, case, folder):
+            assert "its parameters are in 1 group, here in 2 groups" in said
+            assert '"ds_optim": {"no_decay": []}' in said
+            assert f"warm_start({folder!r}, engine), see docs/warm_start.md" in said
+            assert ("saved by AdamW, whose state is not AdamMini's" in said) == (case.optimizer == "AdamMini")
+            assert "weights were changed" not in said
+        assert pool(2).run(started_warm, case, folder) == [True, True]
+    one_group = replace(ours, extra={"ds_optim": {"no_decay": []}})
+    assert all(found["masters"] for found in pool(2).run(partial(loaded, canonical=False), one_group, folder))
+
+
+def test_a_file_that_one_rank_cannot_read_stops_all_of_them(pool: Pools, tmp_path: Path) -> None:
+    case = Case("ds_optim.Lion", stage=2)
+    pool(2).run(save, case, str(tmp_path))
+    [lost] = tmp_path.glob("*/*rank_1_*optim_states.pt")
+    lost.unlink()
+    for said in pool(2).run(refused, case, str(tmp_path)):
+        assert f"rank 1: {lost} cannot be read" in said
+        assert "weights were changed" not in said
+
+
+# ---------------------------------------------------------------------------------------------------- without an engine
 
 
 @pytest.mark.parametrize("cls", [ds_optim.AdamMini, ds_optim.Shampoo])

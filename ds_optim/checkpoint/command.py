@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -76,10 +77,11 @@ def inspect_checkpoint(
 ) -> None:
     """List what a canonical checkpoint holds: optimizer, steps, parameters with shapes, dtypes, state and bytes.
 
-    Its tensors are not read; `verify` checks them.
+    Its tensors are not read; `verify` checks them. Of one of DeepSpeed's own it says whose it is, what it can be used
+    for, and what DeepSpeed's conversion to a universal checkpoint would make of it (exit status 1).
     """
     try:
-        folder = _folder(directory, tag)
+        folder = _folder(directory, tag, about_deepspeeds=_about_deepspeeds)
         found = _contents(folder)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         _stop(error)
@@ -105,7 +107,7 @@ def verify(directory: _Directory, tag: _Tag = None) -> None:
     _say(f"{folder} is whole: {len(files)} files, {sum(one['bytes'] for one in files.values()):,} bytes")
 
 
-def _folder(directory: Path, tag: str | None) -> Path:
+def _folder(directory: Path, tag: str | None, about_deepspeeds: Callable[[Path], str] = lambda _: "") -> Path:
     """The folder of the checkpoint that was asked for: by tag, by ``latest``, or the one that was given itself."""
     from ds_optim.checkpoint.directory import LATEST, MANIFEST, CheckpointError, folder_of
 
@@ -115,9 +117,28 @@ def _folder(directory: Path, tag: str | None) -> Path:
     folder = folder_of(directory, tag) if tag else directory
     if not (folder / MANIFEST).exists() and any(folder.glob("*_model_states.pt")):
         raise CheckpointError(
-            f"{folder} is DeepSpeed's own checkpoint: make it canonical with ds-optim checkpoint convert"
+            f"{folder} is DeepSpeed's own checkpoint{about_deepspeeds(folder)}: make it canonical with "
+            "ds-optim checkpoint convert"
         )
     return folder
+
+
+def _about_deepspeeds(folder: Path) -> str:
+    """Whose it is and what it is good for; empty if that cannot be read, which ``convert`` explains."""
+    from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles, universal_conversion
+    from ds_optim.checkpoint.directory import CheckpointError
+
+    try:
+        files = DeepSpeedFiles(folder, None, verify=False)
+        universal = universal_conversion(files)
+    except (CheckpointError, KeyError, ValueError):
+        return ""
+    ranks = f"{files.world_size} rank{'s' * (files.world_size > 1)}"
+    whose = files.optimizer_name or "an optimizer that it does not name"
+    return (
+        f", of {whose} at ZeRO stage {files.stage} on {ranks}. engine.load_checkpoint goes on from it with the same "
+        f"optimizer, ranks and stage only{f'; {universal}' if universal else ''}. For anything else"
+    )
 
 
 def _contents(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,8 @@ _OWN_KEYS = (
     "universal_checkpoint_info",
 )
 
+_UNIVERSAL = ("exp_avg", "exp_avg_sq")
+
 
 class _Plain:
     """Stands for a class of DeepSpeed's: its attributes are kept, its code is not needed."""
@@ -82,12 +84,13 @@ class DeepSpeedFiles:
         source: the directory that was given to ``save_checkpoint``, or a checkpoint's folder in it.
         tag: of the checkpoint; unset, the one that ``latest`` names.
         trust: also accept files that hold objects of unknown classes, which runs code of theirs.
+        verify: whether all files must be there and whole; otherwise only what is asked for is opened.
 
     Raises:
         CheckpointError: files that are missing, damaged or not safe to read, all of them; model parallelism.
     """
 
-    def __init__(self, source: Path, tag: str | None, *, trust: bool = False) -> None:
+    def __init__(self, source: Path, tag: str | None, *, trust: bool = False, verify: bool = True) -> None:
         self.folder = _folder(source, tag)
         self.tag = self.folder.resolve().name
         names = [path.name for path in self.folder.glob("*.pt")]
@@ -95,7 +98,8 @@ class DeepSpeedFiles:
         self._bf16 = "bf16_" if any(name.startswith("bf16_") for name in names) else ""
         self._slices = any(name.startswith("zero_pp_rank") and name.endswith("_model_states.pt") for name in names)
         main = self._model_file(0)
-        self._refuse(_damage(self.folder / main))
+        if verify:
+            self._refuse(_damage(self.folder / main))
         self.main: dict[str, Any] = self._load(main)
         if "module" not in self.main or "dp_world_size" not in self.main:
             raise CheckpointError(f"{self.folder / main} was not written by DeepSpeed's save_checkpoint")
@@ -105,7 +109,8 @@ class DeepSpeedFiles:
             raise CheckpointError(
                 f"{self.folder} is of a model- or pipeline-parallel run or has experts of their own: not supported"
             )
-        self._refuse([problem for name in self._others(main) for problem in _damage(self.folder / name)])
+        if verify:
+            self._refuse([problem for name in self._others(main) for problem in _damage(self.folder / name)])
         self.shapes = [
             {canonical_name(name): tuple(shape) for name, shape in group.items()}
             for group in self.main["param_shapes"] or []
@@ -115,6 +120,21 @@ class DeepSpeedFiles:
     def is_zero(self) -> bool:
         """Whether the optimizer's tensors are shards (ZeRO-1, 2, 3); they bring their parameters' names."""
         return self.main["optimizer"] is None
+
+    @property
+    def stage(self) -> str:
+        """The ZeRO stage in words; stages 1 and 2 write the same."""
+        return "3" if self._slices else "1 or 2" if self.is_zero else "0"
+
+    @property
+    def optimizer_name(self) -> str:
+        """What the configuration called the optimizer; empty where that was not saved, or it was made by hand."""
+        return str(((self.config or {}).get("optimizer") or {}).get("type") or "")
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the files are those of a model in bf16; at ZeRO-0 of one with fp32 masters beside it."""
+        return bool(self._bf16) if self.is_zero else "fp32_groups" in self.main["optimizer"]
 
     @property
     def config(self) -> dict[str, Any] | None:
@@ -243,6 +263,31 @@ class DeepSpeedFiles:
                 else " ".join(said.split())[:300]
             )
             raise CheckpointError(f"{path} cannot be read: {reason}") from error
+
+
+def universal_conversion(files: DeepSpeedFiles) -> str:
+    """What DeepSpeed's ``ds_to_universal`` would make of a checkpoint, in words; empty at ZeRO-0, which it refuses.
+
+    It knows two kinds of state, Adam's, and slices them as if every element had a value (`ds_to_universal.py`,
+    `extract_zero_shards` and `extract_zero_shards_stage3`).
+    """
+    if not files.is_zero:
+        return ""
+    dropped: set[str] = set()
+    for rank in range(files.world_size):
+        its = files.rank(rank, [])
+        keys = [key for group in its.optimizer["param_groups"] for key in group["params"]]
+        for key, master in zip(keys, its.masters, strict=True):
+            state = its.optimizer["state"].get(key, {})
+            if any(name not in state or state[name].numel() < master.numel() for name in _UNIVERSAL):
+                return (
+                    f"deepspeed.checkpoint.ds_to_universal breaks half-way: it needs {' and '.join(_UNIVERSAL)} of "
+                    "every element"
+                )
+            dropped |= set(state) - {"step", *_UNIVERSAL}
+    if dropped:
+        return f"deepspeed.checkpoint.ds_to_universal drops {', '.join(sorted(dropped))} without a word"
+    return f"deepspeed.checkpoint.ds_to_universal takes over {' and '.join(_UNIVERSAL)}, which is all there is"
 
 
 def _place(values: Tensor) -> object:

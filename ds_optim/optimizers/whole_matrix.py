@@ -516,6 +516,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._forget_plans()  # and what rules remember along with them
 
     def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
+        state_dict = self._of_this_rank(state_dict)
         problems = super().state_problems(state_dict)
         for group in state_dict["param_groups"]:
             problems += [
@@ -556,6 +557,11 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `ShardedOptimizer.load_state_dict`; of a gathered state every owner takes its blocks."""
+        super().load_state_dict(self._of_this_rank(state_dict))
+        self._verdicts.clear()
+
+    def _of_this_rank(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict with this rank's blocks alone where every owner's were gathered."""
         states = dict(state_dict["state"])
         for key, tensor in self.keyed(state_dict):
             if states.get(key) and self._is_spread(tensor):
@@ -568,8 +574,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
                         mine = selected(plan, kept, order, self._owned(tensor), self.block_state)
                         others = {name: value for name, value in kept.items() if name not in spec}
                         states[key] = {**others, **mine}
-        super().load_state_dict({**state_dict, "state": states})
-        self._verdicts.clear()
+        return {**state_dict, "state": states}
 
     def _is_spread(self, tensor: Tensor) -> bool:
         """Whether the blocks of a plain tensor that all ranks hold have different owners."""
