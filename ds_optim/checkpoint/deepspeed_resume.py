@@ -7,18 +7,16 @@ ranks. They are mapped, not read; what cannot be opened is left to DeepSpeed, wh
 
 from __future__ import annotations
 
-import functools
 import inspect
 import shlex
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles
+from ds_optim.instance_methods import wrap
 from ds_optim.optimizers.sharded import ShardedOptimizer, raise_all, raise_on_all_ranks
-from ds_optim.sharding.exchange import from_all_ranks
 
 _ADAMS = ("adam", "adamw")
 
@@ -53,8 +51,8 @@ def judge_resuming(engine: Any, directory: Path, tag: str | None) -> None:
     optimizer: ShardedOptimizer = engine.basic_optimizer
     saved = _seen(engine, optimizer, directory, tag)
     subject = f"{directory} cannot be loaded by DeepSpeed's load_checkpoint here, nothing was changed"
-    raise_on_all_ranks([*saved.problems, *([saved.advice] if saved.problems else [])], subject)
-    failures = from_all_ranks(saved.failure)
+    raise_on_all_ranks([*saved.problems, *([saved.advice] if saved.problems else [])], subject, optimizer.ranks)
+    failures = list(optimizer.ranks.everyones(saved.failure).values())
     if any(failures):
         # A rank that DeepSpeed stops alone would keep the others waiting for it.
         is_of_some = not all(failures) and not engine.use_node_local_storage()
@@ -62,7 +60,7 @@ def judge_resuming(engine: Any, directory: Path, tag: str | None) -> None:
         return
     assert saved.optimizer is not None
     problems = _state_problems(engine, optimizer, saved.optimizer)
-    raise_on_all_ranks([*problems, *([saved.advice] if problems and saved.advice else [])], subject)
+    raise_on_all_ranks([*problems, *([saved.advice] if problems and saved.advice else [])], subject, optimizer.ranks)
 
 
 def _seen(engine: Any, optimizer: ShardedOptimizer, directory: Path, tag: str | None) -> _Saved:
@@ -118,10 +116,7 @@ def _other_groups(files: DeepSpeedFiles, saved: Mapping[str, Any], optimizer: Sh
         is_same = there == here if names_there == names_here else shapes_there == shapes_here  # a model may be renamed
     else:
         names_there = names_here = set()  # DeepSpeed saves none
-        sizes = [
-            [len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)
-        ]
-        is_same = sizes[0] == sizes[1]
+        is_same = _sizes(saved["param_groups"]) == _sizes(optimizer.param_groups)
     if is_same:
         return []
     gone, new = _some(names_there - names_here), _some(names_here - names_there)
@@ -200,20 +195,14 @@ def _state_problems(engine: Any, optimizer: ShardedOptimizer, saved: Mapping[str
 
 
 def guard_resuming(engine: Any) -> None:
-    """Let ``engine.load_checkpoint`` judge first. It hangs on this engine alone, and does not keep it alive."""
-    there = weakref.ref(engine)
-    wrapped_before = vars(engine).get("load_checkpoint")
+    """Let ``engine.load_checkpoint`` judge first; other engines' stay as they are."""
 
-    @functools.wraps(type(engine).load_checkpoint)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        engine = there()
-        assert engine is not None
-        original = type(engine).load_checkpoint
-        given = inspect.signature(original).bind(engine, *args, **kwargs)
+    def judged(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+        given = inspect.signature(wrapped).bind(*args, **kwargs)
         given.apply_defaults()
         options = given.arguments
         if options["load_optimizer_states"] and not options["load_module_only"]:
             judge_resuming(engine, Path(options["load_dir"]), options["tag"])
-        return wrapped_before(*args, **kwargs) if wrapped_before else original(engine, *args, **kwargs)
+        return wrapped(*args, **kwargs)
 
-    engine.load_checkpoint = load_checkpoint
+    wrap(engine, "load_checkpoint", judged)
