@@ -12,10 +12,10 @@ The shift is what Meta's Distributed Shampoo does about eigenvalues that roundin
 ``eigh``, the reference, decomposes in fp64, one matrix after the other: any exponent, and right wherever fp64 is, at
 condition numbers of 1e12 and scales from 1e-30 to 1e30. A result depends on nothing but its own matrix.
 
-``newton``, for accelerators, has matrix products in fp32 only, on the whole stack at once, and never waits for the
-device. It is the coupled Newton iteration for :math:`e = -1/p` (Guo and Higham, "A Schur-Newton method for the matrix
-p-th root and its inverse", 2006; in Shampoo: Anil et al., "Scalable second order optimization for deep learning",
-https://arxiv.org/abs/2002.09018),
+``newton``, for accelerators, has matrix products in fp32 only, on the whole stack at once (where it is forced on a CPU,
+one matrix after the other), and never waits for the device. It is the coupled Newton iteration for :math:`e = -1/p`
+(Guo and Higham, "A Schur-Newton method for the matrix p-th root and its inverse", 2006; in Shampoo: Anil et al.,
+"Scalable second order optimization for deep learning", https://arxiv.org/abs/2002.09018),
 
 .. math::
     T = a_k I - b_k M, \qquad X \leftarrow X T, \qquad M \leftarrow T^p M \qquad (X_0 = I,\; M_0 = A),
@@ -95,7 +95,11 @@ def inverse_roots(
             "(environment: DS_OPTIM_ROOTS=eigh) or another exponent"
         )
     with full_precision():
-        return _newton(stack, p, eps, relative)
+        if stack.device.type != "cpu":
+            return _newton(stack, p, eps, relative)
+        # Alone, and in memory of their own from the first operation on: see `ds_optim.linalg.alignment`.
+        roots, failed = zip(*(_newton(matrix, p, eps, relative) for matrix in stack.split(1)), strict=True)
+        return torch.cat(roots), torch.cat(failed)
 
 
 def _eigh(stack: Tensor, exponent: float, eps: float, relative: bool) -> tuple[Tensor, Tensor]:

@@ -1,23 +1,19 @@
-"""Matrix products along one axis of stacked blocks of any order: Shampoo's statistics and their application."""
+"""Matrix products along one axis of stacked blocks of any order: Shampoo's statistics and their application.
+
+What a block becomes depends neither on its place in memory nor on its neighbours, see `ds_optim.linalg.alignment`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ds_optim.linalg.alignment import one_by_one
+
 
 def stacked_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` for stacks (B, m, k) and (B, k, n).
-
-    On CPU one matrix at a time: with several threads a batched product rounds differently in batches of different
-    sizes, and what a block becomes must not depend on which others its owner has.
-    """
-    if a.device.type != "cpu":
-        return torch.bmm(a, b)
-    result = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
-    for index in range(len(a)):
-        torch.bmm(a[index : index + 1], b[index : index + 1], out=result[index : index + 1])
-    return result
+    """``a @ b`` for stacks (B, m, k) and (B, k, n)."""
+    return one_by_one(torch.bmm, a.new_empty(a.shape[0], a.shape[1], b.shape[2]), a, b)
 
 
 def gram(stack: Tensor, axis: int) -> Tensor:
@@ -31,7 +27,12 @@ def gram(stack: Tensor, axis: int) -> Tensor:
         (B, d_axis, d_axis).
     """
     rows = stack.movedim(axis + 1, 1).flatten(2) if stack.dim() > 2 else stack.unsqueeze(2)
-    return stacked_matmul(rows, rows.mT)
+    return one_by_one(_times_its_transpose, rows.new_empty(rows.shape[0], rows.shape[1], rows.shape[1]), rows)
+
+
+def _times_its_transpose(*matrices: Tensor, out: Tensor) -> Tensor:
+    (matrix,) = matrices
+    return torch.bmm(matrix, matrix.mT, out=out)
 
 
 def apply_along(matrices: Tensor, stack: Tensor, axis: int) -> Tensor:

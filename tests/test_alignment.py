@@ -1,0 +1,234 @@
+"""A block's result is its own: not its address's, nor its neighbours', on whatever code path a processor takes.
+
+Sums round by their order, and libraries choose the order: Intel's MKL on an AMD processor by where in memory a matrix
+begins. Blocks begin anywhere, and elsewhere on another number of ranks. So here everything that a step does with blocks
+is done at every place of a cache line, for all sizes up to 64, and to stacks as well as to each block alone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ds_optim
+from ds_optim.kernels import Backend
+from ds_optim.linalg.inverse_roots import Method, inverse_roots
+from ds_optim.linalg.polar import newton_schulz
+from ds_optim.linalg.products import apply_along, block_norms, gram, stacked_matmul
+from ds_optim.optimizers.block_step import Stack
+from ds_optim.optimizers.swan import swan_update_
+from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
+from test_kernels import FORMULAS, Blocks, Tensors, same_bits
+
+Shape = tuple[int, ...]
+Function = Callable[..., Tensor]
+
+LINE = 16  # elements of fp32
+SQUARE: list[Shape] = [(n, n) for n in range(1, 65)]
+OBLONG: list[Shape] = [(m, n) for m in (1, 2, 3, 5, 8, 33, 64) for n in (1, 2, 7, 16, 36, 45, 64) if m != n]
+MATRICES = SQUARE + OBLONG
+VECTORS: list[Shape] = [(n,) for n in (1, 2, 7, 36, 64)]
+TENSORS: list[Shape] = [(3, 4, 5), (5, 36, 2), (8, 4, 3, 3), (1, 9, 1, 11)]
+
+
+def placed(values: Tensor, offset: int) -> Tensor:
+    """A copy that begins so many elements behind the beginning of a cache line."""
+    room = torch.empty(values.numel() + 3 * LINE, dtype=values.dtype)
+    begin = -room.data_ptr() // values.itemsize % LINE + offset
+    return room[begin : begin + values.numel()].view(values.shape).copy_(values)
+
+
+def drawn(count: int, *shape: int) -> Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def statistics(count: int, size: int) -> Tensor:
+    """Symmetric and positive definite."""
+    gradient = drawn(count, size, size + 3).double()
+    return (gradient @ gradient.mT).float()
+
+
+def product(shape: Shape, count: int) -> list[Tensor]:
+    return [drawn(count, *shape), drawn(count, *shape[::-1])]
+
+
+def pair(shape: Shape, count: int) -> list[Tensor]:
+    return [drawn(count, *shape), drawn(count, *shape)]
+
+
+def block(shape: Shape, count: int) -> list[Tensor]:
+    return [drawn(count, *shape)]
+
+
+def wide(shape: Shape, count: int) -> list[Tensor]:
+    return [drawn(count, *sorted(shape)) / max(shape)]
+
+
+def factors(shape: Shape, count: int) -> list[Tensor]:
+    return [statistics(count, shape[0])]
+
+
+def rooted(axis: int) -> Callable[[Shape, int], list[Tensor]]:
+    return lambda shape, count: [statistics(count, shape[axis]), drawn(count, *shape)]
+
+
+def applied(axis: int) -> Function:
+    return lambda matrices, stack: apply_along(matrices, stack, axis)
+
+
+def gram_of(axis: int) -> Function:
+    return lambda stack: gram(stack, axis)
+
+
+def roots(method: Method) -> Function:
+    return lambda stack: inverse_roots(stack, -1 / 4, eps=1e-6, relative=True, method=method)[0]
+
+
+def swan(dim: int) -> Function:
+    return lambda stack: swan_update_(stack, dim, steps=2, beta=0.8)
+
+
+FUNCTIONS: dict[str, tuple[list[Shape], Callable[[Shape, int], list[Tensor]], Function]] = {
+    "stacked_matmul": (MATRICES, product, stacked_matmul),
+    "stacked_matmul of a transposed": (MATRICES, pair, lambda a, b: stacked_matmul(a.mT, b)),
+    "gram over axis 0": (MATRICES + VECTORS + TENSORS, block, gram_of(0)),
+    "gram over axis 1": (MATRICES + TENSORS, block, gram_of(1)),
+    "gram over axis 2": (TENSORS, block, gram_of(2)),
+    "apply_along axis 0": (MATRICES + VECTORS + TENSORS, rooted(0), applied(0)),
+    "apply_along axis 1": (MATRICES + TENSORS, rooted(1), applied(1)),
+    "apply_along axis 2": (TENSORS, rooted(2), applied(2)),
+    "block_norms": (MATRICES + VECTORS + TENSORS, block, block_norms),
+    "newton_schulz": (MATRICES, wide, lambda stack: newton_schulz(stack, 3, 0.8)),
+    "swan_update_ over rows": (MATRICES, block, swan(1)),
+    "swan_update_ over columns": (MATRICES, block, swan(2)),
+    "inverse_roots by eigh": (SQUARE, factors, roots("eigh")),
+    "inverse_roots by newton": (SQUARE, factors, roots("newton")),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_result_does_not_depend_on_where_blocks_begin(name: str) -> None:
+    shapes, operands, function = FUNCTIONS[name]
+    for shape in shapes:
+        given = operands(shape, 2)
+        wanted = function(*(placed(one, 0) for one in given))
+        for offset in range(1, LINE + 1):
+            found = function(*(placed(one, offset * (1 + index)) for index, one in enumerate(given)))
+            assert torch.equal(found, wanted), f"{shape}, {offset} elements behind the beginning of a cache line"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_result_does_not_depend_on_its_neighbours(name: str) -> None:
+    shapes, operands, function = FUNCTIONS[name]
+    for shape in shapes:
+        given = operands(shape, 5)
+        together = function(*(one.clone() for one in given))
+        for part in (slice(0, 1), slice(1, 2), slice(4, 5), slice(2, 4)):
+            alone = function(*(one[part].clone() for one in given))
+            assert torch.equal(alone, together[part]), f"{shape}, blocks {part}"
+
+
+def updated(optimizer: WholeMatrixOptimizer, shape: Shape, count: int, offset: int, which: slice) -> dict[str, Tensor]:
+    """What a rule makes of some of `count` blocks, and of their state: everything begins `offset` behind a line."""
+    state = {}
+    for name, (its, dtype) in optimizer.block_state(shape).items():
+        if dtype == torch.int32:
+            values = torch.zeros(count, dtype=dtype)
+        elif name.startswith(("factor", "root")):
+            values = statistics(count, its[0])
+        else:
+            values = drawn(count, *its).square()
+        state[name] = placed(values[which], offset)
+    grads = placed(drawn(count, *shape)[which], offset)
+    good = torch.ones(len(grads), dtype=torch.bool)
+    stack = Stack((), shape, grads, state, good, 2, (0,) * len(grads))
+    optimizer.update(optimizer.param_groups[0], stack)
+    return {"update": grads, **state}
+
+
+SHAMPOO = {"precondition_frequency": 1, "start_preconditioning_step": 1}
+RULES = {
+    "Shampoo": (ds_optim.Shampoo, SHAMPOO),
+    "Shampoo as in the paper": (ds_optim.Shampoo, {"betas": (0, 1), "graft": None, "ridge": "absolute", **SHAMPOO}),
+    "SWAN": (ds_optim.SWAN, {}),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rules_update_is_the_blocks_own(rule: str) -> None:
+    cls, settings = RULES[rule]
+    optimizer = cls([nn.Parameter(torch.zeros(2, 2))], **settings)
+    # A block of SWAN's is (inputs in front, outputs, inputs behind).
+    shapes = [(1, *shape) for shape in MATRICES] if rule == "SWAN" else MATRICES
+    for shape in [*shapes, (2, 4, 5), (5, 36, 2)]:
+        wanted = updated(optimizer, shape, 3, 0, slice(None))
+        for offset, which in ((1, slice(None)), (2, slice(1, 2)), (4, slice(1, 3)), (7, slice(None))):
+            for name, found in updated(optimizer, shape, 3, offset, which).items():
+                assert torch.equal(found, wanted[name][which]), f"{name}, {shape}, {offset} elements behind a line"
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("rule", FORMULAS)
+def test_an_elementwise_update_does_not_depend_on_where_tensors_begin(rule: str, backend: Backend, seed: int) -> None:
+    for size in (*range(1, 65), 1000):
+        start = Tensors.random(rule, [size], seed)
+        results = []
+        for offset in range(LINE + 1):
+            moved = Tensors(
+                [placed(start.params[0], offset)],
+                [placed(start.grads[0], 2 * offset)],
+                [[placed(state[0], 3 * offset % LINE)] for state in start.states],
+            )
+            moved.step(backend, rule, [(0, 0, size, 1)])
+            results.append(moved.flat())
+        assert all(same_bits(results[0], found) for found in results), size
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("row_length", [None, "columns"])
+def test_a_blockwise_update_does_not_depend_on_where_blocks_begin(
+    backend: Backend, row_length: str | None, seed: int
+) -> None:
+    """Blocks of all sizes behind one another, so that each begins somewhere else already."""
+    parts = [(2, size) for size in (*range(1, 65), 300)]
+    blocks = Blocks(parts, sum(2 * size for _, size in parts) if row_length else None, 3 if row_length else 1, seed)
+    results = []
+    for offset in range(LINE + 1):
+        made = blocks.shards([], 0)
+        made.params = [placed(made.params[0], offset)]
+        made.grads = [placed(made.grads[0], 2 * offset)]
+        made.averages = [placed(made.averages[0], 3 * offset % LINE)]
+        made.squares = [placed(made.squares[0], offset)]
+        made.step(backend, split=False)
+        results.append([*made.params, *made.averages, *made.squares])
+    assert all(same_bits(results[0], found) for found in results)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MKL_ENABLE_INSTRUCTIONS", "AVX2"),
+        ("MKL_ENABLE_INSTRUCTIONS", "SSE4_2"),
+        ("ATEN_CPU_CAPABILITY", "avx2"),
+        ("ATEN_CPU_CAPABILITY", "default"),
+    ],
+)
+def test_the_same_holds_on_the_code_paths_of_other_processors(variable: str, value: str) -> None:
+    """The libraries read these when they are loaded. MKL's is for Intel processors; elsewhere it may choose itself."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "not other_processors"],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, variable: value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
