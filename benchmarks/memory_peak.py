@@ -134,7 +134,7 @@ def measured(case: Case, model: dict[str, Any]) -> str:
 
     before = ProcessView.now()
     write_to_new_blocks(True)
-    with MemoryAccountant(cross_check="process", os_tolerance=TOLERANCE) as account:
+    with MemoryAccountant(cross_check="process", os_tolerance=TOLERANCE, os_allowance=0) as account:
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
         fused = case.optimizer == BASELINE
         ready = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True) if fused else None

@@ -16,13 +16,16 @@ from torch import Tensor
 ALIGNMENT = 64
 """Bytes: what torch's CPU allocator promises, a cache line, and the widest vector register."""
 
+_COPIED = 1 << 16
+"""Elements of a stack that are copied together, unless a single matrix has more: few calls, and no stack beside it."""
+
 
 def one_by_one(product: Callable[..., object], result: Tensor, *stacks: Tensor) -> Tensor:
     """``product`` of each matrix of the stacks, alone and aligned, into the matrix of ``result``.
 
-    What does not begin at a multiple of `ALIGNMENT` passes through one matrix of aligned scratch; blocks of the usual
-    sizes, which fill whole cache lines, do not. An operand's layout (row-major or transposed) is kept. Elsewhere than
-    on a CPU there is one product, of whole stacks.
+    Matrices that begin at multiples of `ALIGNMENT` stay where they are: blocks of the usual sizes fill whole cache
+    lines. Others pass through aligned scratch. An operand's layout (row-major or transposed) is kept. Elsewhere than on
+    a CPU there is one product, of whole stacks.
 
     Args:
         product: takes a part of every stack and, as ``out``, of the result. On a CPU these are single matrices,
@@ -33,19 +36,17 @@ def one_by_one(product: Callable[..., object], result: Tensor, *stacks: Tensor) 
     if result.device.type != "cpu":
         product(*stacks, out=result)
         return result
-    spares = [None if _is_aligned(stack) else _scratch(stack) for stack in stacks]
-    target = None if _is_aligned(result) else _scratch(result)
-    for index in range(len(result)):
-        here = slice(index, index + 1)
-        matrices = [
-            stack[here] if spare is None else spare.copy_(stack[here])
-            for stack, spare in zip(stacks, spares, strict=True)
-        ]
-        if target is None:
-            product(*matrices, out=result[here])
-        else:
-            product(*matrices, out=target)
-            result[here] = target
+    largest = max(stack.shape[1] * stack.shape[2] for stack in (result, *stacks))
+    most = max(_COPIED // max(largest, 1), 1)
+    for first in range(0, len(result), most):
+        part = slice(first, first + most)
+        wanted = result[part]
+        target = wanted if _is_aligned(wanted) else _room(wanted)
+        operands = [one if _is_aligned(one) else _room(one).copy_(one) for one in (stack[part] for stack in stacks)]
+        for *matrices, out in zip(*(one.split(1) for one in (*operands, target)), strict=True):
+            product(*matrices, out=out)
+        if target is not wanted:
+            wanted.copy_(target)
     return result
 
 
@@ -57,9 +58,11 @@ def _is_aligned(stack: Tensor) -> bool:
     return is_dense and not (stack.data_ptr() % ALIGNMENT or distance % ALIGNMENT)
 
 
-def _scratch(stack: Tensor) -> Tensor:
-    """Room for one matrix of a stack, laid out like it; memory of its own begins aligned."""
-    _, rows, columns = stack.shape
+def _room(stack: Tensor) -> Tensor:
+    """Aligned room for a stack, laid out like it; memory of its own begins aligned."""
+    count, rows, columns = stack.shape
+    line = ALIGNMENT // stack.itemsize
+    padded = stack.new_empty(count, -(-rows * columns // line) * line)[:, : rows * columns]
     if stack.stride()[1:] == (1, rows) != (columns, 1):
-        return stack.new_empty(1, columns, rows).mT
-    return stack.new_empty(1, rows, columns)
+        return padded.view(count, columns, rows).mT
+    return padded.view(count, rows, columns)

@@ -65,7 +65,9 @@ class MemoryAccountant:
             operating system sees it (asked for from the start), or nobody. May be changed between steps: the profiler
             takes memory itself, so the two are not for the same step; the record keeps the last checks of each.
         os_tolerance: how far the operating system's view may lie from ours, relative to it; None shows both and judges
-            nothing, which is right for small models (see `ds_optim.memory.cross_checks`).
+            nothing, which is right for small models and where libraries meet a model's shapes of matrices for the
+            first time (see `ds_optim.memory.cross_checks`).
+        os_allowance: bytes by which the operating system may see more than that: what libraries keep for themselves.
         extra: tensors that only the user can name: ``{"teacher": (Category.PARAMETERS, tensor)}``; lists of tensors
             too.
 
@@ -81,10 +83,11 @@ class MemoryAccountant:
         timeline: bool = True,
         cross_check: cross_checks.Kind | None = None,
         os_tolerance: float | None = None,
+        os_allowance: int = cross_checks.LIBRARIES,
         extra: Mapping[str, tuple[Category, Any]] | None = None,
     ) -> None:
         self.tolerance, self.strict, self.timeline = tolerance, strict, timeline
-        self.cross_check, self.os_tolerance = cross_check, os_tolerance
+        self.cross_check, self.os_tolerance, self.os_allowance = cross_check, os_tolerance, os_allowance
         self.extra = dict(extra or {})
         self.running: list[Moment] = []
         """The moment after each measured step."""
@@ -285,7 +288,8 @@ class MemoryAccountant:
         tracker.recording = True
         self._log = StepLog({storage: storage.bytes for storage in tracker.live}, tracker.log)
         if self.cross_check is not None:
-            self._probe = cross_checks.start(self.cross_check, tracker.total, self._before, self.os_tolerance)
+            limits = self.os_tolerance, self.os_allowance
+            self._probe = cross_checks.start(self.cross_check, tracker.total, self._before, *limits)
 
     def _begin_backward(self) -> None:
         if self._phase == "forward":

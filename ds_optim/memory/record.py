@@ -142,6 +142,7 @@ class Check(_Model):
         ours: bytes, by the record's own method.
         theirs: bytes, by ``method``.
         tolerance: largest allowed difference, relative to ``theirs``; None where the two are only shown.
+        allowance: bytes that only ``theirs`` counts, as is known; ``theirs`` may be larger by so much beyond that.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Check(_Model):
     theirs: int
     method: Method
     tolerance: float | None = None
+    allowance: int = 0
 
     @property
     def difference(self) -> float:
@@ -158,7 +160,11 @@ class Check(_Model):
     @property
     def passed(self) -> bool | None:
         """Whether they agree; None where they are only shown."""
-        return None if self.tolerance is None else abs(self.difference) <= self.tolerance
+        if self.tolerance is None:
+            return None
+        missing = self.theirs - self.ours
+        unexplained = max(missing - self.allowance, 0) if missing > 0 else -missing
+        return unexplained <= self.tolerance * abs(self.theirs)
 
 
 class Sample(_Model):

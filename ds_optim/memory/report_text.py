@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_optim.memory.claims import Verdict
-from ds_optim.memory.record import Category, human
+from ds_optim.memory.record import Category, Check, human
 from ds_optim.memory.report import Bar, Report
 from ds_optim.memory.report_provenance import STACK
 
@@ -167,13 +167,19 @@ def check_rows(report: Report) -> list[list[str]]:
             human(check.theirs),
             check.method.value,
             change(check.difference).replace("+0.0", "0.0"),
-            "only shown" if check.tolerance is None else percent(check.tolerance),
+            _limit(check),
             DASH if check.passed is None else "PASS" if check.passed else "FAIL",
             str(row.rank),
         ]
         for row in report.checks
         for check in [row.check]
     ]
+
+
+def _limit(check: Check) -> str:
+    if check.tolerance is None:
+        return "only shown"
+    return percent(check.tolerance) + (f" and {human(check.allowance)}" if check.allowance else "")
 
 
 def _subtitle(report: Report) -> str:
