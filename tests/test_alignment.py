@@ -135,6 +135,22 @@ def test_a_result_does_not_depend_on_its_neighbours(name: str) -> None:
             assert torch.equal(alone, together[part]), f"{shape}, blocks {part}"
 
 
+@pytest.mark.parametrize(
+    ("count", "shape"), [(0, (3, 4)), (3, (4, 16)), (2, (5, 7)), (1, (255, 259)), (3, (255, 259)), (1500, (9, 5))]
+)
+def test_products_are_products_whatever_is_copied_on_the_way(count: int, shape: Shape) -> None:
+    """Also where a single matrix is more than is copied together, or a stack is."""
+    for offset in (0, 1):
+        stack, other, matrices = (placed(drawn(count, *s), offset) for s in (shape, shape[::-1], (shape[0], shape[0])))
+        for found, wanted in (
+            (stacked_matmul(stack, other), stack.double() @ other.double()),
+            (stacked_matmul(other.mT, stack.mT), other.double().mT @ stack.double().mT),
+            (gram(stack, 1), stack.double().mT @ stack.double()),
+            (apply_along(matrices, stack, 0), matrices.double() @ stack.double()),
+        ):
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def updated(optimizer: WholeMatrixOptimizer, shape: Shape, count: int, offset: int, which: slice) -> dict[str, Tensor]:
     """What a rule makes of some of `count` blocks, and of their state: everything begins `offset` behind a line."""
     state = {}

@@ -36,17 +36,21 @@ def one_by_one(product: Callable[..., object], result: Tensor, *stacks: Tensor) 
     if result.device.type != "cpu":
         product(*stacks, out=result)
         return result
-    largest = max(stack.shape[1] * stack.shape[2] for stack in (result, *stacks))
-    most = max(_COPIED // max(largest, 1), 1)
+    everything = result, *stacks
+    are_aligned = [_is_aligned(one) for one in everything]
+    largest = max(1, *(one.shape[1] * one.shape[2] for one in everything))
+    most = max(len(result) if all(are_aligned) else _COPIED // largest, 1)
+    rooms = [None if fits else _room(one[:most]) for one, fits in zip(everything, are_aligned, strict=True)]
     for first in range(0, len(result), most):
-        part = slice(first, first + most)
-        wanted = result[part]
-        target = wanted if _is_aligned(wanted) else _room(wanted)
-        operands = [one if _is_aligned(one) else _room(one).copy_(one) for one in (stack[part] for stack in stacks)]
-        for *matrices, out in zip(*(one.split(1) for one in (*operands, target)), strict=True):
+        parts = [one[first : first + most] for one in everything]
+        used = [part if room is None else room[: len(part)] for part, room in zip(parts, rooms, strict=True)]
+        for part, place in zip(parts[1:], used[1:], strict=True):
+            if place is not part:
+                place.copy_(part)
+        for out, *matrices in zip(*(one.split(1) for one in used), strict=True):
             product(*matrices, out=out)
-        if target is not wanted:
-            wanted.copy_(target)
+        if used[0] is not parts[0]:
+            parts[0].copy_(used[0])
     return result
 
 
