@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-import ds_optim
+import ds_optim.checkpoint
+from ds_optim.checkpoint.convert import convert
 from ds_optim.roles import canonical_name
 
 ROOT = Path(__file__).parents[1]
@@ -388,6 +389,42 @@ def test_the_trainer_goes_on_from_its_own_checkpoint(
     for (found, steps), (wanted, _) in zip(resumed, through, strict=True):
         assert steps == STEPS - 3
         assert_close(found, wanted, 1e-6)
+
+
+def on_other_ranks(saved: Path, given: dict[str, Any]) -> tuple[str, int, int, float]:
+    """What a resumption is told, then docs/transformers.md's way: steps taken here, counted in all, learning rate."""
+    with fresh_accelerate():
+        trainer = trainer_of(saved.parent, "", given)
+        with pytest.raises(ValueError, match="nothing was changed") as refusal:
+            trainer.train(resume_from_checkpoint=str(saved))
+        trainer.deepspeed.destroy()
+    convert(saved, saved.parent / "OUT")
+    with fresh_accelerate():
+        trainer = trainer_of(saved.parent, "", given)
+        rates: list[float] = []
+
+        class GoOn(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                ds_optim.checkpoint.load(saved.parent / "OUT", trainer.deepspeed)
+                state.global_step = trainer.deepspeed.global_steps
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                rates.append(trainer.deepspeed.get_lr()[0])
+
+        trainer.add_callback(GoOn())
+        trainer.train()
+        counted = trainer.deepspeed.global_steps
+        trainer.deepspeed.destroy()
+    return str(refusal.value), len(rates), counted, rates[-1]
+
+
+def test_the_trainer_goes_on_at_another_number_of_ranks_by_way_of_the_conversion(pool: Any, tmp_path: Path) -> None:
+    given = {"deepspeed": zero2(type="ds_optim.Lion", params={"lr": "auto"}), "lr_scheduler_type": "linear"}
+    pool(2).run(train, tmp_path, "", None, {**given, "save_strategy": "steps", "save_steps": 4})
+    [(said, steps, counted, rate)] = pool(1).run(on_other_ranks, tmp_path / "checkpoint-4", given)
+    assert "it was saved by 2 ranks, here is 1" in said
+    assert "`ds-optim checkpoint convert" in said
+    assert (steps, counted, rate) == (STEPS - 4, STEPS, 0.0)
 
 
 def accelerated(folder: Path, kind: str) -> list[float]:

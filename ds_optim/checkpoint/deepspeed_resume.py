@@ -89,7 +89,7 @@ def _differences(files: DeepSpeedFiles, engine: Any) -> list[str]:
     if str(stage) not in files.stage:
         found.append(f"it was saved at ZeRO stage {files.stage}, this engine's is {stage}")
     if stage and files.is_zero and files.world_size != ranks:
-        found.append(f"it was saved by {files.world_size} rank{'s' * (files.world_size > 1)}, here are {ranks}")
+        found.append(f"it was saved by {_ranks(files.world_size)}, here {'are' if ranks > 1 else 'is'} {ranks}")
     is_half = engine.bfloat16_enabled() if files.is_zero else engine.optimizer is not engine.basic_optimizer
     if files.is_half != is_half and str(stage) in files.stage:
         one, other = ("bf16", "not") if files.is_half else ("another precision", "bf16")
@@ -136,6 +136,10 @@ def _other_groups(files: DeepSpeedFiles, saved: Mapping[str, Any], optimizer: Sh
 
 def _sizes(groups: Sequence[Mapping[str, Any]]) -> list[int]:
     return [len(group["params"]) for group in groups]
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count > 1)}"
 
 
 def _groups(count: int) -> str:
