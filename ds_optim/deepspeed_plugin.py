@@ -29,6 +29,7 @@ from ds_optim.optimizers.shampoo import Shampoo
 from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps, raise_on_all_ranks
 from ds_optim.optimizers.swan import SWAN
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
+from ds_optim.overlooked import overlooked, watch_trainer
 from ds_optim.role import Role
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, exempt_names, infer_roles, logical_shape
@@ -62,6 +63,7 @@ def _install() -> None:
         if cls not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
             zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(cls)
     wrapt.wrap_function_wrapper(import_module(ENGINE), "DeepSpeedEngine._configure_optimizer", _configure_optimizer)
+    watch_trainer()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,14 @@ class Settings:
 
 def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     client, parameters = _arguments(*args, **kwargs)
+    forgotten = overlooked(client, parameters)
+    result = _configured(wrapped, engine, client, parameters)
+    if forgotten is not None and zero.ranks_of(engine).index == 0:
+        forgotten.warn(engine)
+    return result
+
+
+def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameters: Any) -> Any:
     named = names().get(engine.optimizer_name()) if client is None else None
     foreign = (
         client is not None and isinstance(client, torch.optim.Optimizer) and not isinstance(client, ShardedOptimizer)

@@ -30,7 +30,7 @@ from ds_optim.kernels.rounding import identity_of, key_of, noise
 from ds_optim.optimizers.adam_mini import adam_mini_update
 from ds_optim.optimizers.lion import lion_update
 from ds_optim.sharding.binding import Binding, BoundTensor
-from ds_optim.sharding.exchange import ALONE
+from ds_optim.sharding.exchange import Ranks
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 from pool import Pools
 
@@ -401,7 +401,7 @@ def bound_runs(kind: str, world_size: int, seed: int, steps: int) -> dict[str, l
         optimizer = make(cls, tensors, bf16_stochastic_round=True, seed=5)
         group = dist.group.WORLD
         bounds = [BoundTensor(layout, 0 if kind == "replicated" else rank, group) for layout in layouts]
-        optimizer.bind(Binding(dict(zip(tensors, bounds, strict=True)), ALONE), roles)
+        optimizer.bind(Binding(dict(zip(tensors, bounds, strict=True)), Ranks.of_job()), roles)
         for step in range(steps):
             for tensor, grad in zip(tensors, local(gradients(seed, step)), strict=True):
                 tensor.grad = grad

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,10 @@ def deferred_steps() -> Iterator[None]:
         yield
     finally:
         _deferred.reset(token)
+
+
+waiting: WeakSet[ShardedOptimizer] = WeakSet()
+"""Those that no engine has taken, see `ds_optim.overlooked`."""
 
 
 class Together(NamedTuple):
@@ -129,6 +134,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
+        waiting.add(self)
         self.state_dtype = state_dtype
         self._roles_given = roles
         self._names: dict[Tensor, str] = {}
@@ -267,6 +273,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the layout cannot be matched on some rank; every reason of every rank is listed.
         """
+        waiting.discard(self)
         plan, chosen = "", list[str]()
         try:
             chosen = sorted({kernels.backend_for(tensor.device) for tensor in binding.tensors})
