@@ -9,6 +9,7 @@ afterwards binds the optimizer to the partitions that DeepSpeed made.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -108,18 +109,20 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
         return wrapped(client, parameters)  # DeepSpeed's own optimizer, or somebody else's
 
     inferred = infer_roles(engine.module)
+    given: list[Tensor] = []
     with deferred_steps():
         if named is not None:
+            given = [parameter for group in _grouped(parameters) for parameter in group]
             parameters = _prepare_from_json(engine, named, parameters, inferred)
         elif isinstance(client, ShardedOptimizer):
-            _accept_client(engine, client, inferred)
+            given = _accept_client(engine, client, inferred)
         else:  # a callable that makes an optimizer, perhaps one of ours
             make = client
 
             def client(parameters: Any) -> Any:
                 made = make(parameters)
                 if isinstance(made, ShardedOptimizer):
-                    _accept_client(engine, made, inferred)
+                    given.extend(_accept_client(engine, made, inferred))
                 return made
 
         result = wrapped(client, parameters)
@@ -128,15 +131,24 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
         binding = zero.read(engine)
         if not binding.problems:
             binding = replace(binding, settle=settle_gradients(engine))
-        basic.bind(binding, _roles(engine, basic._roles_given, inferred))
+        basic.bind(binding, _roles(engine, basic._roles_given, inferred), _by_name(engine, given))
         zero.guard_state_access(engine, type(basic).__name__, basic.element_keys)
         guard_resuming(engine)
     return result
 
 
-def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[str, Role]) -> None:
-    """Judge an engine for an optimizer that the user made."""
+def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[str, Role]) -> list[Tensor]:
+    """Judge an engine for an optimizer that the user made; the parameters that it was given."""
     problems = _engine_problems(engine, type(optimizer), optimizer._roles_given, inferred)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    problems += _untrained(engine, groups)
+    if isinstance(engine.client_lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+        problems += [
+            f"parameter group {index} is empty: DeepSpeed takes it from the optimizer, but the learning-rate scheduler "
+            "that was made over it still counts it: leave the group out"
+            for index, group in enumerate(groups)
+            if not group
+        ]
     if engine._config._param_dict.get("ds_optim"):
         problems.append(
             'the "ds_optim" object is for an optimizer that the JSON names; give its contents to the optimizer '
@@ -144,6 +156,7 @@ def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[s
         )
     _raise_on_all_ranks(engine, problems)
     _allow_cpu_offload(engine)
+    return [parameter for group in groups for parameter in group]
 
 
 def _arguments(client_optimizer: Any, model_parameters: Any) -> tuple[Any, Any]:
@@ -164,7 +177,7 @@ def _prepare_from_json(
         problems.append('"no_decay" has no effect on parameter groups that you made: leave it out')
     patterns = settings.no_decay
     exempt, pattern_problems = _exempt(engine, patterns, inferred)
-    _raise_on_all_ranks(engine, [*problems, *pattern_problems])
+    _raise_on_all_ranks(engine, [*problems, *pattern_problems, *_untrained(engine, _grouped(parameters))])
     if options.get("roles") is not None:  # they were judged
         exempt, _ = _exempt(engine, patterns, _roles(engine, options["roles"], inferred))
     engine._config.optimizer_params = options
@@ -172,15 +185,72 @@ def _prepare_from_json(
     if grouped:
         return parameters
 
-    def parameter_of(entry: Any) -> Tensor:
-        found: Tensor = entry[1] if isinstance(entry, tuple) else entry  # (name, parameter) pairs are welcome
-        return found
-
     groups: list[dict[str, Any]] = [
-        {"params": [entry for entry in parameters if parameter_of(entry) not in exempt]},
-        {"params": [entry for entry in parameters if parameter_of(entry) in exempt], "weight_decay": 0.0},
+        {"params": [entry for entry in parameters if _parameter(entry) not in exempt]},
+        {"params": [entry for entry in parameters if _parameter(entry) in exempt], "weight_decay": 0.0},
     ]
-    return [group for group in groups if any(parameter_of(entry).requires_grad for entry in group["params"])]
+    kept, others = [], list[Any]()
+    for group in groups:
+        if any(_is_trained(_parameter(entry)) for entry in group["params"]):
+            kept.append(group)
+        else:
+            others += group["params"]
+    if not kept:  # ZeRO-0, else this was refused: an engine whose steps do nothing, as with DeepSpeed's own optimizers
+        return [{"params": others}]
+    # What has no elements does not decay either, and DeepSpeed cannot lay out a group of nothing else.
+    kept[0]["params"] += [entry for entry in others if _parameter(entry).requires_grad]
+    return kept
+
+
+def _parameter(entry: Any) -> Tensor:
+    found: Tensor = entry[1] if isinstance(entry, tuple) else entry  # (name, parameter) pairs are welcome
+    return found
+
+
+def _grouped(parameters: list[Any]) -> list[list[Tensor]]:
+    """The parameters of each group, from what DeepSpeed makes optimizers of."""
+    if not any(isinstance(entry, dict) for entry in parameters):
+        return [[_parameter(entry) for entry in parameters]]
+    groups = [entry["params"] for entry in parameters if isinstance(entry, dict)]
+    return [[group] if isinstance(group, Tensor) else [_parameter(entry) for entry in group] for group in groups]
+
+
+def _is_trained(parameter: Tensor) -> bool:
+    """Whether DeepSpeed hands a parameter to an optimizer (`deepspeed.runtime.utils.is_optimized_parameter`)."""
+    return parameter.requires_grad and math.prod(logical_shape(parameter)) > 0
+
+
+def _by_name(engine: Any, parameters: list[Tensor]) -> dict[Tensor, str]:
+    names = {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
+    return {parameter: names.get(parameter, "a parameter that the model does not have") for parameter in parameters}
+
+
+def _untrained(engine: Any, groups: list[list[Tensor]]) -> list[str]:
+    """What of an optimizer's groups cannot be trained; DeepSpeed fails at it and names neither group nor parameter."""
+    stage = engine.zero_optimization_stage()
+    names = _by_name(engine, [parameter for group in groups for parameter in group])
+    if not names or (stage and not any(map(_is_trained, names))):
+        found = f"all {len(names)} parameters are frozen or without elements" if names else "there are no parameters"
+        remedy = 'leave "optimizer" out of the JSON, and pass none'
+        if stage in (1, 2):
+            remedy += ", and set zero_optimization.stage to 0 or 3: DeepSpeed's stages 1 and 2 need an optimizer"
+        return [f"nothing here is trained ({found}): {remedy}"]
+    problems = []
+    for index, group in enumerate(groups):
+        if group and stage in (1, 2) and not any(map(_is_trained, group)):
+            listed = ", ".join([names[parameter] for parameter in group[:3]] + ["..."] * (len(group) > 3))
+            problems.append(
+                f"parameter group {index} ({listed}) has nothing to train, which DeepSpeed cannot lay out at ZeRO "
+                f"stage {stage}: leave the group out"
+            )
+    if stage == 3:
+        problems += [
+            f"{name} of shape {logical_shape(parameter)} has no elements, which DeepSpeed cannot gather at ZeRO stage "
+            "3: take it out of the model, or use stage 1 or 2"
+            for parameter, name in names.items()
+            if parameter.requires_grad and not _is_trained(parameter)
+        ]
+    return problems
 
 
 def option_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> list[str]:

@@ -187,12 +187,13 @@ def _plain(value: Any) -> Any:
 # -- does it fit? -----------------------------------------------------------------------------------------------------
 
 
-def misfits(subject: Subject, about: Mapping[str, Any], *, states: bool) -> list[str]:
+def misfits(subject: Subject, about: Mapping[str, Any], *, states: bool, strict: bool = True) -> list[str]:
     """Every difference that keeps a checkpoint from being loaded, as sentences.
 
     Args:
         about: the checkpoint's description.
         states: whether the optimizer's state is wanted, not weights alone.
+        strict: whether the same parameters must be trained. What has no elements has no state and is never missed.
     """
     saved = about["parameters"]
     stored = {**about["module"], **saved}
@@ -216,11 +217,12 @@ def misfits(subject: Subject, about: Mapping[str, Any], *, states: bool) -> list
             found.append(f"{key} is {about['structure'].get(key)!r} in the checkpoint, {value!r} here")
     for parameters in subject.parameters.values():
         steps: dict[int, str] = {}
+        new = [one.name for one in parameters if one.name in stored and one.name not in saved and one.weight.numel]
+        if strict:
+            found += [f"{name} was not trained when the checkpoint was saved and has no state there" for name in new]
         for one in parameters:
             entry = saved.get(one.name)
             if entry is None:
-                if one.name in stored:
-                    found.append(f"{one.name} was not trained when the checkpoint was saved and has no state there")
                 continue
             if entry["blocks"] != one.blocks:
                 found.append(
@@ -231,8 +233,17 @@ def misfits(subject: Subject, about: Mapping[str, Any], *, states: bool) -> list
         if len(steps) > 1:
             listed = ", ".join(f"{name} {step}" for step, name in steps.items())
             found.append(f"these are stepped together here and took different numbers of steps: {listed}")
+        if steps and new and not strict:
+            count, other = next(iter(steps.items()))
+            found += [
+                f"{name} has no state in the checkpoint and is stepped together here with {other}, which took {count} "
+                "steps: give it a parameter group of its own"
+                for name in new
+            ]
     trained = {one.name for _, one in subject.listed()}
-    found += [f"{name} was trained and is not trained here" for name in saved if name in here and name not in trained]
+    if strict:
+        frozen = [name for name in saved if name in here and name not in trained and math.prod(here[name]) > 0]
+        found += [f"{name} was trained and is not trained here" for name in frozen]
     return found + _misfit_groups(subject, about)
 
 
@@ -335,7 +346,7 @@ def to_read(subject: Subject, about: Mapping[str, Any], *, states: bool) -> Read
             for key, logical in one.state.items() if state is not None else ():
                 assert state is not None
                 parts = held_parts(logical.read, state.get(key))
-                if key in about["parameters"][one.name]["state"]:
+                if key in about["parameters"].get(one.name, {"state": {}})["state"]:
                     reading.add(f"state.{one.name}.{key}", logical.numel, parts)
                 else:  # never used: its gradients were zero
                     for _, values in parts:
@@ -351,7 +362,8 @@ def _make_state(
 ) -> dict[str, Any] | None:
     """State to read into, its step count set; None, and none left, if the checkpoint has none for this tensor."""
     assert subject.optimizer is not None
-    steps = {about["parameters"][one.name]["step"] for one in parameters} - {None}
+    saved = about["parameters"]
+    steps = {saved[one.name]["step"] for one in parameters if one.name in saved} - {None}
     if not steps:
         subject.optimizer.state.pop(tensor, None)
         return None

@@ -92,6 +92,7 @@ def load(
     tag: str | None = None,
     fallback: bool = False,
     load_optimizer_states: bool = True,
+    strict: bool = True,
 ) -> Any:
     """Load what `save` stored, on any number of ranks and under any strategy. Who calls it: as for `save`.
 
@@ -105,6 +106,9 @@ def load(
         tag: the checkpoint; unset, the one that ``latest`` names.
         fallback: if that one is damaged, take the newest older whole one, with one warning.
         load_optimizer_states: False loads weights, scheduler and counters, and leaves the optimizer as it is.
+        strict: False allows that other parameters are trained than when it was saved: those that were frozen then begin
+            without state, and the state of those that are frozen now is left out. Where DeepSpeed steps several
+            parameters together (ZeRO 1 to 3), the former need parameter groups of their own.
 
     Returns:
         The ``client_state`` that was saved.
@@ -127,9 +131,13 @@ def load(
     states = load_optimizer_states and subject.optimizer is not None
     raise_everywhere(
         ranks,
-        content.misfits(subject, about, states=states) + _schedule_problems(subject, objects["lr_scheduler"]),
+        content.misfits(subject, about, states=states, strict=strict)
+        + _schedule_problems(subject, objects["lr_scheduler"]),
         f"checkpoint {folder} does not fit, nothing was changed",
-        "Load it with what it was saved with; weights alone: load_optimizer_states=False." if states else "",
+        "Load it with what it was saved with; if other parameters are trained now: strict=False; weights alone: "
+        "load_optimizer_states=False."
+        if states
+        else "",
     )
     reading = on_every_rank(
         ranks, lambda: content.to_read(subject, about, states=states), f"cannot load {folder}, no weight was changed"

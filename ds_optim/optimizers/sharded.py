@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from numbers import Real
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -47,13 +48,16 @@ from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, verify
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.exchange import ALONE, Ranks, from_all_ranks
-from ds_optim.sharding.layout import Layout
+from ds_optim.sharding.layout import Layout, Replicated
 from ds_optim.sharding.runs import Runs, block_runs
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 BLOCKS_OF_GROUP = "blocks"
 """In a state dict's parameter groups: a hash of what their state is kept for, since sizes alone cannot tell roles."""
+
+NAMES_OF_GROUP = "param_names"
+"""In a state dict's parameter groups: their parameters' names, as `torch.optim` has it."""
 
 _TABLES_KEPT = 64  # lists of tensors whose tables are remembered: a training run has a few
 
@@ -138,10 +142,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.state_dtype = state_dtype
         self._roles_given = roles
         self._names: dict[Tensor, str] = {}
+        self._made_up: set[str] = set()
         self._listed: list[list[str]] = []
         self._bound: dict[Tensor, BoundTensor] = {}
         self._settle_gradients: Callable[[], None] | None = None
         self._ranks = ALONE
+        self._given: dict[Tensor, tuple[str, bool]] = {}
+        self._warned_of_freezing = False
         self._read: dict[Tensor, BoundTensor] = {}
         self._replicas: dict[Tensor, dist.ProcessGroup] | None = None
         self._checked: set[Tensor] = set()
@@ -159,17 +166,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         names = [self._names[tensor] for group in self.param_groups for tensor in group["params"]]
         given = names, self._roles_given, self.state_dtype, self.bf16_stochastic_round, self.seed
-        return {**super().__getstate__(), "_given": given}
+        return {**super().__getstate__(), "_given": given, "_made_up": self._made_up}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         given = state.pop("_given", None)  # absent where torch's load_state_dict hands over what it loaded
+        made_up = state.pop("_made_up", ())
         super().__setstate__(state)
         if given is not None:
             names, roles, state_dtype, self.bf16_stochastic_round, self.seed = given
             self._start(roles, state_dtype)
             tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-            self._names = dict(zip(tensors, names, strict=True))
+            self._names, self._made_up = dict(zip(tensors, names, strict=True)), set(made_up)
             self._listed = [[self._names[tensor] for tensor in group["params"]] for group in self.param_groups]
 
     # -- settings ---------------------------------------------------------------------------------------------------
@@ -225,6 +233,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if isinstance(group["params"], set):
             raise TypeError("parameters must be in an order that is the same on every rank: give a list, not a set")
         listed = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        names = group.pop(NAMES_OF_GROUP, ())  # of a group of another optimizer of torch's
+        if len(names) == len(listed) and all(isinstance(entry, Tensor) for entry in listed):
+            listed = list(zip(names, listed, strict=True))
         group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in listed]
         raise_all(self.setting_problems(group), f"{type(self).__name__}: a parameter group")
         problems = [
@@ -237,7 +248,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             name, parameter = entry if isinstance(entry, tuple) else (None, entry)
             if not isinstance(parameter, Tensor):
                 continue  # torch says so better
-            known = canonical_name(name) if name else known_names.get(parameter, f"parameter {len(self._names)}")
+            known = canonical_name(name) if name else known_names.get(parameter, "")
+            if not known:
+                known = f"parameter {len(self._names)}"
+                self._made_up.add(known)
             if known in self._names.values() and parameter not in self._names:
                 problems.append(f"two parameters are called {known}: give them different names")
             self._names[parameter] = known
@@ -263,17 +277,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # -- binding ----------------------------------------------------------------------------------------------------
 
-    def bind(self, binding: Binding, roles: Mapping[str, Role]) -> None:
+    def bind(self, binding: Binding, roles: Mapping[str, Role], given: Mapping[Tensor, str] | None = None) -> None:
         """Step the tensors of a strategy from now on. Called once by the strategy's reader, on all its ranks together.
 
         Args:
             binding: the strategy's local tensors; their order must be the same on every rank of a shard group.
             roles: the role of every parameter, by name.
+            given: the model's parameters that this optimizer was made with, and their names; what is frozen of them by
+                now has no tensor here and cannot get one.
 
         Raises:
             RuntimeError: the layout cannot be matched on some rank; every reason of every rank is listed.
         """
         waiting.discard(self)
+        self._given = {parameter: (name, parameter.requires_grad) for parameter, name in (given or {}).items()}
         plan, chosen = "", list[str]()
         try:
             chosen = sorted({kernels.backend_for(tensor.device) for tensor in binding.tensors})
@@ -289,6 +306,29 @@ class ShardedOptimizer(torch.optim.Optimizer):
         except Exception as error:  # likewise
             binding = replace(binding, problems=(*binding.problems, f"{type(error).__name__}: {error}"))
         verify(binding, "+".join(chosen), plan)
+
+    def _check_freezing(self) -> None:
+        """Notice parameters that were frozen or unfrozen since the engine was built, which DeepSpeed does not.
+
+        Raises:
+            RuntimeError: one that was frozen is to be trained now; it has no place in the engine's tensors.
+        """
+        changed = [(name, was) for one, (name, was) in self._given.items() if one.requires_grad != was]
+        unfrozen = [name for name, was in changed if not was]
+        if unfrozen:
+            raise RuntimeError(
+                f"{_first(unfrozen)}: frozen when the engine was built, which cannot train it now that it requires a "
+                "gradient. Build a new engine after unfreezing; ds_optim.checkpoint.save before it and load(..., "
+                "strict=False) after it keep the state of what was trained. Or freeze it again"
+            )
+        if changed and not self._warned_of_freezing:
+            self._warned_of_freezing = True
+            warnings.warn(
+                f"{_first([name for name, _ in changed])}: frozen after the engine was built, which counts as having "
+                "zero gradient: momentum and weight decay go on moving it. To keep it as it is, build a new engine "
+                "after freezing",
+                stacklevel=3,
+            )
 
     def _agreed(self) -> str:
         """What the ranks of a shard group must agree on beyond layouts, as a hash."""
@@ -453,6 +493,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if _deferred.get():
             return loss
+        self._check_freezing()
         active = [
             (group, tensor)
             for group in self.param_groups
@@ -661,10 +702,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`.
 
-        State of blocks of DTensors is brought into the form of a DTensor: all ranks of their mesh must call it.
+        State of blocks of DTensors is brought into the form of a DTensor: all ranks of their mesh must call it. Groups
+        whose parameters have names, their own or the model's (``roles=model``), list them under ``"param_names"``.
         """
         found: dict[str, Any] = super().state_dict()
         to_mesh(self, found)
+        for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
+            names = self._names_in(group)
+            if names is not None:
+                saved[NAMES_OF_GROUP] = names
         if not self.is_elementwise:
             for group, kept in zip(found["param_groups"], self._kept_blocks(found), strict=True):
                 group[BLOCKS_OF_GROUP] = kept
@@ -689,10 +735,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`, but the state keeps the dtype and shape it was saved with.
 
-        torch would cast every tensor to its parameter's dtype.
+        torch would cast every tensor to its parameter's dtype. Where the state dict and the parameters both have names,
+        state goes by name, not by position; settings belong to groups and go by the groups' position.
 
         Raises:
-            ValueError: the state is not this optimizer's.
+            ValueError: the state is not this optimizer's, or of parameters of other names.
         """
         # Ours must be the last hook before torch's cast and the first after it, whatever hooks a user registered.
         keep = self.register_load_state_dict_pre_hook(_keep_dtypes)
@@ -706,12 +753,68 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def keyed(self, state_dict: Mapping[str, Any]) -> list[tuple[Any, Tensor]]:
         """The tensors of the groups, each with its key in a state dict; torch judges whether their numbers agree."""
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        pairs = zip_longest(self.param_groups, state_dict["param_groups"])
+        keys = [key for group, saved in pairs if saved is not None for key in self._keys(group, saved)]
         return list(zip(keys, tensors, strict=False))
+
+    def _keys(self, group: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> list[Any]:
+        """The keys of a saved group in the order of the group here: by name if both have names, else as they come."""
+        here, there = self._names_in(group or {"params": []}), _saved_names(saved)
+        keys: list[Any] = saved["params"]
+        if here is None or there is None or set(here) != set(there):
+            return keys
+        by_name = dict(zip(there, keys, strict=True))
+        return [by_name[name] for name in here]
+
+    def _names_in(self, group: Mapping[str, Any]) -> list[str] | None:
+        """What the parameters of a group are called in the model; None if not all of them have such a name.
+
+        DTensors have none here: `torch.distributed.checkpoint.state_dict` knows them by the model's names anyway, and
+        would repeat the list for every parameter of a flattened state dict.
+        """
+        names = []
+        for tensor in group["params"]:
+            if tensor in self._bound:
+                layout = self._bound[tensor].layout
+                name = layout.parameter.name if isinstance(layout, Replicated) else None  # others hold several, cut
+            else:
+                name = self._names.get(tensor)
+            if name is None or name in self._made_up or isinstance(tensor, DTensor):
+                return None
+            names.append(name)
+        return names or None
+
+    def _name_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
+        """Parameters that a state dict has and its group here has not, or the other way round; none without names."""
+        problems: list[str] = []
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            return problems  # torch says so
+        for index, (group, saved) in enumerate(zip(self.param_groups, groups, strict=True)):
+            here, there = self._names_in(group), _saved_names(saved)
+            if here is None or there is None:
+                continue
+            problems += [
+                f"{name} is in its group {index}, not in the optimizer's" for name in there if name not in here
+            ]
+            problems += [
+                f"{name} is not in its group {index}, but in the optimizer's" for name in here if name not in there
+            ]
+            if not problems and here != there and any(tensor not in self._names for tensor in group["params"]):
+                problems.append(
+                    f"the parameters of group {index} are in another order, by which DeepSpeed loads its fp32 masters: "
+                    "make the model as it was, or use ds_optim.checkpoint, which goes by name"
+                )
+        return problems
 
     def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
         """What in a state dict cannot be this optimizer's, as sentences: other keys, other shapes, other blocks."""
-        problems = []
+        problems = self._name_problems(state_dict)
+        if problems:
+            return [
+                *problems,
+                f"(state goes by name; without {NAMES_OF_GROUP!r} in its groups it would go by position)",
+            ]
         for key, tensor in self.keyed(state_dict):
             state = state_dict["state"].get(key)
             if not state:
@@ -755,6 +858,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return list(dict.fromkeys(problems))
 
 
+def _saved_names(group: Mapping[str, Any]) -> list[str] | None:
+    """The names in a state dict's group, without wrapper prefixes; None if it has none that could be compared.
+
+    Where parameters have names for keys, `torch.distributed.checkpoint.state_dict` has put them in order already and
+    left the list as it was saved.
+    """
+    names = group.get(NAMES_OF_GROUP) or ()
+    found = [canonical_name(name) for name in names if isinstance(name, str)]
+    unique = len(set(found)) == len(names) == len(group["params"])
+    return found if names and unique and not any(isinstance(key, str) for key in group["params"]) else None
+
+
+def _first(names: Sequence[str]) -> str:
+    """Some names of many."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 class _Kept:
     """A tensor that torch's loader must leave alone: neither a tensor, nor a mapping, nor iterable."""
 
@@ -770,7 +890,14 @@ def _keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
         key: {name: _Kept(value) if isinstance(value, Tensor) else value for name, value in state.items()}
         for key, state in state_dict["state"].items()
     }
-    groups = [{k: v for k, v in group.items() if k != BLOCKS_OF_GROUP} for group in state_dict["param_groups"]]
+    groups = [
+        {
+            **{k: v for k, v in saved.items() if k not in (BLOCKS_OF_GROUP, NAMES_OF_GROUP)},
+            "params": optimizer._keys(group, saved),
+        }
+        for group, saved in zip_longest(optimizer.param_groups, state_dict["param_groups"])
+        if saved is not None
+    ]
     return {**state_dict, "state": kept, "param_groups": groups}
 
 
