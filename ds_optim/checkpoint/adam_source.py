@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_optim.checkpoint import ranges
 from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles
 from ds_optim.checkpoint.directory import ABOUT, CheckpointError, on_every_rank, read_about, whole_checkpoint
+from ds_optim.optimizers.sharded import saved_names
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.exchange import Ranks
 
@@ -193,6 +194,8 @@ def state_dict_source(
     listed: Sequence[Any] | None = names
     if listed is None and all("param_names" in group for group in groups):
         listed = [name for group in groups for name in group["param_names"]]
+    if listed is None and all(named := saved_names(state_dict)):
+        listed = [name for names_of_group in named for name in names_of_group or ()]
     if listed is None:
         listed = keys if all(isinstance(key, str) for key in keys) else trained if len(groups) == 1 else None
     if listed is None:

@@ -382,3 +382,16 @@ def restore_settings(subject: Subject, about: Mapping[str, Any]) -> None:
                 group[key].fill_(value)
             else:
                 group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def follow_schedule(subject: Subject, about: Mapping[str, Any], scheduler: Any) -> None:
+    """Give parameter groups that the checkpoint knows nothing of the rate that a loaded schedule has reached."""
+    assert subject.optimizer is not None
+    is_torchs = isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    rates = scheduler.get_last_lr() if is_torchs else scheduler.get_lr()  # DeepSpeed's last one is of its last step
+    for index, settings in _saved_settings(subject, about).items():
+        group = subject.optimizer.param_groups[index]
+        if not settings and isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rates[index])
+        elif not settings:
+            group["lr"] = rates[index]

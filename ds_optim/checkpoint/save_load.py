@@ -158,6 +158,8 @@ def load(
             engines.restore_counters(engine, about["engine"])
         if engine.lr_scheduler is not None and objects["lr_scheduler"] is not None:
             engine.lr_scheduler.load_state_dict(objects["lr_scheduler"])
+            if states and not strict:
+                content.follow_schedule(subject, about, engine.lr_scheduler)
     return objects["client_state"]
 
 

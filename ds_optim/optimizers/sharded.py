@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from numbers import Real
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -56,8 +55,13 @@ _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat
 BLOCKS_OF_GROUP = "blocks"
 """In a state dict's parameter groups: a hash of what their state is kept for, since sizes alone cannot tell roles."""
 
-NAMES_OF_GROUP = "param_names"
-"""In a state dict's parameter groups: their parameters' names, as `torch.optim` has it."""
+NAMES = "param_names"
+"""In a state dict: the names of every group's parameters, a list or None for each group.
+
+torch.optim puts them into the groups (and goes by position all the same). There
+`torch.distributed.checkpoint.state_dict` repeats the list for every parameter of a flattened state dict, and cannot
+load a full one into an optimizer without names, nor a flattened one that was saved without.
+"""
 
 _TABLES_KEPT = 64  # lists of tensors whose tables are remembered: a training run has a few
 
@@ -233,7 +237,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if isinstance(group["params"], set):
             raise TypeError("parameters must be in an order that is the same on every rank: give a list, not a set")
         listed = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        names = group.pop(NAMES_OF_GROUP, ())  # of a group of another optimizer of torch's
+        names = group.pop(NAMES, ())  # of a group of another optimizer of torch's
         if len(names) == len(listed) and all(isinstance(entry, Tensor) for entry in listed):
             listed = list(zip(names, listed, strict=True))
         group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in listed]
@@ -702,15 +706,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`.
 
-        State of blocks of DTensors is brought into the form of a DTensor: all ranks of their mesh must call it. Groups
-        whose parameters have names, their own or the model's (``roles=model``), list them under ``"param_names"``.
+        State of blocks of DTensors is brought into the form of a DTensor: all ranks of their mesh must call it. The
+        names of parameters that have one, their own or the model's (``roles=model``), are in it under
+        ``"param_names"``, a list for each group.
         """
         found: dict[str, Any] = super().state_dict()
         to_mesh(self, found)
-        for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
-            names = self._names_in(group)
-            if names is not None:
-                saved[NAMES_OF_GROUP] = names
+        names = [self._names_in(index) for index in range(len(self.param_groups))]
+        if any(names):
+            found[NAMES] = names
         if not self.is_elementwise:
             for group, kept in zip(found["param_groups"], self._kept_blocks(found), strict=True):
                 group[BLOCKS_OF_GROUP] = kept
@@ -753,36 +757,32 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def keyed(self, state_dict: Mapping[str, Any]) -> list[tuple[Any, Tensor]]:
         """The tensors of the groups, each with its key in a state dict; torch judges whether their numbers agree."""
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        pairs = zip_longest(self.param_groups, state_dict["param_groups"])
-        keys = [key for group, saved in pairs if saved is not None for key in self._keys(group, saved)]
+        keys = [key for group in self._ordered(state_dict) for key in group]
         return list(zip(keys, tensors, strict=False))
 
-    def _keys(self, group: Mapping[str, Any] | None, saved: Mapping[str, Any]) -> list[Any]:
-        """The keys of a saved group in the order of the group here: by name if both have names, else as they come."""
-        here, there = self._names_in(group or {"params": []}), _saved_names(saved)
-        keys: list[Any] = saved["params"]
-        if here is None or there is None or set(here) != set(there):
-            return keys
-        by_name = dict(zip(there, keys, strict=True))
-        return [by_name[name] for name in here]
+    def _ordered(self, state_dict: Mapping[str, Any]) -> list[list[Any]]:
+        """The keys of every saved group in the order of the group here: by name if both have names, else as saved."""
+        found = []
+        for index, (saved, there) in enumerate(zip(state_dict["param_groups"], saved_names(state_dict), strict=True)):
+            here = self._names_in(index) if index < len(self.param_groups) else None
+            keys: list[Any] = saved["params"]
+            if here is not None and there is not None and set(here) == set(there):
+                by_name = dict(zip(there, keys, strict=True))
+                keys = [by_name[name] for name in here]
+            found.append(keys)
+        return found
 
-    def _names_in(self, group: Mapping[str, Any]) -> list[str] | None:
-        """What the parameters of a group are called in the model; None if not all of them have such a name.
-
-        DTensors have none here: `torch.distributed.checkpoint.state_dict` knows them by the model's names anyway, and
-        would repeat the list for every parameter of a flattened state dict.
-        """
-        names = []
-        for tensor in group["params"]:
-            if tensor in self._bound:
-                layout = self._bound[tensor].layout
-                name = layout.parameter.name if isinstance(layout, Replicated) else None  # others hold several, cut
-            else:
-                name = self._names.get(tensor)
-            if name is None or name in self._made_up or isinstance(tensor, DTensor):
-                return None
-            names.append(name)
-        return names or None
+    def _names_in(self, index: int) -> list[str] | None:
+        """What the parameters of a group are called in the model; None if not all of them have such a name."""
+        tensors: list[Tensor] = self.param_groups[index]["params"]
+        if self.is_bound:
+            layouts = [self._bound[tensor].layout for tensor in tensors if tensor in self._bound]
+            names = [layout.parameter.name for layout in layouts if isinstance(layout, Replicated)]  # others hold many
+        elif all(tensor in self._names for tensor in tensors):
+            names = [self._names[tensor] for tensor in tensors]
+        else:  # others have taken their places, see `_resolve_names`
+            names = list(self._listed[index]) if index < len(self._listed) else []
+        return names if names and len(names) == len(tensors) and not self._made_up.intersection(names) else None
 
     def _name_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
         """Parameters that a state dict has and its group here has not, or the other way round; none without names."""
@@ -790,15 +790,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):
             return problems  # torch says so
-        for index, (group, saved) in enumerate(zip(self.param_groups, groups, strict=True)):
-            here, there = self._names_in(group), _saved_names(saved)
+        for index, (group, there) in enumerate(zip(self.param_groups, saved_names(state_dict), strict=True)):
+            here = self._names_in(index)
             if here is None or there is None:
                 continue
+            known, saved = set(here), set(there)
             problems += [
-                f"{name} is in its group {index}, not in the optimizer's" for name in there if name not in here
+                f"{name} is in its group {index}, not in the optimizer's" for name in there if name not in known
             ]
             problems += [
-                f"{name} is not in its group {index}, but in the optimizer's" for name in here if name not in there
+                f"{name} is not in its group {index}, but in the optimizer's" for name in here if name not in saved
             ]
             if not problems and here != there and any(tensor not in self._names for tensor in group["params"]):
                 problems.append(
@@ -813,7 +814,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if problems:
             return [
                 *problems,
-                f"(state goes by name; without {NAMES_OF_GROUP!r} in its groups it would go by position)",
+                f"(state goes by name; without {NAMES!r} it would go by position)",
             ]
         for key, tensor in self.keyed(state_dict):
             state = state_dict["state"].get(key)
@@ -858,16 +859,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return list(dict.fromkeys(problems))
 
 
-def _saved_names(group: Mapping[str, Any]) -> list[str] | None:
-    """The names in a state dict's group, without wrapper prefixes; None if it has none that could be compared.
+def saved_names(state_dict: Mapping[str, Any]) -> list[list[str] | None]:
+    """For every group of a state dict, ours or torch's, its parameters' names; None where none can be compared.
 
-    Where parameters have names for keys, `torch.distributed.checkpoint.state_dict` has put them in order already and
-    left the list as it was saved.
+    Where parameters have names for keys, `torch.distributed.checkpoint.state_dict` has put the keys in order already,
+    and other lists as they were saved.
     """
-    names = group.get(NAMES_OF_GROUP) or ()
-    found = [canonical_name(name) for name in names if isinstance(name, str)]
-    unique = len(set(found)) == len(names) == len(group["params"])
-    return found if names and unique and not any(isinstance(key, str) for key in group["params"]) else None
+    groups, ours = state_dict["param_groups"], state_dict.get(NAMES) or ()
+    found: list[list[str] | None] = []
+    for index, group in enumerate(groups):
+        listed = group.get(NAMES) or (ours[index] if len(ours) == len(groups) else None) or ()
+        names = [canonical_name(name) for name in listed if isinstance(name, str)]
+        unique = len(set(names)) == len(listed) == len(group["params"])
+        known = unique and names and not any(isinstance(key, str) for key in group["params"])
+        found.append(names if known else None)
+    return found
 
 
 def _first(names: Sequence[str]) -> str:
@@ -891,12 +897,8 @@ def _keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
         for key, state in state_dict["state"].items()
     }
     groups = [
-        {
-            **{k: v for k, v in saved.items() if k not in (BLOCKS_OF_GROUP, NAMES_OF_GROUP)},
-            "params": optimizer._keys(group, saved),
-        }
-        for group, saved in zip_longest(optimizer.param_groups, state_dict["param_groups"])
-        if saved is not None
+        {**{k: v for k, v in saved.items() if k not in (BLOCKS_OF_GROUP, NAMES)}, "params": keys}
+        for saved, keys in zip(state_dict["param_groups"], optimizer._ordered(state_dict), strict=True)
     ]
     return {**state_dict, "state": kept, "param_groups": groups}
 
