@@ -338,3 +338,160 @@ def test_tables_do_not_pile_up(seed: int) -> None:
             parameter.grad = torch.ones(4) if torch.rand((), generator=generator) < 0.5 else None
         optimizer.step()
     assert len(optimizer._tables) <= 64
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+class Twins(nn.Module):
+    """Parameters of one shape, which a state dict tells apart by name or not at all."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name in order:
+            self.register_module(name, nn.Linear(6, 6, bias=False))
+
+
+def step_by_name(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> dict[str, Tensor]:
+    """Steps whose gradients depend on the parameters' names; the weights after them."""
+    for number in numbers:
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(100 * ord(name.removeprefix("module.")[0]) + number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def resumed_by_name(make: Any, saved_order: str, order: str, edit: Any = lambda state_dict: state_dict) -> bool:
+    """Whether a run that is resumed by a model of another order ends as if it had not been interrupted."""
+    model = Twins(saved_order)
+    optimizer = make(model)
+    step_by_name(model, optimizer, range(2))
+    state_dict, weights = edit(copy.deepcopy(optimizer.state_dict())), copy.deepcopy(model.state_dict())
+    whole = step_by_name(model, optimizer, range(2, 5))
+    other = Twins(order)
+    other.load_state_dict(weights)
+    resumed = make(other)
+    resumed.load_state_dict(state_dict)
+    assert all("param_names" not in group for group in resumed.param_groups)
+    found = step_by_name(other, resumed, range(2, 5))
+    return all(torch.equal(found[name], values) for name, values in whole.items())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_state_goes_by_name_where_parameters_have_changed_places(cls: Any) -> None:
+    def named(model: nn.Module) -> Any:
+        return cls(model.named_parameters(), lr=0.1, roles=model)
+
+    assert resumed_by_name(named, "abc", "cab")
+    assert resumed_by_name(lambda model: cls(model.parameters(), lr=0.1, roles=model), "ab", "ba")
+    of_wrapped = lambda model: cls(nn.ModuleDict({"module": model}).named_parameters(), lr=0.1, roles=model)  # noqa: E731
+    assert of_wrapped(Twins("ab")).state_dict()["param_names"] == [["a.weight", "b.weight"]]
+
+
+def test_state_without_names_goes_by_position() -> None:
+    """As that of older versions does, and of optimizers that were told no names."""
+
+    def unnamed(model: nn.Module) -> Any:
+        return ds_optim.AdamW(model.parameters(), lr=0.1)
+
+    def named(model: nn.Module) -> Any:
+        return ds_optim.AdamW(model.named_parameters(), lr=0.1)
+
+    def without(state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in state_dict.items() if key != "param_names"}
+
+    model = Twins("ab")
+    assert "param_names" not in unnamed(model).state_dict()
+    assert "param_names" not in copy.deepcopy(unnamed(model)).state_dict()
+    assert copy.deepcopy(named(model)).state_dict()["param_names"] == [["a.weight", "b.weight"]]
+    assert resumed_by_name(unnamed, "ab", "ab")
+    assert not resumed_by_name(unnamed, "ab", "ba")
+    assert resumed_by_name(named, "ab", "ab", without)
+    assert not resumed_by_name(named, "ab", "ba", without)
+
+
+def test_torchs_names_are_understood() -> None:
+    """torch lists names in the groups; it goes by position itself."""
+    model, other = Twins("ab"), Twins("ba")
+    theirs = torch.optim.AdamW(model.named_parameters())
+    step_by_name(model, theirs, range(2))
+    ours = ds_optim.AdamW(other.named_parameters())
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.state[other.a.weight]["exp_avg"], theirs.state[model.a.weight]["exp_avg"])
+    again = ds_optim.AdamW(theirs.param_groups)
+    assert again.state_dict()["param_names"] == [["a.weight", "b.weight"]]
+    theirs.load_state_dict(again.state_dict())
+
+
+def test_names_without_a_counterpart_are_refused_and_change_nothing() -> None:
+    model, other = Twins("abc"), Twins("abd")
+    first, second = (ds_optim.Lion(one.named_parameters(), lr=0.1) for one in (model, other))
+    step_by_name(model, first, range(1))
+    with pytest.raises(ValueError, match=r"c\.weight is in its group 0, not in the optimizer's") as caught:
+        second.load_state_dict(first.state_dict())
+    assert "d.weight is not in its group 0, but in the optimizer's" in str(caught.value)
+    assert "without 'param_names' it would go by position" in str(caught.value)
+    assert not second.state
+
+
+def test_groups_that_have_changed_places_are_refused() -> None:
+    """Their settings, and the rates of a scheduler, go by position."""
+
+    def make(model: nn.Module, order: str) -> tuple[Any, Any]:
+        rates = {"a": 0.1, "b": 0.01}
+        groups = [{"params": getattr(model, name).named_parameters(name), "lr": rates[name]} for name in order]
+        optimizer = ds_optim.AdamMini(groups, roles=model)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+
+    model = Twins("ab")
+    optimizer, scheduler = make(model, "ab")
+    step_by_name(model, optimizer, range(1))
+    scheduler.step()
+    again, its_scheduler = make(Twins("ba"), "ab")
+    again.load_state_dict(optimizer.state_dict())
+    its_scheduler.load_state_dict(scheduler.state_dict())
+    assert [group["lr"] for group in again.param_groups] == [0.05, 0.005]
+    with pytest.raises(ValueError, match=r"a\.weight is in its group 0, not in the optimizer's"):
+        make(Twins("ab"), "ba")[0].load_state_dict(optimizer.state_dict())
+
+
+# -- odd models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_parameters_of_no_element_and_of_one_empty_and_frozen_groups_are_stepped_as_they_should(cls: Any) -> None:
+    """Beside a model, under a schedule, with a layer that is unfrozen for one step in the middle."""
+
+    def train(scalar: tuple[int, ...], empty: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"body": nn.Linear(5, 5, bias=False), "head": nn.Linear(5, 3, bias=False)})
+        model.register_parameter("logit_scale", nn.Parameter(torch.ones(scalar)))
+        groups: list[dict[str, Any]] = [
+            {"params": [("head.weight", model["head"].weight), ("logit_scale", model.logit_scale)]},
+            {"params": [("body.weight", model["body"].weight)], "lr": 0.01},
+        ]
+        if empty:
+            model["none"] = nn.Linear(5, 0)
+            groups[0]["params"] += [(f"none.{name}", one) for name, one in model["none"].named_parameters()]
+            groups.append({"params": []})
+        optimizer = cls(groups, lr=0.1, weight_decay=0.1, roles=model)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.9**step] * len(groups))
+        for step in range(5):
+            model["body"].requires_grad_(step == 2)
+            optimizer.zero_grad()
+            hidden = model["body"](torch.arange(10.0).reshape(2, 5) / 10)
+            loss = model["head"](hidden).square().sum() * model.logit_scale.exp().sum()
+            (loss + (model["none"](hidden).sum() if empty else 0)).backward()
+            before = model["body"].weight.detach().clone()
+            optimizer.step()
+            scheduler.step()
+            assert torch.equal(before, model["body"].weight) == (step != 2)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return {name: one.detach().reshape(-1) for name, one in model.named_parameters() if one.numel()}
+
+    wanted = train((1,), empty=False)
+    for found in (train((), empty=False), train((1,), empty=True), train((), empty=True)):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], values) for name, values in wanted.items())

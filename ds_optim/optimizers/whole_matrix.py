@@ -239,7 +239,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         roles = self._roles_of_parameters()
         specs = {spec.name: spec.shape for layout, _, _ in layouts for spec in layout.parameters}
         tiles = {name: self.tiles(roles[name], shape) for name, shape in specs.items()}
-        stateless = not any(self.block_state(tile.shape) for of_one in tiles.values() for tile in of_one)
+        stateless = not self.block_state((1, 1))  # of the rule, not of these parameters: others may join
         return make_plans(layouts, tiles, self.work, self.frequency, self.staggered, stateless)
 
     def _make_plans(self) -> None:
@@ -515,6 +515,16 @@ class WholeMatrixOptimizer(ShardedOptimizer):
         self._verdicts.clear()
         self._forget_plans()  # and what rules remember along with them
 
+    def _with_blocks(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict in which also a tensor without blocks lists them, as it did not when there were none at all."""
+        states = dict(state_dict["state"])
+        for key, tensor in self.keyed(state_dict):
+            if states.get(key) and BLOCKS not in states[key] and not isinstance(tensor, DTensor):
+                plan, index = self._plan_of(tensor)
+                if not plan.stateless and not plan.of_tensor(index):
+                    states[key] = {**states[key], BLOCKS: identities(plan, [])}
+        return {**state_dict, "state": states}
+
     def state_problems(self, state_dict: Mapping[str, Any]) -> list[str]:
         state_dict = self._of_this_rank(state_dict)
         problems = super().state_problems(state_dict)
@@ -562,6 +572,7 @@ class WholeMatrixOptimizer(ShardedOptimizer):
 
     def _of_this_rank(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
         """A state dict with this rank's blocks alone where every owner's were gathered."""
+        state_dict = self._with_blocks(state_dict)
         states = dict(state_dict["state"])
         for key, tensor in self.keyed(state_dict):
             if states.get(key) and self._is_spread(tensor):
