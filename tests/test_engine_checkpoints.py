@@ -16,7 +16,7 @@ import ds_optim
 from ds_optim import checkpoint
 from ds_optim.checkpoint.convert import convert
 from ds_optim.checkpoint.warm_start import warm_start
-from engines import Case, assembled, engine_for, masters, train, weights
+from engines import Case, assembled, build_model, engine_for, install_gradients, masters, train, weights
 from pool import Pools
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
@@ -266,3 +266,49 @@ def test_other_roles_are_told_from_equal_sizes(cls: Any) -> None:
     assert all("blocks" not in group for group in optimizers[0].param_groups)
     with pytest.raises(ValueError, match=r"other blocks|keeps"):
         optimizers[1].load_state_dict(optimizers[0].state_dict())
+
+
+def given_backwards(case: Case, folder: str, forget_names: bool) -> str:
+    """A run that is saved and resumed by an engine that was given its parameters in another order; or its error."""
+    import deepspeed
+
+    with engine_for(case) as (engine, _, clock):
+        train(engine, case, clock, range(1, 4))
+        if forget_names:  # as older versions saved
+            engine.basic_optimizer._names_in = lambda index: None
+        engine.save_checkpoint(folder)
+        train(engine, case, clock, range(4, 7))
+        whole = masters(engine)
+    model = build_model(replace(case, seed=case.seed + 1))
+    given = [*model.parameters()] if forget_names else [*reversed([*model.parameters()])]
+    engine, *_ = deepspeed.initialize(model=model, config=case.config(), model_parameters=given)
+    try:
+        install_gradients(model, case, clock)
+        engine.load_checkpoint(folder)
+        train(engine, case, clock, range(4, 7))
+        return "the same" if _same(whole, masters(engine)) else "something else"
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("case", "forget_names", "outcome"),
+    [
+        (Case("ds_optim.AdamW", stage=0), False, "the same"),
+        (Case("Shampoo", SHAMPOO, stage=0), False, "the same"),
+        (Case("AdamMini", stage=0), True, "the same"),
+        (
+            Case("AdamMini", stage=0, precision="bf16"),
+            False,
+            "in another order, by which DeepSpeed loads its fp32 masters",
+        ),
+    ],
+    ids=["AdamW", "Shampoo", "without names", "bf16 masters"],
+)
+def test_without_zero_state_goes_by_name(
+    pool: Pools, case: Case, forget_names: bool, outcome: str, tmp_path: Path
+) -> None:
+    for found in pool(2).run(given_backwards, case, str(tmp_path), forget_names):
+        assert outcome in found

@@ -209,6 +209,75 @@ def test_a_full_state_dict_holds_every_block(pool: Pools, optimizer: str, tmp_pa
         assert "set_optimizer_state_dict" in refused[0]
 
 
+def backwards(mesh_case: MeshCase, options: dict[str, Any] | None) -> dict[str, Tensor]:
+    """A run whose second half has its parameters in another order; through torch's functions, or as it comes."""
+    wrapped, model, optimizer = make(mesh_case)
+    meshes.train(mesh_case, wrapped, model, optimizer, range(1, K + 1))
+    given = StateDictOptions(**options) if options is not None else None
+    states = get_optimizer_state_dict(model, optimizer, options=given) if given else optimizer.state_dict()
+    if given and given.full_state_dict:
+        states = of_rank_0(states)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [
+        {**group, "params": [(names[one], one) for one in reversed(group["params"])]}
+        for group in optimizer.param_groups
+    ]
+    settings = {key: value for key, value in mesh_case.case.options.items() if key != "weight_decay"}
+    again = type(optimizer)(groups, roles=model, **settings)
+    if given:
+        set_optimizer_state_dict(model, again, states, options=given)
+    else:
+        again.load_state_dict(states)
+    meshes.train(mesh_case, wrapped, model, again, range(K + 1, STEPS + 1))
+    return weights(model)
+
+
+def of_rank_0(states: Any) -> Any:
+    """Rank 0's on every rank: a full state dict is empty elsewhere."""
+    held = [states]
+    torch.distributed.broadcast_object_list(held)
+    return held[0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("AdamMini", None),
+        ("AdamMini", {}),
+        ("AdamMini", {"flatten_optimizer_state_dict": True}),
+        ("Shampoo", None),
+        ("Shampoo", {"full_state_dict": True}),
+    ],
+    ids=["as it comes", "by name", "flat", "Shampoo as it comes", "Shampoo full"],
+)
+def test_parameters_that_have_changed_places_keep_their_state(
+    pool: Pools, optimizer: str, options: dict[str, Any] | None
+) -> None:
+    late = options is None and optimizer == "AdamMini"  # as Accelerate makes optimizers
+    for found in pool(2).run(backwards, MeshCase(CASES[optimizer], "fsdp", late=late), options):
+        same(found, optimizer)
+
+
+def from_one_device(optimizer: str) -> dict[str, Tensor]:
+    """A full state dict of a plain model, which lists names, goes to FSDP2."""
+    full = StateDictOptions(full_state_dict=True)
+    _, model, made = make(MeshCase(CASES[optimizer], "single"))
+    meshes.train(MeshCase(CASES[optimizer], "single"), model, model, made, range(1, K + 1))
+    assert made.state_dict()["param_names"]
+    states, values = get_optimizer_state_dict(model, made, options=full), get_model_state_dict(model, options=full)
+    mesh_case = MeshCase(CASES[optimizer], "fsdp")
+    wrapped, model, made = make(mesh_case, seed=1)
+    set_model_state_dict(model, values, options=full)
+    set_optimizer_state_dict(model, made, states, options=full)
+    meshes.train(mesh_case, wrapped, model, made, range(K + 1, STEPS + 1))
+    return weights(model)
+
+
+def test_a_full_state_dict_goes_from_one_device_to_fsdp2(pool: Pools) -> None:
+    for found in pool(2).run(from_one_device, "AdamMini"):
+        same(found, "AdamMini")
+
+
 def warm_started(folder: str, optimizer: str, strategy: str) -> dict[str, Tensor]:
     wrapped, model, made = make(MeshCase(CASES[optimizer], strategy), seed=1)
     warm_start(folder, wrapped, made)
