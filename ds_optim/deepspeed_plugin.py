@@ -360,6 +360,16 @@ REFUSALS = (
         "checkpoint.load_universal knows Adam's state only: set it to false",
     ),
     Refusal(
+        lambda config, _: config.expert_parallel_config.enabled,
+        "expert_parallel (AutoEP) gives each rank experts of its own, which is not supported: remove it, and use the "
+        "model's own (stacked) experts",
+    ),
+    Refusal(
+        lambda config, _: config.compile_config.deepcompile and config.zero_enabled,
+        "compile.deepcompile moves gradients past the hooks that tell an unused parameter from one with an old "
+        "gradient: set it to false; engine.compile() works without it",
+    ),
+    Refusal(
         lambda config, cls: not cls.is_elementwise and config.tensor_parallel_config.autotp_size > 1,
         "an optimizer of blocks needs whole heads, rows and matrices, tensor parallelism (AutoTP) hands out slices "
         "of them: use AdamW, Lion or Adan, or set tensor_parallel.autotp_size to 1",

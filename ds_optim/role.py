@@ -57,6 +57,7 @@ class Role:
         parts: for "fused": the slices in order; their sizes add up to the output dimension.
         source: the evidence: the "module" itself, the model's "config", an attribute "name", the user's "override",
             or "fallback" where there was none.
+        decays: False where the model says that weight decay should leave the parameter alone, whatever its kind.
     """
 
     kind: Kind
@@ -65,6 +66,7 @@ class Role:
     head_dim: int | None = None
     parts: tuple[Part, ...] = ()
     source: Source = "module"
+    decays: bool = True
 
     @property
     def is_understood(self) -> bool:
@@ -77,8 +79,8 @@ class Role:
 
 
 def is_decay_exempt(role: Role) -> bool:
-    """Whether weight decay should leave the parameter alone: norms and biases."""
-    return role.kind in ("norm", "bias")
+    """Whether weight decay should leave the parameter alone: norms, biases, and what the model says."""
+    return role.kind in ("norm", "bias") or not role.decays
 
 
 def contradictions(role: Role, shape: tuple[int, ...]) -> list[str]:

@@ -6,8 +6,10 @@ attribute names, compared whole. What is not recognised is answered with "other"
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ds_optim.attention_heads import children, fused_parts, head_dim_of, is_attention, width_of
 from ds_optim.role import Kind, Part, Role, Source, contradictions, is_vector
@@ -106,6 +108,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def claim(place: Place, shape: Shape) -> Role:
     """The role of one parameter by what its place says; "other" with the source "fallback" if nothing speaks."""
+    of_tensor = _reparametrized(place)
+    if of_tensor is not None:
+        tensor, is_length = of_tensor
+        return Role("norm") if is_length else claim(tensor, shape)
     names = [attribute for attribute, _ in place.modules]
     part = None if is_bias(place.leaf) else adapter_part(names)
     claims = _claims(place, shape) if part is None else _adapter(place, names.index(part), part, shape)
@@ -113,6 +119,33 @@ def claim(place: Place, shape: Shape) -> Role:
         if not contradictions(role, shape):
             return role
     return Role("other", source="fallback")
+
+
+def is_spared(place: Place, parameter: Tensor) -> bool:
+    """Whether the model says that weight decay should leave a parameter alone.
+
+    By the mark that Mamba's authors put on it, ``_no_weight_decay``, or because it is what they put it on:
+    transformers' state-space models have the same parameters without the mark. Decay would pull every time constant,
+    -exp(A_log), towards -1.
+    """
+    is_state_space = place.leaf == "A_log" or (place.leaf == "D" and "A_log" in place.holder._parameters)
+    return is_state_space or bool(getattr(parameter, "_no_weight_decay", False))
+
+
+def _reparametrized(place: Place) -> tuple[Place, bool] | None:
+    """The tensor that a parameter is made into, and whether the parameter is only its length (weight norm's g).
+
+    None if the parameter is a tensor of the module itself, or one of several of which only the parametrization knows
+    what they are. ``torch.nn.utils.weight_norm`` of old puts ``weight_g`` and ``weight_v`` where ``weight`` was.
+    """
+    leaf, holder = place.leaf, place.holder
+    if isinstance(holder, ParametrizationList):
+        is_weight_norm = type(holder[0]).__name__ == "_WeightNorm"
+        if leaf == "original" or is_weight_norm:
+            return replace(place, leaf=place.holder_name, modules=place.modules[:-2]), leaf == "original0"
+    elif leaf[-2:] in ("_g", "_v") and {f"{leaf[:-1]}g", f"{leaf[:-1]}v"} <= holder._parameters.keys():
+        return replace(place, leaf=leaf[:-2]), leaf.endswith("_g")
+    return None
 
 
 def _claims(place: Place, shape: Shape) -> Iterator[Role]:
@@ -166,11 +199,21 @@ def _rows_of_adapted(place: Place, index: int, shape: Shape) -> Iterator[Role]:
     name, module = place.modules[index - 1]
     adapted = unwrapped(module)
     for leaf in ("weight", "in_proj_weight"):  # the latter of nn.MultiheadAttention
-        weight = place.shapes.get(id(adapted._parameters.get(leaf)), ())
+        weight = _weight_shape(place, adapted, leaf)
         if len(weight) == 2:
             base = claim(Place(leaf, (*place.modules[: index - 1], (name, adapted)), place.shapes), weight)
             if weight[base.output_dim] == shape[0]:
                 yield replace(base, output_dim=0)
+
+
+def _weight_shape(place: Place, module: nn.Module, leaf: str = "weight") -> Shape:
+    """The logical shape of a module's weight. A quantised one is packed into integers or buffers: its sizes tell."""
+    weight = module._parameters.get(leaf)
+    sizes: tuple[Any, Any] = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    is_packed = weight is None or not weight.is_floating_point()
+    if leaf == "weight" and is_packed and all(isinstance(size, int) for size in sizes):
+        return sizes
+    return place.shapes.get(id(weight), ())
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -249,7 +292,7 @@ def _query_rows(place: Place, attention: nn.Module) -> int | None:
         if module is None:
             continue
         module = unwrapped(module)
-        shape = place.shapes.get(id(module._parameters.get("weight")), ())
+        shape = _weight_shape(place, module)
         output_dim = _output_dim(module, shape)
         if output_dim is not None:
             return shape[output_dim]

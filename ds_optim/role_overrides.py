@@ -25,7 +25,7 @@ from ds_optim.role_names import (
     is_bias,
 )
 
-_KEYS = tuple(field.name for field in fields(Role) if field.name != "source")
+_KEYS = tuple(field.name for field in fields(Role) if field.name not in ("source", "decays"))
 _AMBIGUOUS = frozenset({"c_attn", "c_proj", "c_fc"})
 """Names that GPT-2 uses for (in, out) weights and others for (out, in) ones."""
 
@@ -80,7 +80,7 @@ def override_roles(base: Mapping[str, Role], patterns: Mapping[str, Any], shapes
 def _changes(value: Any) -> tuple[list[str], dict[str, Any]]:
     """What is wrong with a user's role, and the attributes that it sets."""
     if isinstance(value, Role):
-        return [], {key: getattr(value, key) for key in _KEYS}
+        return [], {key: getattr(value, key) for key in (*_KEYS, "decays")}
     if isinstance(value, str):
         value = {"kind": value}
     if not isinstance(value, Mapping):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_optim.role import Kind, Part, Role, contradictions, is_decay_exempt, is_vector
-from ds_optim.role_evidence import claim, place_of, wrappers_of
+from ds_optim.role_evidence import claim, is_spared, place_of, wrappers_of
 from ds_optim.role_overrides import override_roles, roles_from_names
 
 __all__ = [
@@ -72,7 +72,10 @@ def _inferred(model: nn.Module) -> tuple[dict[str, Role], dict[int, Role]]:
     roles: dict[int, Role] = {}
     for name, parameter in uses:
         key = id(parameter)
-        role = claim(place_of(model, name, shapes), shapes[key])
+        place = place_of(model, name, shapes)
+        role = claim(place, shapes[key])
+        if is_spared(place, parameter):
+            role = replace(role, decays=False)
         if key in heads and role.kind in ("head", "linear"):
             role = replace(role, kind="head", source="module")
         if key not in roles or (role.kind == "embedding" and roles[key].kind != "embedding"):
@@ -183,7 +186,7 @@ def exempt_names(names: Iterable[str], roles: Mapping[str, Role], patterns: Sequ
 
     Args:
         names: to choose from.
-        roles: norms and biases are spared if there are no patterns.
+        roles: norms, biases and what the model marks are spared if there are no patterns.
         patterns: name patterns that prevail; an empty list spares nobody.
     """
     if patterns is None:
@@ -192,7 +195,7 @@ def exempt_names(names: Iterable[str], roles: Mapping[str, Role], patterns: Sequ
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups that spare norms and biases from weight decay, for any optimizer of torch's interface.
+    """Parameter groups that spare norms, biases and what the model marks from weight decay, for any optimizer.
 
     Args:
         model: frozen parameters are left out, tied ones come once.

@@ -259,10 +259,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if known in self._names.values() and parameter not in self._names:
                 problems.append(f"two parameters are called {known}: give them different names")
             self._names[parameter] = known
-            if parameter.is_sparse or parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                kind = "sparse" if parameter.is_sparse else str(parameter.dtype)
-                problems.append(f"{self._names[parameter]} is {kind}, not a dense fp32, bf16 or fp16 tensor")
-            else:
+            if not parameter.requires_grad:
+                continue  # whatever it is, a quantised base perhaps: judged before its first step, if there is one
+            kind = self._kind_problems(parameter)
+            problems += kind
+            if not kind:
                 bound = dtensor.read(known, parameter)
                 problems += dtensor.problems(
                     parameter, bound, is_elementwise=self.is_elementwise, stochastic=self.bf16_stochastic_round
@@ -271,6 +272,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         self._listed.append([self._names[parameter] for parameter in group["params"]])
         self._roles = {}
+
+    def _kind_problems(self, parameter: Tensor) -> list[str]:
+        if not parameter.is_sparse and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            return []
+        kind = "sparse" if parameter.is_sparse else str(parameter.dtype)
+        return [f"{self._names[parameter]} is {kind}, not a dense fp32, bf16 or fp16 tensor"]
 
     def _names_in_model(self) -> dict[Tensor, str]:
         """What parameters without a name are called: as in the model, if that was given as ``roles``."""
@@ -445,6 +452,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"parameter group {index} has parameters of {len(meshes)} meshes: make one group for each mesh"
                 )
         for tensor in new:
+            problems += self._kind_problems(tensor)
             bound = self._bound_tensor(tensor)
             problems += dtensor.problems(
                 tensor, bound, is_elementwise=self.is_elementwise, stochastic=self.bf16_stochastic_round
@@ -521,6 +529,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{type(self).__name__} has {self.num_betas} betas, something set {group['betas']!r} in its groups "
                     '(DeepSpeed\'s OneCycle does, unless "cycle_momentum": false)'
+                )
+            layout = self._bound_tensor(tensor).layout
+            if isinstance(layout, Replicated) and tensor.numel() != layout.parameter.numel:
+                raise RuntimeError(
+                    f"{layout.parameter.name} has {tensor.numel()} elements and had {layout.parameter.numel} when it "
+                    "was first seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
                 )
             step = int(self._state_of(tensor)["step"]) + 1  # on the host: nothing waits for a device
             groups[id(group)] = group
