@@ -37,8 +37,8 @@ from pool import Pools
 CLASSES = [ds_optim.AdamW, ds_optim.Lion, ds_optim.Adan, ds_optim.AdamMini, ds_optim.Shampoo, ds_optim.SWAN]
 BACKENDS: list[kernels.Backend] = ["native", "compiled", "eager"]
 LION = {"decay": 0.999, "beta1": 0.9, "one_minus_beta1": 0.1, "beta2": 0.99, "one_minus_beta2": 0.01, "lr": 1e-3}
-NO_ROWS = torch.empty((0, 9), dtype=torch.int64)
-NO_COLUMNS = torch.empty((0, 12), dtype=torch.int64)
+NO_ROWS = torch.empty((0, 8), dtype=torch.int64)
+NO_COLUMNS = torch.empty((0, 11), dtype=torch.int64)
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ def test_elementwise_rules_round_parameters_by_their_place(backend: kernels.Back
     param, grad = normal(700, seed).bfloat16(), normal(700, seed + 1)
     parts = ((0, 400, "a", 2**32 - 150), (400, 300, "b", 0))
     how = rounding(*((0, *part) for part in parts), seed=3, step=9)
-    found = lion(backend, param, grad, how, [[0, 0, 700, 1]])
+    found = lion(backend, param, grad, how, [[0, 0, 700]])
     exact = param.float() * torch.tensor(0.999) - torch.tensor(1e-3) * grad.sign()
     wanted = [by_oracle(exact[start : start + size], name, first, 3, 9) for start, size, name, first in parts]
     assert same_bits(found, torch.cat(wanted))
@@ -216,14 +216,12 @@ def test_blockwise_rules_round_parameters_by_their_place(backend: kernels.Backen
     cut_sums = torch.tensor([47 * 40 / 64], dtype=torch.float64)  # of the last run, which has a brother elsewhere
     if kind == "rows":
         runs = [(0, 940, 0, 1, 0, -1, -1), (940, 900, 0, 300, 940, -1, -1), (1840, 940, 0, 47, 943, -1, -1)]
-        table = [(0, *run, 1) for run in runs] + [(0, 2780, 40, 0, 47 * 40, 963, 0, 0, 1)]
+        table = [(0, *run) for run in runs] + [(0, 2780, 40, 0, 47 * 40, 963, 0, 0)]
         rows = torch.tensor(table)
         blocks = 964
     else:
         spread = [(0, 15, 3, 0), (15, 45, 30, 5), (45, 47, 1, 6)]
-        table = [
-            (0, 0, numel, 0, 47, start, stop, width, slot, -1, width * 60, 1) for start, stop, width, slot in spread
-        ]
+        table = [(0, 0, numel, 0, 47, start, stop, width, slot, -1, width * 60) for start, stop, width, slot in spread]
         columns, blocks = torch.tensor(table), 8
     scalars = {"decay": 0.999, "beta1": 0.9, "one_minus_beta1": 0.1, "beta2": 0.0, "one_minus_beta2": 1.0}
     scalars |= {"step_size": 2**-10, "bias2_sqrt": 1.0, "eps": 0.0}
@@ -261,14 +259,14 @@ def test_rounding_does_not_depend_on_how_a_parameter_is_cut_nor_on_threads(
 ) -> None:
     param, grad = normal(70_000, data).bfloat16(), normal(70_000, data + 1)
     torch.set_num_threads(1)
-    whole = lion("native", param, grad, rounding((0, 0, 70_000, "a", 0)), [[0, 0, 70_000, 1]])
+    whole = lion("native", param, grad, rounding((0, 0, 70_000, "a", 0)), [[0, 0, 70_000]])
     torch.set_num_threads(threads)
     edges = sorted({0, *cuts, 70_000})
     parts = []
     for start, stop in itertools.pairwise(edges):
         how = rounding((0, 3, stop - start, "a", start))  # behind padding, in a tensor of its own
         padded = torch.cat([torch.zeros(3, dtype=torch.bfloat16), param[start:stop]])
-        span = [[0, 3, stop - start, 1]]
+        span = [[0, 3, stop - start]]
         parts.append(lion(backend, padded, torch.cat([torch.zeros(3), grad[start:stop]]), how, span)[3:])
     assert same_bits(torch.cat(parts), whole)
 
@@ -277,7 +275,7 @@ def test_rounding_does_not_depend_on_how_a_parameter_is_cut_nor_on_threads(
 def test_an_element_without_a_place_is_an_error(backend: kernels.Backend) -> None:
     param = torch.ones(10, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"does not fit|no place"):
-        lion(backend, param, torch.ones(10), rounding((0, 0, 9, "a", 0)), [[0, 0, 10, 1]])
+        lion(backend, param, torch.ones(10), rounding((0, 0, 9, "a", 0)), [[0, 0, 10]])
 
 
 def test_neither_steps_nor_places_compile_anything_new() -> None:
@@ -289,8 +287,8 @@ def test_neither_steps_nor_places_compile_anything_new() -> None:
         how = rounding(
             (0, 0, 320 * step // 2, "a", 7 * step), (0, 320 * step // 2, 900 - 320 * step // 2, "b", 3), step=step
         )
-        found = lion("compiled", param, grad, how, [[0, 0, 640 + 16 * step, 1]])
-        assert same_bits(found, lion("native", param, grad, how, [[0, 0, 640 + 16 * step, 1]]))
+        found = lion("compiled", param, grad, how, [[0, 0, 640 + 16 * step]])
+        assert same_bits(found, lion("native", param, grad, how, [[0, 0, 640 + 16 * step]]))
         compiled.append(int(counters["stats"]["unique_graphs"]))
     assert len(set(compiled[1:])) == 1
 
@@ -310,7 +308,7 @@ def test_rounding_needs_no_memory_of_the_tensors_size() -> None:
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
-        spans = torch.tensor([[0, 0, numel, 1]])
+        spans = torch.tensor([[0, 0, numel]])
         kernels.elementwise("native", "lion", lion_update, [param], [grad], [[state]], spans, LION, how)
     assert resident("VmHWM") - before < 0.01 * 8 * numel
 

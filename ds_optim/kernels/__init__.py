@@ -121,7 +121,7 @@ def elementwise(
         params: local flat tensors, contiguous.
         grads: their gradients, of the same numel, any of the three dtypes; None counts as zero.
         states: for every state the list of its tensors, in the order of the formula's arguments.
-        spans: int64 CPU tensor (n, 4), see `ds_optim.kernels.tables`.
+        spans: int64 CPU tensor (n, 3), see `ds_optim.kernels.tables`.
         scalars: the formula's keyword arguments, numbers or 0-dim tensors.
         rounding: how bf16 parameters are rounded; None rounds them to nearest.
     """
@@ -144,8 +144,8 @@ def partial_sums(
     Args:
         backend: what `backend_for` chose.
         grads: as for `elementwise`.
-        row_runs: int64 CPU tensor (n, 9).
-        column_runs: int64 CPU tensor (n, 12).
+        row_runs: int64 CPU tensor (n, 8).
+        column_runs: int64 CPU tensor (n, 11).
         cut_sums: fp64 (fp32 where the device has no fp64), 1-D, on the gradients' device, zeroed by the caller, who
             all-reduces it over the shard group afterwards.
     """

@@ -99,7 +99,7 @@ class AdamMiniStep {
     int64_t known, first, last;
   };
 
-  View grad(const Piece& piece) const { return View(streams_, kGrad, piece.tensor, piece.has_grad); }
+  View grad(const Piece& piece) const { return View(streams_, kGrad, piece.tensor); }
   float* squares(int64_t tensor, int64_t slot) const {
     return static_cast<float*>(streams_.address(kBlockState, tensor)) + slot;
   }
@@ -143,7 +143,7 @@ class AdamMiniStep {
 
   void run_task(const Task& task) const {
     if (task.known >= 0) {
-      Element element(streams_, task.piece->tensor, task.piece->has_grad);
+      Element element(streams_, task.piece->tensor);
       update_same(element, task.first, task.last, known_[size_t(task.known)].factor);
     } else {
       update_blocks(*task.piece, task.first, task.last);
@@ -155,8 +155,8 @@ class AdamMiniStep {
     View param, grad, average;
     bool direct;
 
-    Element(const Streams& streams, int64_t tensor, bool has_grad)
-        : param(streams, kParam, tensor), grad(streams, kGrad, tensor, has_grad), average(streams, kFirstState, tensor),
+    Element(const Streams& streams, int64_t tensor)
+        : param(streams, kParam, tensor), grad(streams, kGrad, tensor), average(streams, kFirstState, tensor),
           direct(param.direct() && grad.direct() && average.direct()) {}
   };
 
@@ -184,7 +184,7 @@ class AdamMiniStep {
   // Blocks [first, last) of a piece, a group of about kGroup elements at a time: enough to stream from memory, few enough
   // to find the gradient in the cache the second time.
   void update_blocks(const Piece& piece, int64_t first, int64_t last) const {
-    const Element element(streams_, piece.tensor, piece.has_grad);
+    const Element element(streams_, piece.tensor);
     const int64_t width = piece.length;
     const int64_t step = width < kTinyBlock ? kBuffer / width : std::max(int64_t(1), kGroup / width);
     for (int64_t block = first; block < last; block += step) {
@@ -247,7 +247,7 @@ class AdamMiniStep {
       run_tasks(int64_t(batch.parts.size()), threads_, [&](int64_t task) {
         const ColumnBatch::Part& part = batch.parts[size_t(task)];
         const ColumnBatch::Stripe& stripe = batch.stripes[size_t(part.stripe)];
-        const Element element(streams_, stripe.run->tensor, stripe.run->has_grad != 0);
+        const Element element(streams_, stripe.run->tensor);
         const float* spread = factors.data() + stripe.column + part.first - stripe.begin();
         for (int64_t row = 0; row < part.rows; ++row) {
           update_each(element, part.start + row * stripe.run->row_length, part.last - part.first, spread);

@@ -21,17 +21,16 @@ constexpr int64_t kBatchPerThread = 1 << 20;   // elements of column runs that a
 // `blocks` neighbouring blocks of which `length` elements each lie here; numel elements each in the whole parameter.
 struct Piece {
   int64_t tensor, start, blocks, length, numel, slot, cut;
-  bool has_grad;
 };
 
 // One row of column_runs.
 struct ColumnRun {
-  int64_t tensor, start, length, phase, row_length, column_start, column_stop, width, slot, cut, block_numel, has_grad;
+  int64_t tensor, start, length, phase, row_length, column_start, column_stop, width, slot, cut, block_numel;
 
   int64_t columns() const { return column_stop - column_start; }
   int64_t blocks() const { return columns() / width; }
 };
-static_assert(sizeof(ColumnRun) == 12 * sizeof(int64_t), "a ColumnRun is read straight from the table");
+static_assert(sizeof(ColumnRun) == 11 * sizeof(int64_t), "a ColumnRun is read straight from the table");
 
 enum Select : int64_t { kAll = 0, kUncut = 1, kCut = 2 };
 
@@ -45,10 +44,9 @@ inline int64_t read_blocks(const int64_t* row_runs, int64_t rows, const int64_t*
                     int64_t tensors, const int64_t* numels, const int64_t* slots, int64_t cuts, int64_t select,
                     Blocks* blocks) {
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t* run = row_runs + 9 * row;
+    const int64_t* run = row_runs + 8 * row;
     const int64_t tensor = run[0], start = run[1], length = run[2], phase = run[3], width = run[4], slot = run[5];
     int64_t cut_first = run[6], cut_last = run[7];
-    const bool has_grad = run[8] != 0;
     if (tensor < 0 || tensor >= tensors || start < 0 || length < 0 || length > numels[tensor] - start) return row + 1;
     if (length == 0) continue;
     if (width <= 0 || phase < 0 || phase >= width) return row + 1;
@@ -62,19 +60,19 @@ inline int64_t read_blocks(const int64_t* row_runs, int64_t rows, const int64_t*
     const int64_t first_length = std::min(width - phase, length), whole_start = start + first * first_length;
     const int64_t last_start = whole_start + whole * width;
     if (first && select != kUncut) {
-      blocks->pieces.push_back({tensor, start, 1, first_length, width, slot, cut_first, has_grad});
+      blocks->pieces.push_back({tensor, start, 1, first_length, width, slot, cut_first});
     }
     if (whole && select != kCut) {
-      blocks->pieces.push_back({tensor, whole_start, whole, width, width, slot + first, -1, has_grad});
+      blocks->pieces.push_back({tensor, whole_start, whole, width, width, slot + first, -1});
     }
     if (last && select != kUncut) {
       const int64_t last_length = start + length - last_start;
-      blocks->pieces.push_back({tensor, last_start, 1, last_length, width, slot + count - 1, cut_last, has_grad});
+      blocks->pieces.push_back({tensor, last_start, 1, last_length, width, slot + count - 1, cut_last});
     }
   }
   for (int64_t row = 0; row < column_rows; ++row) {
     ColumnRun run;
-    std::memcpy(&run, column_runs + 12 * row, sizeof run);
+    std::memcpy(&run, column_runs + 11 * row, sizeof run);
     const int64_t bad = -(row + 1);
     if (run.tensor < 0 || run.tensor >= tensors || run.start < 0 || run.length < 0) return bad;
     if (run.length > numels[run.tensor] - run.start || run.phase < 0 || run.row_length <= 0) return bad;
@@ -218,7 +216,7 @@ class ColumnBatch {
   // The end of a row begun elsewhere, whole rows, the beginning of a row that ends elsewhere. Returns their elements.
   int64_t add_stripe(const ColumnRun& run, int64_t first_block, int64_t last_block) {
     Stripe stripe{&run, first_block, last_block, int64_t(parts.size()), 0, columns};
-    const bool has_grad = View(streams_, grad_stream_, run.tensor, run.has_grad != 0).base != nullptr;
+    const bool has_grad = View(streams_, grad_stream_, run.tensor).base != nullptr;
     const bool summed = has_grad && (run.cut >= 0) == sum_cut_;
     int64_t elements = 0;
     for (int64_t position = run.phase, stop = run.phase + run.length; position < stop;) {

@@ -40,9 +40,9 @@ def elementwise(
 ) -> None:
     """`ds_optim.kernels.elementwise`."""
     constants, words = _on_device(scalars, params), _Words(rounding, params)
-    for tensor, start, length, has_grad in eager.placed_spans(spans, params, rounding):
+    for tensor, start, length in eager.placed_spans(spans, params, rounding):
         local = [params[tensor], *(state[tensor] for state in states)]
-        grad = grads[tensor] if has_grad else None
+        grad = grads[tensor]
         targets = [_part(target, start, (length,)) for target in local]
         _call(_apply, formula, targets, _part(grad, start, (length,)), [], constants, words.at(tensor, start))
     torch.autograd.graph.increment_version(params)
@@ -64,12 +64,12 @@ def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: 
     """`ds_optim.kernels.partial_sums`."""
     for piece in iterate_row_runs(row_runs, "cut"):
         grad = grads[piece.tensor]
-        if grad is not None and piece.has_grad:
+        if grad is not None:
             row = _part(grad, piece.start, (piece.length,))
             cut_sums[piece.cut] += _call(_sum_squares, row, 0, cut_sums.dtype)
     for run in iterate_column_runs(column_runs, "cut"):
         grad = grads[run.tensor]
-        if grad is not None and run.has_grad:
+        if grad is not None:
             cut_sums[run.cut : run.cut + run.blocks] += _column_sums(grad, run, cut_sums)
 
 
@@ -91,7 +91,7 @@ def blockwise(
     constants, words = _on_device(scalars, params), _Words(rounding, params)
     for piece in iterate_row_runs(row_runs, select):
         local = [params[piece.tensor], *(state[piece.tensor] for state in states)]
-        grad = grads[piece.tensor] if piece.has_grad else None
+        grad = grads[piece.tensor]
         blocks = [_part(state[piece.tensor], piece.slot, (piece.blocks,)) for state in block_states]
         here = words.at(piece.tensor, piece.start)
         if piece.cut < 0:
@@ -107,7 +107,7 @@ def blockwise(
             eager.advance_blocks(formula, len(states), blocks, mean_squares, constants)
     for run in iterate_column_runs(column_runs, select):
         local = [params[run.tensor], *(state[run.tensor] for state in states)]
-        grad = grads[run.tensor] if run.has_grad else None
+        grad = grads[run.tensor]
         blocks = [_part(state[run.tensor], run.slot, (run.blocks,)) for state in block_states]
         sums = _column_sums(grad, run, cut_sums) if run.cut < 0 else cut_sums[run.cut : run.cut + run.blocks]
         mean_squares = (sums / run.block_numel).float()

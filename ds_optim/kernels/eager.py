@@ -43,8 +43,8 @@ def elementwise(
 ) -> None:
     """`ds_optim.kernels.elementwise`."""
     scalars = rounded(scalars)
-    for tensor, start, length, has_grad in placed_spans(spans, params, rounding):
-        param, grad = params[tensor], grads[tensor] if has_grad else None
+    for tensor, start, length in placed_spans(spans, params, rounding):
+        param, grad = params[tensor], grads[tensor]
         local = [state[tensor] for state in states]
         chunk = chunk_of(param.device)
         for first in range(start, start + length, chunk):
@@ -65,11 +65,11 @@ def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: 
     """`ds_optim.kernels.partial_sums`."""
     for piece in iterate_row_runs(row_runs, "cut"):
         grad = grads[piece.tensor]
-        if grad is not None and piece.has_grad:
+        if grad is not None:
             cut_sums[piece.cut] += _row_sums(grad, piece, cut_sums.dtype)[0]
     for run in iterate_column_runs(column_runs, "cut"):
         grad = grads[run.tensor]
-        if grad is not None and run.has_grad:
+        if grad is not None:
             cut_sums[run.cut : run.cut + run.blocks] += _column_sums(grad, run, cut_sums.dtype)
 
 
@@ -90,7 +90,7 @@ def blockwise(
     """`ds_optim.kernels.blockwise`."""
     scalars = rounded(scalars)
     for piece in iterate_row_runs(row_runs, select):
-        param, grad = params[piece.tensor], grads[piece.tensor] if piece.has_grad else None
+        param, grad = params[piece.tensor], grads[piece.tensor]
         local = [state[piece.tensor] for state in states]
         local_blocks = [state[piece.tensor][piece.slot : piece.slot + piece.blocks] for state in block_states]
         for part, first, last in _parts(piece, chunk_of(param.device)):
@@ -99,7 +99,7 @@ def blockwise(
             part_blocks = [s[first:last] for s in local_blocks]
             _update_rows(formula, param, grad, local, part_blocks, part, mean_squares, scalars, rounding)
     for run in iterate_column_runs(column_runs, select):
-        param, grad = params[run.tensor], grads[run.tensor] if run.has_grad else None
+        param, grad = params[run.tensor], grads[run.tensor]
         local = [state[run.tensor] for state in states]
         local_blocks = [state[run.tensor][run.slot : run.slot + run.blocks] for state in block_states]
         if run.cut < 0:
@@ -118,16 +118,14 @@ def rounded(scalars: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
     return {**dict(zip(numbers, values, strict=True)), **tensors}
 
 
-def placed_spans(
-    spans: Tensor, params: Sequence[Tensor], rounding: Rounding | None
-) -> Iterator[tuple[int, int, int, bool]]:
+def placed_spans(spans: Tensor, params: Sequence[Tensor], rounding: Rounding | None) -> Iterator[tuple[int, int, int]]:
     """As `iterate_spans`; where elements are rounded by their places, no span reaches over the end of a parameter."""
-    for tensor, start, length, has_grad in iterate_spans(spans):
+    for tensor, start, length in iterate_spans(spans):
         if rounding is None or params[tensor].dtype != torch.bfloat16:
-            yield tensor, start, length, has_grad
+            yield tensor, start, length
         else:
             for place in rounding.places.within(tensor, start, length):
-                yield tensor, place.start, place.length, has_grad
+                yield tensor, place.start, place.length
 
 
 def words_at(rounding: Rounding | None, param: Tensor, tensor: int, start: int) -> tuple[int, ...]:
@@ -188,9 +186,7 @@ def _parts(piece: RowPiece, chunk: int) -> Iterator[tuple[RowPiece, int, int]]:
     for first in range(0, piece.blocks, step):
         blocks = min(step, piece.blocks - first)
         start = piece.start + first * piece.length
-        part = RowPiece(
-            piece.tensor, start, blocks, piece.length, piece.numel, piece.slot + first, piece.cut, piece.has_grad
-        )
+        part = RowPiece(piece.tensor, start, blocks, piece.length, piece.numel, piece.slot + first, piece.cut)
         yield part, first, first + blocks
 
 

@@ -104,10 +104,10 @@ __attribute__((noinline)) void update_streams(const Rule rule, float* const* x, 
 
 // Elements [start, stop) of one tensor.
 template <class Rule>
-void update_range(const Rule& rule, const Streams& streams, int64_t tensor, bool has_grad, int64_t start, int64_t stop) {
+void update_range(const Rule& rule, const Streams& streams, int64_t tensor, int64_t start, int64_t stop) {
   alignas(64) float buffers[Rule::kStreams][kBuffer];
   View views[Rule::kStreams];
-  for (int k = 0; k < Rule::kStreams; ++k) views[k] = View(streams, k, tensor, k != kGrad || has_grad);
+  for (int k = 0; k < Rule::kStreams; ++k) views[k] = View(streams, k, tensor);
   const bool direct = std::all_of(views, views + Rule::kStreams, [](const View& view) { return view.direct(); });
   const int64_t step = direct ? stop - start : kBuffer;
   for (; start < stop; start += step) {
@@ -121,14 +121,14 @@ void update_range(const Rule& rule, const Streams& streams, int64_t tensor, bool
   }
 }
 
-// Spans are (tensor, start, length, has_grad). Returns 0, or the number (from 1) of the first row that is out of bounds, or
-// of whose elements some are to be rounded but have no place.
+// Spans are (tensor, start, length). Returns 0, or the number (from 1) of the first row that is out of bounds, or of
+// whose elements some are to be rounded but have no place.
 template <class Rule>
 int64_t update_spans(const Rule& rule, const Streams& streams, const int64_t* numels, const int64_t* spans, int64_t rows,
                      int64_t threads) {
   std::vector<int64_t> before(size_t(rows) + 1, 0);  // elements of all earlier spans
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t *span = spans + 4 * row, tensor = span[0], start = span[1], length = span[2];
+    const int64_t *span = spans + 3 * row, tensor = span[0], start = span[1], length = span[2];
     if (tensor < 0 || tensor >= streams.tensors || start < 0 || length < 0 || length > numels[tensor] - start) {
       return row + 1;
     }
@@ -141,9 +141,9 @@ int64_t update_spans(const Rule& rule, const Streams& streams, const int64_t* nu
     const int64_t stop = std::min(position + kTask, total);
     int64_t row = std::upper_bound(before.begin(), before.end(), position) - before.begin() - 1;
     for (; position < stop; ++row) {
-      const int64_t *span = spans + 4 * row, first = position - before[size_t(row)];
+      const int64_t *span = spans + 3 * row, first = position - before[size_t(row)];
       const int64_t last = std::min(span[2], first + stop - position);
-      update_range(rule, streams, span[0], span[3] != 0, span[1] + first, span[1] + last);
+      update_range(rule, streams, span[0], span[1] + first, span[1] + last);
       position += last - first;
     }
   });

@@ -44,7 +44,7 @@ void add_cut_sums(const Streams& streams, const Blocks& blocks, double* cut_sums
   std::vector<double> sums(parts.size());
   run_tasks(int64_t(parts.size()), threads, [&](int64_t task) {
     const Part& part = parts[size_t(task)];
-    const View grad(streams, 0, part.piece->tensor, part.piece->has_grad);
+    const View grad(streams, 0, part.piece->tensor);
     sums[size_t(task)] = grad.base == nullptr ? 0.0 : sum_part(grad, part.start, part.length);
   });
   for (size_t i = 0; i < parts.size(); ++i) cut_sums[parts[i].piece->cut] += sums[i];
@@ -108,11 +108,11 @@ int64_t ds_optim_adam_mini(int64_t tensors, const int64_t* const* streams, const
   if (bad != 0) return bad;
   const Streams all{streams, tensors, rounding};
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t* run = row_runs + 9 * row;
+    const int64_t* run = row_runs + 8 * row;
     if (!all.placed(run[0], run[1], run[2])) return row + 1;
   }
   for (int64_t row = 0; row < column_rows; ++row) {
-    const int64_t* run = column_runs + 12 * row;
+    const int64_t* run = column_runs + 11 * row;
     if (!all.placed(run[0], run[1], run[2])) return -(row + 1);
   }
   AdamMini rule;

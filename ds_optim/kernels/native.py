@@ -108,7 +108,7 @@ def elementwise(
     if STATES.get(name) != len(states):
         raise ValueError(f"no C++ kernel named {name!r} with {len(states)} states; there are {STATES}")
     call = _Streams([("param", params), ("grad", grads), *((f"state {i}", state) for i, state in enumerate(states))])
-    _check_table("spans", spans, 4)
+    _check_table("spans", spans, 3)
     constants, how = _scalars(name, scalars), _rounding(rounding)
     bad = getattr(library(), f"ds_optim_{name}")(
         len(params),
@@ -131,8 +131,8 @@ def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: 
         ValueError: a tensor or a table is not what the kernels can work on.
     """
     call = _Streams([("grad", grads)])
-    _check_table("row_runs", row_runs, 9)
-    _check_table("column_runs", column_runs, 12)
+    _check_table("row_runs", row_runs, 8)
+    _check_table("column_runs", column_runs, 11)
     _check_sums(cut_sums)
     bad = library().ds_optim_partial_sums(
         len(grads),
@@ -170,8 +170,8 @@ def blockwise(
     if (name, len(states), len(block_states)) != ("adam_mini", 1, 1):
         raise ValueError(f"no C++ kernel named {name!r} with {len(states)} and {len(block_states)} (block) states")
     call = _Streams([("param", params), ("grad", grads), ("state 0", states[0])], [("block state", block_states[0])])
-    _check_table("row_runs", row_runs, 9)
-    _check_table("column_runs", column_runs, 12)
+    _check_table("row_runs", row_runs, 8)
+    _check_table("column_runs", column_runs, 11)
     _check_sums(cut_sums)
     constants, how = _scalars(name, scalars), _rounding(rounding)
     bad = library().ds_optim_adam_mini(

@@ -93,8 +93,8 @@ struct View {
   const Rounding* rounding = nullptr;
 
   View() = default;
-  View(const Streams& streams, int64_t stream, int64_t tensor, bool present = true)
-      : base(present ? streams.address(stream, tensor) : nullptr),
+  View(const Streams& streams, int64_t stream, int64_t tensor)
+      : base(streams.address(stream, tensor)),
         dtype(streams.dtype(stream, tensor)),
         tensor(tensor),
         rounding(stream == kParam && dtype == kBFloat16 ? streams.rounding : nullptr) {}

@@ -4,24 +4,23 @@ Tables are int64 CPU tensors, so that a C++ kernel reads them as they are and a 
 a list of local flat tensors (contiguous, seen as 1-D); whatever no row of a table covers is padding: it is never read
 and never written.
 
-``spans`` (n, 4), for elementwise rules::
+``spans`` (n, 3), for elementwise rules::
 
-    tensor  start  length  has_grad
+    tensor  start  length
 
-``row_runs`` (n, 9): consecutive blocks of one width that lie one after the other. Block ``k`` of a run is the local
+``row_runs`` (n, 8): consecutive blocks of one width that lie one after the other. Block ``k`` of a run is the local
 elements ``[k*width - phase, (k+1)*width - phase)`` clipped to ``[0, length)``, counted from ``start``::
 
-    tensor  start  length  phase  width  slot  cut_first  cut_last  has_grad
+    tensor  start  length  phase  width  slot  cut_first  cut_last
 
-``column_runs`` (n, 12): blocks that are groups of columns of a row-major matrix, of which the local elements
+``column_runs`` (n, 11): blocks that are groups of columns of a row-major matrix, of which the local elements
 ``[start, start + length)`` are the matrix's elements ``[phase, phase + length)``. Block ``k`` of a run is the columns
 ``[column_start + k*width, column_start + (k+1)*width)`` and has ``block_numel`` elements in the whole matrix::
 
-    tensor  start  length  phase  row_length  column_start  column_stop  width  slot  cut  block_numel  has_grad
+    tensor  start  length  phase  row_length  column_start  column_stop  width  slot  cut  block_numel
 
 ``slot`` is where a run's first block keeps its state in the tensor's block state; the others follow. A block that a
 shard boundary cuts has a place in ``cut_sums`` (``cut_first``, ``cut_last``; ``cut`` and following), all others say -1.
-``has_grad`` 0 means that the gradient counts as zero and is not read.
 
 This file knows how to read tables; what a row should say is the layout's business.
 """
@@ -58,7 +57,6 @@ class RowPiece:
     numel: int
     slot: int
     cut: int
-    has_grad: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,6 @@ class ColumnRun:
     slot: int
     cut: int
     block_numel: int
-    has_grad: int
 
     @property
     def blocks(self) -> int:
@@ -115,11 +112,11 @@ class ColumnRun:
             position = row_stop
 
 
-def iterate_spans(spans: Tensor) -> Iterator[tuple[int, int, int, bool]]:
-    """The rows of ``spans`` as ``(tensor, start, length, has_grad)``; empty ones are left out."""
-    for tensor, start, length, has_grad in spans.tolist():
+def iterate_spans(spans: Tensor) -> Iterator[tuple[int, int, int]]:
+    """The rows of ``spans`` as ``(tensor, start, length)``; empty ones are left out."""
+    for tensor, start, length in spans.tolist():
         if length:
-            yield tensor, start, length, bool(has_grad)
+            yield tensor, start, length
 
 
 def iterate_row_runs(row_runs: Tensor, select: Select) -> Iterator[RowPiece]:
@@ -128,7 +125,7 @@ def iterate_row_runs(row_runs: Tensor, select: Select) -> Iterator[RowPiece]:
     Raises:
         ValueError: a run holds part of a block but names no place for it in ``cut_sums``.
     """
-    for tensor, start, length, phase, width, slot, cut_first, cut_last, has_grad in row_runs.tolist():
+    for tensor, start, length, phase, width, slot, cut_first, cut_last in row_runs.tolist():
         if length == 0:
             continue
         blocks = -(-(phase + length) // width)
@@ -147,13 +144,13 @@ def iterate_row_runs(row_runs: Tensor, select: Select) -> Iterator[RowPiece]:
         first_length = min(width - phase, length)
         whole_start = start + (first_length if first else 0)
         if first and select != "uncut":
-            yield RowPiece(tensor, start, 1, first_length, width, slot, cut_first, bool(has_grad))
+            yield RowPiece(tensor, start, 1, first_length, width, slot, cut_first)
         if whole and select != "cut":
-            yield RowPiece(tensor, whole_start, whole, width, width, slot + first, -1, bool(has_grad))
+            yield RowPiece(tensor, whole_start, whole, width, width, slot + first, -1)
         if last and select != "uncut":
             last_start = whole_start + whole * width
             last_length = start + length - last_start
-            yield RowPiece(tensor, last_start, 1, last_length, width, slot + blocks - 1, cut_last, bool(has_grad))
+            yield RowPiece(tensor, last_start, 1, last_length, width, slot + blocks - 1, cut_last)
 
 
 def iterate_column_runs(column_runs: Tensor, select: Select) -> Iterator[ColumnRun]:

@@ -56,16 +56,16 @@ class Tables:
         num_cuts: blocks of these tensors' layouts that a shard boundary cuts, the same on every rank.
     """
 
-    spans: Tensor = field(default_factory=lambda: _table([], 4))
-    row_runs: Tensor = field(default_factory=lambda: _table([], 9))
-    column_runs: Tensor = field(default_factory=lambda: _table([], 12))
+    spans: Tensor = field(default_factory=lambda: _table([], 3))
+    row_runs: Tensor = field(default_factory=lambda: _table([], 8))
+    column_runs: Tensor = field(default_factory=lambda: _table([], 11))
     num_cuts: int = 0
 
 
 def span_tables(bounds: Sequence[BoundTensor]) -> Tables:
     """Tables of an elementwise rule: every stretch without padding."""
-    spans = [(index, *span, 1) for index, bound in enumerate(bounds) for span in held_spans(bound.layout, bound.rank)]
-    return Tables(spans=_table(spans, 4))
+    spans = [(index, *span) for index, bound in enumerate(bounds) for span in held_spans(bound.layout, bound.rank)]
+    return Tables(spans=_table(spans, 3))
 
 
 def block_tables(runs: Sequence[Runs]) -> Tables:
@@ -76,12 +76,12 @@ def block_tables(runs: Sequence[Runs]) -> Tables:
     for index, of_tensor in enumerate(runs):
         for *head, first, last, _ in of_tensor.rows:
             shifted = (cut + cuts if cut >= 0 else -1 for cut in (first, last))
-            rows.append((index, *head, *shifted, 1))
+            rows.append((index, *head, *shifted))
         for *head, cut, block_numel, _ in of_tensor.columns:
             shifted_cut = cut + cuts if cut >= 0 else -1
-            columns.append((index, *head, shifted_cut, block_numel, 1))
+            columns.append((index, *head, shifted_cut, block_numel))
         cuts += of_tensor.num_cuts
-    return Tables(row_runs=_table(rows, 9), column_runs=_table(columns, 12), num_cuts=cuts)
+    return Tables(row_runs=_table(rows, 8), column_runs=_table(columns, 11), num_cuts=cuts)
 
 
 def places(tensors: Sequence[Tensor], bounds: Sequence[BoundTensor]) -> kernels.Places:
@@ -152,7 +152,7 @@ class Call:
         def part(of: list[Any], index: int, start: int, length: int) -> Any:
             return None if of[index] is None else of[index].narrow(0, start, length)
 
-        self.tables = Tables(spans=_table([(i, 0, s[2], 1) for i, s in enumerate(stretches)], 4))
+        self.tables = Tables(spans=_table([(i, 0, s[2]) for i, s in enumerate(stretches)], 3))
         self.grads = [part(self.grads, s[0], s[1], s[2]) for s in stretches]
         self.params = [part(self.params, s[0], s[1], s[2]) for s in stretches]
         self.states = [[part(of_kind, s[0], s[3], s[2]) for s in stretches] for of_kind in self.states]

@@ -18,7 +18,7 @@ class Runs:
     """The blocks of one local tensor.
 
     Attributes:
-        rows: ``row_runs`` without their ``tensor`` and ``has_grad`` columns: (start, length, phase, width, slot,
+        rows: ``row_runs`` without their ``tensor`` column, the parameter behind: (start, length, phase, width, slot,
             cut_first, cut_last, parameter).
         columns: ``column_runs`` likewise: (start, length, phase, row_length, column_start, column_stop, width, slot,
             cut, block_numel, parameter).
