@@ -73,7 +73,7 @@ class Settings:
 
     Attributes:
         options: options of the optimizer, which take precedence over ``optimizer.params`` (three-element ``betas``).
-        no_decay: name patterns of the parameters that are exempt from weight decay; None: norms and biases, by role.
+        no_decay: name patterns of the parameters that are spared weight decay; None: by role, see `is_decay_exempt`.
     """
 
     options: dict[str, Any]
