@@ -474,6 +474,17 @@ def test_deepcompile_is_refused(pool: Pools, stage: int) -> None:
         assert "compile.deepcompile moves gradients past the hooks" in message
 
 
+def test_autoep_is_refused_before_there_is_an_engine(pool: Pools) -> None:
+    from ds_optim.deepspeed_plugin import judge
+
+    experts = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
+    name, reasons = judge({"optimizer": {"type": "Adan", "params": {}}, "zero_optimization": {"stage": 2}, **experts})
+    assert name == "Adan"
+    assert [reason.split()[0] for reason in reasons] == ["expert_parallel"]
+    for message in pool(2).run(refusal, 2, experts):
+        assert reasons[0] in message
+
+
 def compiled(stage: int, zero: dict[str, Any]) -> tuple[Weights, Weights]:
     """With and without torch's compiler, which must not hide from us what was used; `late` is not, in step 2."""
     ends = []
