@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ds_optim.attention_heads import children, fused_parts, head_dim_of, is_attention, width_of
 from ds_optim.role import Kind, Part, Role, Source, contradictions, is_vector
@@ -143,8 +144,9 @@ def _reparametrized(place: Place) -> tuple[Place, bool] | None:
         is_weight_norm = type(holder[0]).__name__ == "_WeightNorm"
         if leaf == "original" or is_weight_norm:
             return replace(place, leaf=place.holder_name, modules=place.modules[:-2]), leaf == "original0"
-    elif leaf[-2:] in ("_g", "_v") and {f"{leaf[:-1]}g", f"{leaf[:-1]}v"} <= holder._parameters.keys():
-        return replace(place, leaf=leaf[:-2]), leaf.endswith("_g")
+    for hook in holder._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and leaf in (f"{hook.name}_g", f"{hook.name}_v"):
+            return replace(place, leaf=hook.name), leaf.endswith("_g")
     return None
 
 

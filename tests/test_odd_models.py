@@ -189,6 +189,12 @@ def test_a_reparametrised_weight_keeps_its_role_and_its_length_is_a_gain() -> No
         ]
 
 
+def test_names_alone_make_no_weight_norm() -> None:
+    gated = nn.Module()
+    gated.w_g, gated.w_v = nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.zeros(3, 3))
+    assert not any(is_decay_exempt(role) for role in infer_roles(gated).values())
+
+
 def test_wav2vec2_has_no_parameter_that_nobody_knows() -> None:
     config = transformers.Wav2Vec2Config(
         hidden_size=16,
