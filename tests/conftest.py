@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 import zlib
 from collections.abc import Generator, Iterator
 
@@ -15,6 +16,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    # torch finds compiled code again by a key that does not say for which vector registers it was generated.
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}_{capability}"
+    )
 
 from hypothesis import HealthCheck, settings
 
