@@ -112,6 +112,7 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
     given: list[Tensor] = []
     with deferred_steps():
         if named is not None:
+            parameters = [_listed(entry) for entry in parameters]
             given = [parameter for group in _grouped(parameters) for parameter in group]
             parameters = _prepare_from_json(engine, named, parameters, inferred)
         elif isinstance(client, ShardedOptimizer):
@@ -205,6 +206,13 @@ def _prepare_from_json(
 def _parameter(entry: Any) -> Tensor:
     found: Tensor = entry[1] if isinstance(entry, tuple) else entry  # (name, parameter) pairs are welcome
     return found
+
+
+def _listed(entry: Any) -> Any:
+    """A group whose parameters can be read more than once; anything else as it is."""
+    if not isinstance(entry, dict) or isinstance(entry["params"], Tensor | set):  # sets are refused later
+        return entry
+    return {**entry, "params": list(entry["params"])}
 
 
 def _grouped(parameters: list[Any]) -> list[list[Tensor]]:

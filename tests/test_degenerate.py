@@ -283,7 +283,7 @@ def groups_of(model: Small, together: bool) -> dict[str, Any]:
     head, body = [model.head.weight, model.gain], [model.body.weight]
     listed = [head + body] if together else [head, body]
     trained = [[one for one in group if one.requires_grad] for group in listed]
-    return {"model_parameters": [{"params": group} for group in trained if group]}
+    return {"model_parameters": [{"params": iter(group)} for group in trained if group]}
 
 
 def unfrozen_by_a_load(zero: dict[str, Any], together: bool, optimizer: str, folder: str) -> dict[str, Any]:

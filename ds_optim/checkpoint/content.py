@@ -388,7 +388,11 @@ def follow_schedule(subject: Subject, about: Mapping[str, Any], scheduler: Any) 
     """Give parameter groups that the checkpoint knows nothing of the rate that a loaded schedule has reached."""
     assert subject.optimizer is not None
     is_torchs = isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
-    rates = scheduler.get_last_lr() if is_torchs else scheduler.get_lr()  # DeepSpeed's last one is of its last step
+    # DeepSpeed's schedules know a last rate only after a step; other people's may tell none.
+    rates_of = getattr(scheduler, "get_last_lr" if is_torchs else "get_lr", None)
+    if rates_of is None:
+        return
+    rates = rates_of()
     for index, settings in _saved_settings(subject, about).items():
         group = subject.optimizer.param_groups[index]
         if not settings and isinstance(group["lr"], Tensor):
