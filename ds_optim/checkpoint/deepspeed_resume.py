@@ -174,12 +174,19 @@ def _advice(files: DeepSpeedFiles, saved: Mapping[str, Any], directory: Path, op
             f"engine.load_checkpoint({str(directory)!r}, load_optimizer_states=False), then "
             f"ds_optim.checkpoint.warm_start.warm_start({str(directory)!r}, engine), see docs/warm_start.md"
         )
+    if not is_ours and _is_adams(files, saved):
+        return (
+            "at ZeRO stage 0 DeepSpeed saves no names: give warm_start the optimizer's state_dict() and names=[...], "
+            "see docs/warm_start.md"
+        )
     if not is_ours and files.optimizer_name:
         return "weights alone can be taken over: load_checkpoint(..., load_optimizer_states=False)"
     needs_model = bool(source.rule.block_state) or not source.is_elementwise or not files.is_zero
     convert = f"ds-optim checkpoint convert {shlex.quote(str(directory))} OUT{' --model CONFIG.JSON' * needs_model}"
     load = "ds_optim.checkpoint.load('OUT', engine)"
-    if source is not type(optimizer):
+    if source.__name__ == "AdamW" and target != "AdamW":
+        load = "ds_optim.checkpoint.warm_start.warm_start('OUT', engine, weights=True), see docs/warm_start.md, and"
+    elif source is not type(optimizer):
         load = "ds_optim.checkpoint.load('OUT', engine, load_optimizer_states=False), weights alone"
     return (
         f"`{convert}` makes a checkpoint for any ranks, ZeRO stage and precision; then {load}, see docs/checkpoints.md"
