@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ds_optim import extension_builds
@@ -146,7 +147,7 @@ def _print_kernels(console: Console) -> None:
 
 
 def _print_refusals(console: Console, config: Path | None) -> list[str]:
-    from ds_optim.deepspeed_plugin import REFUSALS, judge
+    from ds_optim.deepspeed_plugin import REFUSALS, judge, notes
 
     if config is None:
         console.print("Refused at start (give a JSON with --deepspeed to judge it):")
@@ -160,6 +161,8 @@ def _print_refusals(console: Console, config: Path | None) -> list[str]:
     name, reasons = judge(content)
     who = name or '"optimizer" is not one of ours; judged for an AdamMini made by hand'
     console.print(f"{config}: {who}: {'refused' if reasons else 'accepted'}")
+    for note in notes(content):
+        console.print(f"[bold yellow]note:[/] {escape(note)}", highlight=False)
     return reasons
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 import wrapt
+from deepspeed.runtime import lr_schedules
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero import utils as zero_utils
 from torch import Tensor
@@ -34,7 +37,7 @@ from ds_optim.overlooked import overlooked, watch_trainer
 from ds_optim.role import Role
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, exempt_names, infer_roles, logical_shape
-from ds_optim.sharding import zero
+from ds_optim.sharding import guards, zero
 from ds_optim.sharding.gradient_window import settle_gradients
 from ds_optim_autoload import ENGINE
 
@@ -135,6 +138,7 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
         basic.bind(binding, _roles(engine, basic._roles_given, inferred), _by_name(engine, given))
         zero.guard_state_access(engine, type(basic).__name__, basic.element_keys)
         guard_resuming(engine)
+        guards.watch(engine)
     return result
 
 
@@ -179,6 +183,7 @@ def _prepare_from_json(
     patterns = settings.no_decay
     exempt, pattern_problems = _exempt(engine, patterns, inferred)
     _raise_on_all_ranks(engine, [*problems, *pattern_problems, *_untrained(engine, _grouped(parameters))])
+    _warn_of_trainers_betas(cls, config)
     if options.get("roles") is not None:  # they were judged
         exempt, _ = _exempt(engine, patterns, _roles(engine, options["roles"], inferred))
     engine._config.optimizer_params = options
@@ -276,7 +281,116 @@ def option_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> l
     auto = [key for key, value in options.items() if value == "auto"]
     if auto:
         problems.append(f'"auto" for {", ".join(auto)} is filled in by a Hugging Face Trainer only; give numbers')
+    problems += _schedule_problems(cls, config)
     return problems + cls.setting_problems({key: value for key, value in options.items() if value != "auto"})
+
+
+_TRAINERS_BETAS = (0.9, 0.999)  # the defaults of adam_beta1 and adam_beta2 in TrainingArguments
+
+
+def _has_other_betas(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> bool:
+    """Whether two betas that a Trainer fills in could displace the optimizer's own unseen."""
+    own = inspect.signature(cls).parameters["betas"].default
+    return cls.num_betas == 2 and tuple(own) != _TRAINERS_BETAS and "betas" not in Settings.of(config).options
+
+
+def _own_betas(cls: type[ShardedOptimizer]) -> str:
+    own = list(inspect.signature(cls).parameters["betas"].default)
+    return (
+        f'leave "betas" out of "optimizer.params" for its default {own}, or put "ds_optim": {{"betas": {own}}} into it'
+    )
+
+
+def _warn_of_trainers_betas(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> None:
+    """By now "auto" is a number, and numbers must equal the Trainer's arguments: only equality with a default shows."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    trainers = integration.deepspeed_config() if integration is not None else None
+    betas = (config["optimizer"].get("params") or {}).get("betas")
+    if trainers is None or betas is None or tuple(betas) != _TRAINERS_BETAS or not _has_other_betas(cls, config):
+        return
+    warnings.warn(
+        f'{cls.__name__} trains with betas {list(betas)}, the TrainingArguments\' defaults, which "auto" fills in: if '
+        f"they are not meant, {_own_betas(cls)} in the JSON",
+        stacklevel=2,
+    )
+
+
+_TRAINER_FILLS = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps")  # of a schedule
+
+
+def _schedule(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    scheduler = config.get("scheduler") or {}
+    return str(scheduler.get("type", "")), dict(scheduler.get("params") or {})
+
+
+def _schedule_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> list[str]:
+    """Why a JSON's ``scheduler`` cannot work with ``cls``."""
+    name, params = _schedule(config)
+    if name == "OneCycle" and params.get("cycle_momentum", True) and cls.num_betas != 2:
+        return [
+            f"OneCycle writes two betas into the groups, {cls.__name__} has {cls.num_betas}: "
+            'set "cycle_momentum": false in "scheduler.params"'
+        ]
+    return []
+
+
+def trainer_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> list[str]:
+    """What a Hugging Face Trainer's "auto" would make wrong in a whole DeepSpeed configuration."""
+    problems = []
+    betas = (config["optimizer"].get("params") or {}).get("betas")
+    if betas == "auto" and cls.num_betas != 2 and "betas" not in Settings.of(config).options:
+        own = list(inspect.signature(cls).parameters["betas"].default)
+        problems.append(
+            f'"betas": "auto": a Trainer fills in two, {cls.__name__} has {cls.num_betas}: '
+            f'leave it out and write "ds_optim": {{"betas": {own}}}'
+        )
+    name, params = _schedule(config)
+    made = getattr(lr_schedules, name, None) if name in lr_schedules.VALID_LR_SCHEDULES else None
+    accepted = list(inspect.signature(made).parameters)[1:] if made is not None else list(params)
+    problems += [
+        f'{name} has no option {key!r} ("scheduler.params"); its options: {", ".join(accepted)}'
+        for key in params
+        if key not in accepted
+    ]
+    left = [key for key, value in params.items() if value == "auto" and key in accepted and key not in _TRAINER_FILLS]
+    if left:
+        problems.append(
+            f'"auto" for {", ".join(left)} of {name}: a Trainer fills in {", ".join(_TRAINER_FILLS)} only; give values'
+        )
+    return problems
+
+
+def notes(config: Mapping[str, Any]) -> list[str]:
+    """What is no error in a whole DeepSpeed configuration, but trains with other numbers than it seems to."""
+    optimizer = config.get("optimizer")
+    cls = names().get(str(optimizer.get("type"))) if isinstance(optimizer, Mapping) else None
+    if cls is None or not isinstance(optimizer, Mapping):
+        return []
+    found = []
+    given = optimizer.get("params") or {}
+    if given.get("betas") == "auto" and _has_other_betas(cls, config):
+        found.append(
+            f'"betas": "auto" gives {cls.__name__} the TrainingArguments\' adam_beta1 and adam_beta2, by default '
+            f"{list(_TRAINERS_BETAS)}: {_own_betas(cls)}"
+        )
+    name, params = _schedule(config)
+    lr = Settings.of(config).all_options(config).get("lr")
+    if name in ("WarmupLR", "WarmupDecayLR"):
+        highest = params.get("warmup_max_lr", 0.001 if name == "WarmupDecayLR" else lr)
+        stated = "" if "warmup_max_lr" in params else ", its default"
+        if highest not in ("auto", lr):
+            found.append(
+                f"{name} trains with its warmup_max_lr, {highest}{stated}, and not with the optimizer's lr"
+                + (f", {lr}" if lr is not None else "")
+                + ': set "warmup_max_lr" to the learning rate'
+            )
+    if name == "OneCycle" and params.get("cycle_momentum", True) and cls.num_betas == 2:
+        found.append(
+            f"OneCycle cycles the first beta between {params.get('cycle_min_mom', 0.8)} and "
+            f"{params.get('cycle_max_mom', 0.9)} and sets the second to 0.99, whatever the optimizer was given: "
+            '"cycle_momentum": false in "scheduler.params" keeps its betas'
+        )
+    return found
 
 
 def _exempt(engine: Any, no_decay: tuple[str, ...] | None, roles: Mapping[str, Role]) -> tuple[set[Tensor], list[str]]:
@@ -397,6 +511,7 @@ def _engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, infer
             f"{cls.__name__} under a PipelineModule would depend on the number of stages, and stop one stage alone "
             "where a gradient is not finite: use ZeRO without pipeline parallelism"
         )
+    problems += _sparse_problems(engine.module)
     if engine.has_moe_layers:
         problems.append("DeepSpeed's expert parallelism is not supported: use the model's own (stacked) experts")
     try:
@@ -404,6 +519,18 @@ def _engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, infer
     except ValueError as error:
         problems.append(str(error))
     return problems
+
+
+def _sparse_problems(model: torch.nn.Module) -> list[str]:
+    """Embeddings whose gradients would be sparse: DeepSpeed flattens gradients, and fails on the first of these."""
+    return [
+        f"{canonical_name(name)}.weight: {type(module).__name__}(sparse=True) makes a sparse gradient, which neither "
+        "DeepSpeed nor any optimizer here can take: make it with sparse=False, or freeze it"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
+        and module.sparse
+        and module.weight.requires_grad
+    ]
 
 
 def judge(config: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -419,9 +546,14 @@ def judge(config: Mapping[str, Any]) -> tuple[str, list[str]]:
     named = names().get(str(optimizer.get("type"))) if isinstance(optimizer, Mapping) else None
     known = _without_auto({key: value for key, value in config.items() if "batch" not in key and key != "optimizer"})
     known.pop("gradient_accumulation_steps", None)
-    reasons = refusals(DeepSpeedConfig({**known, "train_micro_batch_size_per_gpu": 1}), named or AdamMini)
+    try:
+        whole = DeepSpeedConfig({**known, "train_micro_batch_size_per_gpu": 1})
+    except Exception as error:  # of several kinds, and the file is what is judged
+        reasons = [f"DeepSpeed refuses it: {error}"]
+    else:
+        reasons = refusals(whole, named or AdamMini)
     if named is not None:
-        reasons = [*option_problems(named, _without_auto(config)), *reasons]
+        reasons = [*option_problems(named, _without_auto(config)), *trainer_problems(named, config), *reasons]
     return named.__name__ if named else "", reasons
 
 

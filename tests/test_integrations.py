@@ -13,6 +13,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -319,6 +320,27 @@ def zero2(**optimizer: Any) -> dict[str, Any]:
 
 ADAN = {"lr": 4e-3, "weight_decay": 0.1}
 BETAS = [0.9, 0.8, 0.95]
+
+
+def betas_of(output: Path, config: dict[str, Any]) -> tuple[list[float], list[str]]:
+    """A job: the betas that a Trainer's optimizer got, and what was said about them."""
+    with fresh_accelerate(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trainer_of(output, "", {"deepspeed": config, "max_steps": 1})
+        trainer.train()
+        betas = list(trainer.model_wrapped.basic_optimizer.param_groups[0]["betas"])
+        trainer.model_wrapped.destroy()
+        return betas, [str(one.message) for one in caught if "betas" in str(one.message)]
+
+
+def test_a_trainers_betas_do_not_displace_shampoos_without_a_word(pool: Any, tmp_path: Path) -> None:
+    config = zero2(type="Shampoo", params={"lr": "auto", "betas": "auto"})
+    ((betas, said),) = pool(1).run(betas_of, tmp_path, config)
+    assert betas == [0.9, 0.999]
+    assert len(said) == 1
+    assert 'leave "betas" out of "optimizer.params" for its default [0.9, 0.95]' in said[0]
+    stated = {**config, "ds_optim": {"betas": [0.9, 0.95]}}
+    assert pool(1).run(betas_of, tmp_path, stated) == [([0.9, 0.95], [])]
 
 
 def plain_engine_loop() -> dict[str, Tensor]:

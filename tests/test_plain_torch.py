@@ -247,9 +247,18 @@ def test_bad_settings_are_listed_together(cls: Any, settings: dict[str, Any], re
         assert reason in str(caught.value)
 
 
-def test_complex_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"weight is torch\.complex64"):
-        ds_optim.AdamW([("weight", nn.Parameter(torch.ones(2, dtype=torch.complex64)))])
+@pytest.mark.parametrize(
+    ("dtype", "remedy"),
+    [
+        (torch.complex64, "two real parameters"),
+        (torch.float64, "model.float()"),
+        (torch.float8_e4m3fn, "convert it to fp32, bf16 or fp16, or freeze it"),
+    ],
+)
+def test_parameters_of_other_dtypes_are_refused_with_what_to_do(dtype: torch.dtype, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"weight is {dtype}") as caught:
+        ds_optim.AdamW([("weight", nn.Parameter(torch.ones(2).to(dtype)))])
+    assert remedy in str(caught.value)
 
 
 def test_lion_ignores_eps_with_one_warning() -> None:
@@ -320,9 +329,9 @@ def test_a_copy_goes_on_where_the_original_was(cls: Any, copier: Any, seed: int)
 
 def test_a_refused_step_does_not_count(seed: int) -> None:
     dense, sparse = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, 2))
-    optimizer = ds_optim.AdamW([dense, sparse])
+    optimizer = ds_optim.AdamW([("dense", dense), ("table", sparse)])
     dense.grad, sparse.grad = torch.ones(3), torch.ones(3, 2).to_sparse()
-    with pytest.raises(ValueError, match="sparse gradient"):
+    with pytest.raises(ValueError, match=r"table has a sparse gradient.*sparse=False"):
         optimizer.step()
     assert torch.equal(dense, torch.ones(3))
     assert int(optimizer.state[dense]["step"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -233,3 +234,33 @@ def other_kernels_on_one_rank(value: str) -> str:
 def test_ranks_must_agree_on_their_kernels(pool: Pools, value: str, reason: str) -> None:
     for message in pool(2).run(other_kernels_on_one_rank, value):
         assert reason in message
+
+
+def with_a_sparse_embedding(stage: int, *, is_frozen: bool) -> str:
+    """An engine over a model with such an embedding; its error, if there is one."""
+    import deepspeed
+
+    model = torch.nn.Sequential(torch.nn.Embedding(10, 4, sparse=True), torch.nn.Linear(4, 1))
+    model[0].weight.requires_grad_(not is_frozen)
+    config = Case("ds_optim.AdamW", stage=stage).config()
+    try:
+        engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))
+    except ValueError as error:
+        return str(error)
+    engine.backward(engine(torch.tensor([[1, 2]])).square().mean())
+    engine.step()
+    engine.destroy()
+    return "no error"
+
+
+def test_sparse_embeddings_are_refused_when_the_engine_is_built(pool: Pools) -> None:
+    """DeepSpeed would fail in the first backward pass; at ZeRO-0 in the first step."""
+    for message in pool(2).run(partial(with_a_sparse_embedding, is_frozen=False), 0):
+        assert "0.weight: Embedding(sparse=True) makes a sparse gradient" in message
+        assert "sparse=False" in message
+    assert pool(1).run(partial(with_a_sparse_embedding, is_frozen=True), 2) == ["no error"]
+
+
+def test_onecycle_would_write_two_betas_into_an_optimizer_with_three(pool: Pools) -> None:
+    scheduler = {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}
+    refused(pool, Case("Adan", extra={"scheduler": scheduler}), '"cycle_momentum": false', ranks=1)

@@ -11,9 +11,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from ds_optim.cli import app
 from pool import ALONE
 
 SCRIPT = """
@@ -191,3 +194,55 @@ def test_the_doctor_says_what_resolves_to_what(tmp_path: Path) -> None:
     assert judged.returncode == 1, judged.stdout + judged.stderr
     assert "ratio below 1" in judged.stdout
     assert "has no option 'momentum'" in judged.stdout
+
+
+# "scheduler" and the optimizer's "params", what the doctor says about them, and whether it calls that an error.
+SAID = [
+    ("Shampoo", {"betas": "auto"}, None, "adam_beta1 and adam_beta2, by default [0.9, 0.999]", False),
+    ("ds_optim.Lion", {"betas": "auto"}, None, "for its default [0.9, 0.99]", False),
+    ("Adan", {"betas": "auto"}, None, "a Trainer fills in two, Adan has 3", True),
+    ("AdamMini", {"betas": "auto"}, None, "", False),
+    (
+        "AdamMini",
+        {"lr": 3e-4},
+        {"type": "WarmupDecayLR", "params": {"total_num_steps": 9}},
+        "0.001, its default",
+        False,
+    ),
+    (
+        "AdamMini",
+        {"lr": 3e-4},
+        {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1}},
+        "not with the optimizer's lr",
+        False,
+    ),
+    ("AdamMini", {"lr": 3e-4}, {"type": "WarmupLR", "params": {"warmup_num_steps": 9}}, "", False),
+    ("AdamMini", {"lr": "auto"}, {"type": "WarmupDecayLR", "params": {"warmup_max_lr": "auto"}}, "", False),
+    ("SWAN", {}, {"type": "WarmupCosineLR", "params": {"warmup_max_lr": "auto"}}, "no option 'warmup_max_lr'", True),
+    ("SWAN", {}, {"type": "WarmupCosineLR", "params": {"cos_min_ratio": "auto"}}, '"auto" for cos_min_ratio', True),
+    ("SWAN", {}, {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto"}}, "", False),
+    ("AdamMini", {}, {"type": "OneCycle", "params": {}}, "sets the second to 0.99", False),
+    ("AdamMini", {}, {"type": "OneCycle", "params": {"cycle_momentum": False}}, "", False),
+    ("Adan", {}, {"type": "OneCycle", "params": {}}, 'set "cycle_momentum": false', True),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "scheduler", "wanted", "is_error"), SAID)
+def test_the_doctor_says_which_numbers_a_file_really_trains_with(
+    tmp_path: Path, name: str, params: dict[str, Any], scheduler: Any, wanted: str, is_error: bool
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"optimizer": {"type": name, "params": params}, "scheduler": scheduler or {}}))
+    judged = CliRunner().invoke(app, ["doctor", "--deepspeed", str(file)], env={"COLUMNS": "400"})
+    assert judged.exit_code == (1 if is_error else 0), judged.output
+    said = " ".join(judged.output.split("judged")[-1].split(str(file))[-1].split())
+    assert wanted in said
+    assert ("note:" in said) == bool(wanted and not is_error)
+
+
+def test_the_doctor_reports_what_deepspeed_itself_refuses(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"optimizer": {"type": "AdamMini"}, "sparse_gradients": True}))
+    judged = CliRunner().invoke(app, ["doctor", "--deepspeed", str(file)], env={"COLUMNS": "400"})
+    assert judged.exit_code == 1
+    assert "DeepSpeed refuses it" in judged.output

@@ -166,7 +166,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """For pickle and deepcopy. A bound optimizer belongs to its engine: save the engine's checkpoint instead."""
         if self.is_bound:
             raise TypeError(
-                f"this {type(self).__name__} is bound to a DeepSpeed engine and cannot be copied or pickled"
+                f"this {type(self).__name__} is bound to a DeepSpeed engine and cannot be copied or pickled: save the "
+                "engine (engine.save_checkpoint, ds_optim.checkpoint.save)"
             )
         names = [self._names[tensor] for group in self.param_groups for tensor in group["params"]]
         given = names, self._roles_given, self.state_dtype, self.bf16_stochastic_round, self.seed
@@ -276,8 +277,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _kind_problems(self, parameter: Tensor) -> list[str]:
         if not parameter.is_sparse and parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
             return []
-        kind = "sparse" if parameter.is_sparse else str(parameter.dtype)
-        return [f"{self._names[parameter]} is {kind}, not a dense fp32, bf16 or fp16 tensor"]
+        return [f"{self._names[parameter]} is {_kind_and_remedy(parameter)}"]
+
+    def _name_of(self, tensor: Tensor) -> str:
+        """A parameter's name, or those of the first that a local tensor holds, for a message."""
+        if tensor in self._bound:
+            return ", ".join(spec.name for spec in self._bound[tensor].layout.parameters[:3])
+        return self._names.get(tensor, f"a parameter of shape {tuple(tensor.shape)}")
 
     def _names_in_model(self) -> dict[Tensor, str]:
         """What parameters without a name are called: as in the model, if that was given as ``roles``."""
@@ -524,7 +530,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups: dict[int, dict[str, Any]] = {}
         for group, tensor in active:
             if tensor.grad is not None and tensor.grad.is_sparse:
-                raise ValueError(f"sparse gradient in a parameter of shape {tuple(tensor.shape)}: not supported")
+                raise ValueError(
+                    f"{self._name_of(tensor)} has a sparse gradient, which no optimizer here can take: make its "
+                    "nn.Embedding with sparse=False, or give it to an optimizer of its own (torch.optim.SparseAdam)"
+                )
             if len(group["betas"]) != self.num_betas:
                 raise ValueError(
                     f"{type(self).__name__} has {self.num_betas} betas, something set {group['betas']!r} in its groups "
@@ -928,6 +937,20 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer) -> None:
 def dtype_of(value: Any) -> torch.dtype | None:
     """A dtype that state can be kept in, also from its name in a JSON (``"bf16"``, ``"torch.float32"``)."""
     return _DTYPES.get(str(value).removeprefix("torch."))
+
+
+def _kind_and_remedy(parameter: Tensor) -> str:
+    """What a parameter is that is no dense fp32, bf16 or fp16 tensor, and what to do about it."""
+    if parameter.is_sparse:
+        return "sparse: give the optimizer a dense one (to_dense())"
+    if parameter.is_complex():
+        return (
+            f"{parameter.dtype}, and moments of complex numbers are not defined here: keep it as two real parameters, "
+            "or as torch.view_as_real(...) of it in fp32"
+        )
+    if parameter.dtype == torch.float64:
+        return "torch.float64, which no kernel here steps: convert it with model.float()"
+    return f"{parameter.dtype}: convert it to fp32, bf16 or fp16, or freeze it and leave it out of the optimizer"
 
 
 def raise_all(problems: Sequence[str], subject: str) -> None:
