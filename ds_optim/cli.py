@@ -66,7 +66,9 @@ def doctor(
     hooked = ds_optim_autoload.installed and ds_optim_autoload.failure is None
     console.print(f"hook on {ds_optim_autoload.ENGINE} installed: {_yes(hooked)}")
     if not hooked:
-        problems.append(f"registration failed: {ds_optim_autoload.failure}")
+        problems.append(
+            f"registration failed: {ds_optim_autoload.failure}; install again: pip install -c constraints.txt ."
+        )
     else:
         problems += _print_names(console)
         _print_kernels(console)
@@ -125,7 +127,9 @@ def _print_names(console: Console) -> list[str]:
         found = getattr(torch.optim, name, None)
         table.add_row(name, f"{cls.__module__}.{cls.__name__}" if found is cls else f"{found} (not ours)")
         if found is not cls and "." in name:
-            problems.append(f"{name} resolves to {found}")
+            problems.append(
+                f"{name} resolves to {found}: something else took that name in torch.optim, import ds_optim before it"
+            )
     for name in ("Adam", "AdamW", "Lion"):
         table.add_row(name, "DeepSpeed's own")
     console.print(table)

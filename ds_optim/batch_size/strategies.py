@@ -120,7 +120,7 @@ class EngineStrategy:
             if getattr(engine, name, 1) > 1
         ]
         if self._wrapper is None:
-            problems.append("the engine has no optimizer")
+            problems.append("the engine has no optimizer: give deepspeed.initialize one, or name it in the JSON")
         if engine.has_moe_layers:
             problems.append("experts under DeepSpeed's expert parallelism each have a batch of their own")
         if engine.pipeline_parallelism:

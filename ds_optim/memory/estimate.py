@@ -243,7 +243,10 @@ def _judge(request: Request) -> None:
         problems.append("DeepSpeed keeps an fp32 master: pure bf16 is for plain PyTorch (no ZeRO stage)")
     longest = positions_of(request.model)
     if longest and request.seq_length > longest and not request.states_only:
-        problems.append(f"the model has {longest} positions, sequences of {request.seq_length} tokens do not fit")
+        problems.append(
+            f"the model has {longest} positions, sequences of {request.seq_length} tokens do not fit: "
+            f"--seq-length is {longest} at most"
+        )
     if not problems and request.deepspeed and request.stage is not None:
         from ds_optim.deepspeed_plugin import judge
 

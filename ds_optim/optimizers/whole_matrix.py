@@ -541,7 +541,11 @@ class WholeMatrixOptimizer(ShardedOptimizer):
             if kept is not None and not torch.equal(
                 kept.cpu(), identities(self._plan_of(tensor)[0], self._owned(tensor))
             ):
-                problems.append(f"the state of {self._names[tensor]} holds another rank's blocks, or of other blocks")
+                problems.append(
+                    f"the state of {self._names[tensor]} holds another rank's blocks, or of other "
+                    "blocks: load this rank's own file with the roles and sizes it was saved with, or use "
+                    "ds_optim.checkpoint, which takes any number of ranks"
+                )
         return problems
 
     def state_dict(self) -> dict[str, Any]:

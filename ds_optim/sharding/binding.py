@@ -77,7 +77,10 @@ def local_grad(tensor: Tensor) -> Tensor | None:
     if grad is None or not isinstance(tensor, DTensor):
         return grad
     if not isinstance(grad, DTensor):
-        raise ValueError(f"a parameter of shape {tuple(tensor.shape)} is a DTensor, its gradient is not")
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} is a DTensor, its gradient is not: let backward() make it, or "
+            "give a DTensor of the same mesh and placements (torch.distributed.tensor.distribute_tensor)"
+        )
     if grad.placements != tensor.placements:
         grad = grad.redistribute(placements=tensor.placements)
     return grad.to_local()
@@ -133,6 +136,8 @@ def verify(binding: Binding, backend: str, plan: str = "") -> None:
         raise RuntimeError(
             "ds_optim cannot match the optimizer's tensors with the model's parameters, nothing was changed:\n- "
             + "\n- ".join(reasons)
+            + "\nWhere no remedy is named, tensors are laid out in a way that is not known here: use versions of torch "
+            "and deepspeed that are known to work (ds-optim doctor) or another strategy, and report it"
         )
 
 

@@ -304,7 +304,8 @@ class _Reader:
     def _spec(self, parameter: Tensor) -> ParameterSpec:
         if parameter not in self.names:
             self.problems.append(
-                f"a parameter of shape {logical_shape(parameter)} in the optimizer is not a parameter of the model"
+                f"a parameter of shape {logical_shape(parameter)} in the optimizer is not a parameter of the "
+                "model: make the optimizer from the parameters of the model that the engine is given"
             )
         return ParameterSpec(self.names.get(parameter, "unknown"), logical_shape(parameter))
 
