@@ -154,7 +154,7 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 # -- one half trains, the other is not there ------------------------------------------------------------------------
 
-APART = [Training("AdamMini", 1), Training("Shampoo", 2), Training("ds_optim.AdamW", 0), Training("SWAN", 0)]
+APART = [Training("AdamMini", 1), Training("Shampoo", 2), Training("ds_optim.AdamW", 0)]
 
 
 def apart(folder: Path) -> dict[str, Any] | None:
