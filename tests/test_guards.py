@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import inspect
 import warnings
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import Case, build_engine, engine_for, learning_rate, train, weights
+from engines import Case, engine_for, learning_rate, train, weights
 from pool import Pools
 
 TOKENS = torch.arange(12).view(1, 12)
@@ -184,25 +181,3 @@ def test_a_step_has_the_gradients_of_all_its_backward_passes_or_is_refused(
             assert "No weight was changed" in found[how]
         else:
             assert found[how] == twice, how
-
-
-# -- and none of this outlives its engine ---------------------------------------------------------------------------
-
-
-def left_over(case: Case) -> list[str]:
-    engine, model = build_engine(case)
-    engine.backward(engine(TOKENS))
-    engine.step()
-    kept = {"engine": weakref.ref(engine), "optimizer": weakref.ref(engine.basic_optimizer)}
-    kept |= {"wrapper": weakref.ref(engine.optimizer)}
-    hung = [engine.load_checkpoint, *(one for one in vars(engine.optimizer).values() if inspect.isfunction(one))]
-    engine.destroy()
-    del engine, model
-    gc.collect()
-    assert hung  # is still here; what it was hung on is not
-    return [name for name, one in kept.items() if one() is not None]
-
-
-@pytest.mark.parametrize(("stage", "precision"), [(0, "bf16"), (2, "fp32")])
-def test_a_guard_keeps_no_engine_alive(pool: Pools, stage: int, precision: str) -> None:
-    assert pool(1).run(left_over, Case("ds_optim.AdamW", stage=stage, precision=precision, layers=1)) == [[]]
