@@ -45,10 +45,10 @@ def watch_trainer() -> None:
 
 
 def _deepspeed_init(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    trainer = kwargs["trainer"] if "trainer" in kwargs else args[0]
-    given = trainer.optimizer
+    trainer = kwargs.get("trainer", args[0] if args else None)
+    given = getattr(trainer, "optimizer", None)
     result = wrapped(*args, **kwargs)
-    if isinstance(given, ShardedOptimizer) and given in waiting and trainer.optimizer is not given:
+    if isinstance(given, ShardedOptimizer) and given in waiting and getattr(trainer, "optimizer", None) is not given:
         waiting.discard(given)
         _dropped[:] = [_Dropped(type(given).__name__, [weakref.ref(one) for one in _to_train(given)])]
     return result
