@@ -96,6 +96,7 @@ class Settings:
 
 def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     client, parameters = _arguments(*args, **kwargs)
+    parameters = parameters and [_listed(entry) for entry in parameters]
     forgotten = overlooked(client, parameters)
     result = _configured(wrapped, engine, client, parameters)
     if forgotten is not None and zero.ranks_of(engine).index == 0:
@@ -115,7 +116,6 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
     given: list[Tensor] = []
     with deferred_steps():
         if named is not None:
-            parameters = [_listed(entry) for entry in parameters]
             given = [parameter for group in _grouped(parameters) for parameter in group]
             parameters = _prepare_from_json(engine, named, parameters, inferred)
         elif isinstance(client, ShardedOptimizer):
@@ -215,7 +215,7 @@ def _parameter(entry: Any) -> Tensor:
 
 def _listed(entry: Any) -> Any:
     """A group whose parameters can be read more than once; anything else as it is."""
-    if not isinstance(entry, dict) or isinstance(entry["params"], Tensor | set):  # sets are refused later
+    if not isinstance(entry, dict) or isinstance(entry["params"], Tensor | list | set):  # sets are refused later
         return entry
     return {**entry, "params": list(entry["params"])}
 

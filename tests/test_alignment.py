@@ -202,7 +202,7 @@ def test_an_elementwise_update_does_not_depend_on_where_tensors_begin(rule: str,
                 [placed(start.grads[0], 2 * offset)],
                 [[placed(state[0], 3 * offset % LINE)] for state in start.states],
             )
-            moved.step(backend, rule, [(0, 0, size, 1)])
+            moved.step(backend, rule, [(0, 0, size)])
             results.append(moved.flat())
         assert all(same_bits(results[0], found) for found in results), size
 

@@ -376,7 +376,7 @@ def test_bad_input_is_refused_with_a_remedy(pool: Pools) -> None:
         assert "2 meshes: make one group for each mesh" in said["two meshes in a group"]
         assert "replaced after it had state" in said["replaced after state"]
         assert "another number of parameters" in said["another number"]
-        assert "dense fp32, bf16 or fp16" in said["complex"]
+        assert "keep it as two real parameters" in said["complex"]
 
 
 def several_meshes() -> float:

@@ -44,7 +44,7 @@ from ds_optim.optimizers.mesh_state import from_mesh, to_mesh
 from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
 from ds_optim.sharding import dtensor
-from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, verify
+from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, local_of, verify
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.exchange import ALONE, Ranks, from_all_ranks
 from ds_optim.sharding.layout import Layout, Replicated
@@ -540,9 +540,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     '(DeepSpeed\'s OneCycle does, unless "cycle_momentum": false)'
                 )
             layout = self._bound_tensor(tensor).layout
-            if isinstance(layout, Replicated) and tensor.numel() != layout.parameter.numel:
+            if isinstance(layout, Replicated) and local_of(tensor).numel() != layout.parameter.numel:
                 raise RuntimeError(
-                    f"{layout.parameter.name} has {tensor.numel()} elements and had {layout.parameter.numel} when it "
+                    f"{layout.parameter.name} has {local_of(tensor).numel()} elements and had {layout.parameter.numel} when it "
                     "was first seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
                 )
             step = int(self._state_of(tensor)["step"]) + 1  # on the host: nothing waits for a device
