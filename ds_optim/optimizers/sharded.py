@@ -539,11 +539,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"{type(self).__name__} has {self.num_betas} betas, something set {group['betas']!r} in its groups "
                     '(DeepSpeed\'s OneCycle does, unless "cycle_momentum": false)'
                 )
-            layout = self._bound_tensor(tensor).layout
-            if isinstance(layout, Replicated) and local_of(tensor).numel() != layout.parameter.numel:
+            layout, numel = self._bound_tensor(tensor).layout, local_of(tensor).numel()
+            if isinstance(layout, Replicated) and numel != layout.parameter.numel:
                 raise RuntimeError(
-                    f"{layout.parameter.name} has {local_of(tensor).numel()} elements and had {layout.parameter.numel} when it "
-                    "was first seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
+                    f"{layout.parameter.name} has {numel} elements and had {layout.parameter.numel} when it was first "
+                    "seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
                 )
             step = int(self._state_of(tensor)["step"]) + 1  # on the host: nothing waits for a device
             groups[id(group)] = group
