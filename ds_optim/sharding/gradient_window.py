@@ -3,7 +3,9 @@
 ZeRO-3, and ZeRO-1/2 with CPU offload, keep gradients in buffers that outlive the step: of a parameter that the model
 did not use they still hold an earlier gradient (stage3.py `partition_grads` copies what arrives), and so do the global
 norm, the overflow check and the getters, which all read the buffers before the optimizer is called. ``zero_grad()``
-does not reach them, nor what ZeRO-1/2 accumulate. Such a parameter counts as having zero gradient here.
+does not reach them, nor what ZeRO-1/2 accumulate. Such a parameter counts as having zero gradient here. Under offload
+the masters' gradients are written in the last backward pass of an accumulation window alone: those of parameters that
+only earlier ones used are handed over when the step begins.
 
 Hooks on the parameters see what arrives. What was left from an earlier window is cleared when a backward pass ends, so
 that nothing is written where every parameter is used; all of it at once, before DeepSpeed adds to it, where a window
@@ -25,7 +27,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from ds_optim.instance_methods import after
+from ds_optim.instance_methods import after, wrap
 
 BUFFERS_OF_ZERO_3 = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
@@ -37,12 +39,18 @@ def settle_gradients(engine: Any) -> Callable[[], None] | None:
         To be called when a step begins, before it reads gradients; None where there is nothing to do.
     """
     wrapper = engine.optimizer
+    warn = _warning_of_accumulation(engine)
     if isinstance(wrapper, BF16_Optimizer):
         after(engine, "zero_grad", wrapper.clear_hp_grads)  # its own does so already
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
         for owner in (engine, wrapper):
-            after(owner, "zero_grad", partial(_forget_accumulated, weakref.ref(wrapper)))
-    return GradientWindow(engine, clears=True).settle if keeps_gradients(wrapper) else None
+            after(owner, "zero_grad", partial(_forget_accumulated, weakref.ref(wrapper), warn))
+    if not keeps_gradients(wrapper):
+        return None
+    window = GradientWindow(engine, clears=True, warn=warn)
+    if window.is_offloaded:
+        wrap(wrapper, "step", window.complete)
+    return window.settle
 
 
 def keeps_gradients(wrapper: Any) -> bool:
@@ -52,11 +60,35 @@ def keeps_gradients(wrapper: Any) -> bool:
     )
 
 
-def _forget_accumulated(reference: Callable[[], Any]) -> None:
+def _warning_of_accumulation(engine: Any) -> Callable[[], None]:
+    """Says once that gradients were dropped which DeepSpeed's own optimizers would have kept."""
+    of_engine = weakref.ref(engine)
+    has_warned = False
+
+    def warn() -> None:
+        nonlocal has_warned
+        engine = of_engine()
+        if has_warned or engine is None or engine.gradient_accumulation_steps() == 1:
+            return
+        has_warned = True
+        warnings.warn(
+            "zero_grad() was called before a step had used the gradients: they are dropped, those of earlier backward "
+            "passes of the same accumulation window too (DeepSpeed's own optimizers would keep them at ZeRO-2 and 3). "
+            "Call it after engine.step() only, or leave it out: the engine does it",
+            stacklevel=2,
+        )
+
+    return warn
+
+
+def _forget_accumulated(reference: Callable[[], Any], warn: Callable[[], None]) -> None:
     """Drop the sums of earlier backward passes at ZeRO-1/2; after a step there are none."""
     wrapper = reference()
     if wrapper is None:
         return
+    sums = chain(wrapper.averaged_gradients.values(), wrapper.all_grad_tensors.values())
+    if not wrapper.overflow and any(one is not None for one in sums):  # else a skipped step drops them itself
+        warn()
     for gradients in wrapper.averaged_gradients.values():
         for gradient in gradients or ():
             gradient.zero_()  # in place: where ZeRO accumulates in fp32 but reduces in bf16 it goes on adding to them
@@ -75,21 +107,23 @@ class GradientWindow:
     Args:
         engine: a `deepspeed.DeepSpeedEngine` whose wrapper `keeps_gradients`.
         clears: whether to clear anything; otherwise `is_stale` tells.
+        warn: is called when gradients of an unfinished window are dropped.
     """
 
-    def __init__(self, engine: Any, *, clears: bool) -> None:
+    def __init__(self, engine: Any, *, clears: bool, warn: Callable[[], None] = lambda: None) -> None:
         wrapper = engine.optimizer
         self._engine: Callable[[], Any] = weakref.ref(engine)
         self._wrapper: Callable[[], Any] = weakref.ref(wrapper)
         self._clears = clears
         self._is_zero_3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
-        self._is_offloaded = bool(wrapper.offload_optimizer if self._is_zero_3 else wrapper.cpu_offload)
+        self._warn = warn
+        self.is_offloaded = bool(wrapper.offload_optimizer if self._is_zero_3 else wrapper.cpu_offload)
+        self._undelivered: set[Tensor] = set()  # that arrived in this window, but not in its last backward pass
         self._written: set[Tensor] = set()  # in this window
         self._stale: set[Tensor] = set()  # in earlier ones, and not cleared since
         self._ended = True  # by zero_grad(), which an engine calls after each step as well
         self._stepped = True
         self._task = -1  # of the autograd engine
-        self._has_warned = False
         self._undo: list[Callable[[], None]] = [after(owner, "zero_grad", self._end) for owner in (engine, wrapper)]
         leaves: dict[torch.nn.Module, list[Tensor]] = {}
         groups = wrapper.fp16_groups if self._is_zero_3 else wrapper.bit16_groups
@@ -108,11 +142,25 @@ class GradientWindow:
 
         Usually they were when the backward pass ended. Under offload a step without any must not see the last one's.
         """
-        if self._ended and self._is_offloaded:  # at ZeRO-3 DeepSpeed calls zero_grad() in its own step
+        if self._ended and self.is_offloaded:  # at ZeRO-3 DeepSpeed calls zero_grad() in its own step
             self._stale |= self._written
             self._written = set()
         self._clear()
         self._stepped = True
+
+    def complete(self, step: Callable[..., Any], wrapper: Any, args: Any, kwargs: Any) -> Any:
+        """A wrapper's step under offload: first the masters get what came before the last backward pass alone.
+
+        DeepSpeed hands them over in the last one of an accumulation window, and of the parameters in it only.
+        """
+        engine = self._engine()
+        if self._undelivered and not self._ended and engine is not None and engine.managed_gradient_accumulation():
+            ids = {wrapper.get_param_id(parameter) for parameter in self._undelivered}
+            arrived = "_offload_boundary_param_ids" if self._is_zero_3 else "_offload_accumulated_param_ids"
+            setattr(wrapper, arrived, getattr(wrapper, arrived) & ids)
+            wrapper.finalize_gradient_accumulation_boundary()  # what DeepSpeed does for all of them if unmanaged
+        self._undelivered = set()
+        return step(*args, **kwargs)
 
     def is_stale(self, parameter: Tensor) -> bool:
         """Whether the wrapper keeps a gradient from an earlier window for it, once a backward pass has ended."""
@@ -144,6 +192,10 @@ class GradientWindow:
             self._begin()
         self._written.update(parameters)
         self._stale.difference_update(parameters)
+        if self.is_offloaded:
+            wrapper = self._wrapper()
+            is_last = wrapper is None or wrapper.is_gradient_accumulation_boundary()
+            (self._undelivered.difference_update if is_last else self._undelivered.update)(parameters)
         task = torch._C._current_graph_task_id()
         if self._stale and task != self._task:
             self._task = task
@@ -152,10 +204,14 @@ class GradientWindow:
     def _begin(self) -> None:
         dropped = not self._stepped
         self._stale |= self._written
-        self._written = set()
+        self._written, self._undelivered = set(), set()
         self._ended = self._stepped = False
         if dropped and self._clears:  # DeepSpeed may be about to add to it
-            self._warn_of_accumulation()
+            wrapper = self._wrapper()
+            if wrapper is not None and not wrapper.overflow:  # else the step was skipped
+                self._warn()
+            if wrapper is not None and self.is_offloaded and not self._is_zero_3:
+                wrapper._wait_for_offload_copies()  # to the host, which otherwise only a step waits for
             self._clear()
 
     @torch.no_grad()
@@ -168,18 +224,6 @@ class GradientWindow:
             for kept in held(wrapper, parameter):
                 kept.zero_()
         self._stale = set()
-
-    def _warn_of_accumulation(self) -> None:
-        engine, wrapper = self._engine(), self._wrapper()
-        if self._has_warned or engine is None or wrapper.overflow or engine.gradient_accumulation_steps() == 1:
-            return
-        self._has_warned = True
-        warnings.warn(
-            "zero_grad() was called before a step had used the gradients: they are dropped, those of earlier backward "
-            "passes of the same accumulation window too (DeepSpeed's own optimizers would keep them at ZeRO-3). Call "
-            "it after engine.step() only, or leave it out: the engine does it",
-            stacklevel=2,
-        )
 
 
 def _held_at_zero_3(wrapper: Any, parameter: Tensor) -> Iterator[Tensor]:
