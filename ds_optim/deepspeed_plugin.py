@@ -96,7 +96,8 @@ class Settings:
 
 def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     client, parameters = _arguments(*args, **kwargs)
-    parameters = parameters and [_listed(entry) for entry in parameters]
+    if parameters is not None:
+        parameters = [_listed(entry) for entry in parameters]
     forgotten = overlooked(client, parameters)
     result = _configured(wrapped, engine, client, parameters)
     if forgotten is not None and zero.ranks_of(engine).index == 0:

@@ -239,6 +239,25 @@ def test_an_engine_that_was_not_handed_our_optimizer_says_so_and_others_are_sile
     assert not any(second.values())  # the first rank speaks for all
 
 
+def groups_read_once(kind: str, zero: dict[str, Any]) -> bool:
+    """Whether a group that can be read only once is trained."""
+    import deepspeed
+
+    model = Model()
+    before = model.a.weight.detach().clone()
+    groups = [{"params": (parameter for parameter in model.parameters())}]
+    engine, *_ = deepspeed.initialize(model=model, config=config(zero, kind), model_parameters=groups)
+    engine.backward(engine(torch.ones(1, 8), torch.zeros(1))["loss"])
+    engine.step()
+    engine.destroy()
+    return not torch.equal(model.a.weight, before)
+
+
+def test_looking_takes_nothing_from_groups_that_are_generators(pool: Pools) -> None:
+    for kind in ("AdamW", "AdamMini"):
+        assert pool(1).run(groups_read_once, kind, {"stage": 2}) == [True]
+
+
 def test_nothing_is_kept_alive() -> None:
     model = Model()
     optimizer = AdamMini(model.parameters())
