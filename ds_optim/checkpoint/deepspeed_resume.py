@@ -70,7 +70,7 @@ def _seen(engine: Any, optimizer: ShardedOptimizer, directory: Path, tag: str | 
         # Objects of any class are accepted: DeepSpeed unpickles these files in a moment.
         files = DeepSpeedFiles(directory, str(tag), trust=True, verify=False)
         its = files.rank(0, []).optimizer
-        problems = [*_differences(files, engine), *_other_optimizer(files.optimizer_name, optimizer)]
+        problems = [*_differences(files, engine), *_other_optimizer(files.optimizer_name, engine)]
         if str(int(engine.zero_optimization_stage())) in files.stage:  # elsewhere groups are saved in other pieces
             problems += _other_groups(files, its, optimizer)
         if problems:
@@ -97,9 +97,14 @@ def _differences(files: DeepSpeedFiles, engine: Any) -> list[str]:
     return found
 
 
-def _other_optimizer(name: str, optimizer: ShardedOptimizer) -> list[str]:
-    """Whether the configuration of that run named an optimizer that keeps other state. DeepSpeed's Adam is an AdamW."""
-    ours, theirs = type(optimizer).__name__, name.rsplit(".", 1)[-1].lower()
+def _other_optimizer(name: str, engine: Any) -> list[str]:
+    """Whether the configuration of that run named an optimizer that keeps other state. DeepSpeed's Adam is an AdamW.
+
+    A configuration's optimizer may not be the one that trains: an object that DeepSpeed is handed prevails.
+    """
+    if engine.client_optimizer is not None and name.lower() == str(engine._config.optimizer_name).lower():
+        return []
+    ours, theirs = type(engine.basic_optimizer).__name__, name.rsplit(".", 1)[-1].lower()
     if not theirs or theirs == ours.lower() or (theirs in _ADAMS and ours.lower() in _ADAMS):
         return []
     return [f"it was saved by {name}, whose state is not {ours}'s"]

@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_optim.instance_methods import after, wrap
+from ds_optim.optimizers.sharded import raise_on_all_ranks
 from ds_optim.roles import canonical_name
 
 
@@ -48,9 +49,9 @@ def guard_loads(engine: Any) -> None:
         given.apply_defaults()
         asked = given.arguments
         if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
-            problem = _zero_3_load_problem(asked)
-            if problem:
-                raise ValueError(f"load_checkpoint: {problem}; nothing was changed")
+            problems = _zero_3_load_problems(asked)  # of files that not every rank need see
+            subject = "load_checkpoint would not load these weights, nothing was changed"
+            raise_on_all_ranks(problems, subject, engine.basic_optimizer.ranks)
         loaded = wrapped(*args, **kwargs)
         weights_alone = not asked["load_optimizer_states"] and not asked["load_module_only"]
         if loaded[0] is not None and weights_alone and isinstance(engine.optimizer, FP16_UnfusedOptimizer):
@@ -60,15 +61,15 @@ def guard_loads(engine: Any) -> None:
     wrap(engine, "load_checkpoint", load)
 
 
-def _zero_3_load_problem(asked: dict[str, Any]) -> str:
+def _zero_3_load_problems(asked: dict[str, Any]) -> list[str]:
     ours = "ds_optim.checkpoint.load(directory, engine, load_optimizer_states=False) loads what ds_optim saved"
     if asked["custom_load_fn"] is not None:
-        return ""  # it brings the weights itself
+        return []  # it brings the weights itself
     if asked["load_module_only"] and asked["load_optimizer_states"]:
-        return (
+        return [
             "load_module_only=True at ZeRO-3 loads no weights (DeepSpeed keeps them in the optimizer's files, which it "
             f"then does not read): give load_optimizer_states=False as well; {ours}"
-        )
+        ]
     if not asked["load_optimizer_states"] and asked["tag"] is not None:
         latest = os.path.join(asked["load_dir"], "latest")
         newest = ""
@@ -76,11 +77,11 @@ def _zero_3_load_problem(asked: dict[str, Any]) -> str:
             with open(latest, encoding="utf-8") as file:
                 newest = file.read().strip()
         if newest != str(asked["tag"]):
-            return (
+            return [
                 f"load_optimizer_states=False at ZeRO-3 loads the weights that {latest} names ({newest or 'none'}), "
                 f"not those of tag {asked['tag']!r}: write {asked['tag']!r} into that file first; {ours}"
-            )
-    return ""
+            ]
+    return []
 
 
 def warn_of_skipped_steps(engine: Any) -> None:
