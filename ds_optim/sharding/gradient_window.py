@@ -118,6 +118,7 @@ class GradientWindow:
         self._is_zero_3 = isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3)
         self._warn = warn
         self.is_offloaded = bool(wrapper.offload_optimizer if self._is_zero_3 else wrapper.cpu_offload)
+        self._arrived = "_offload_boundary_param_ids" if self._is_zero_3 else "_offload_accumulated_param_ids"
         self._undelivered: set[Tensor] = set()  # that arrived in this window, but not in its last backward pass
         self._written: set[Tensor] = set()  # in this window
         self._stale: set[Tensor] = set()  # in earlier ones, and not cleared since
@@ -156,8 +157,7 @@ class GradientWindow:
         engine = self._engine()
         if self._undelivered and not self._ended and engine is not None and engine.managed_gradient_accumulation():
             ids = {wrapper.get_param_id(parameter) for parameter in self._undelivered}
-            arrived = "_offload_boundary_param_ids" if self._is_zero_3 else "_offload_accumulated_param_ids"
-            setattr(wrapper, arrived, getattr(wrapper, arrived) & ids)
+            setattr(wrapper, self._arrived, getattr(wrapper, self._arrived) & ids)
             wrapper.finalize_gradient_accumulation_boundary()  # what DeepSpeed does for all of them if unmanaged
         self._undelivered = set()
         return step(*args, **kwargs)
@@ -210,8 +210,10 @@ class GradientWindow:
             wrapper = self._wrapper()
             if wrapper is not None and not wrapper.overflow:  # else the step was skipped
                 self._warn()
-            if wrapper is not None and self.is_offloaded and not self._is_zero_3:
-                wrapper._wait_for_offload_copies()  # to the host, which otherwise only a step waits for
+            if wrapper is not None and self.is_offloaded:
+                setattr(wrapper, self._arrived, set())  # otherwise only a step empties it
+                if not self._is_zero_3:
+                    wrapper._wait_for_offload_copies()  # to the host, which likewise only a step waits for
             self._clear()
 
     @torch.no_grad()
