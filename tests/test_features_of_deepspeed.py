@@ -485,14 +485,14 @@ def test_autoep_is_refused_before_there_is_an_engine(pool: Pools) -> None:
         assert reasons[0] in message
 
 
-def compiled(stage: int, zero: dict[str, Any]) -> tuple[Weights, Weights]:
+def compiled(stage: int, zero: dict[str, Any], backwards: bool) -> tuple[Weights, Weights]:
     """With and without torch's compiler, which must not hide from us what was used; `late` is not, in step 2."""
     ends = []
     for compiles in (False, True):
         model = made(Small)
         engine, *_ = start("AdamMini", stage, model, zero)
         if compiles:
-            engine.compile(backend="eager")
+            engine.compile(backend="eager", compiled_autograd_enabled=backwards)
         for index in range(3):
             engine.backward(engine(tokens_of(index, dist.get_rank()), index != 1))
             engine.step()
@@ -502,7 +502,11 @@ def compiled(stage: int, zero: dict[str, Any]) -> tuple[Weights, Weights]:
     return ends[0], ends[1]
 
 
-@pytest.mark.parametrize(("stage", "zero"), [(2, OFFLOAD), (3, {})], ids=str)
-def test_a_compiled_engine_trains_the_same_weights(pool: Pools, stage: int, zero: dict[str, Any]) -> None:
-    for plainly, compiling in pool(2).run(compiled, stage, zero):
-        assert far(plainly, compiling) == 0
+@pytest.mark.parametrize(("stage", "zero", "backwards"), [(1, {}, True), (2, OFFLOAD, False), (3, {}, False)], ids=str)
+def test_a_compiled_engine_trains_the_same_weights(
+    pool: Pools, stage: int, zero: dict[str, Any], backwards: bool
+) -> None:
+    """``backwards``: by compiled autograd too, which rounds gradients otherwise, and fails in DeepSpeed's own hooks at
+    ZeRO-2 and 3."""
+    for plainly, compiling in pool(2).run(compiled, stage, zero, backwards):
+        assert far(plainly, compiling) <= (1e-6 if backwards else 0)
