@@ -10,6 +10,8 @@ from pathlib import Path
 INHERITED = (
     *("PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM"),
     "TORCH_EXTENSIONS_DIR",
+    # Which of a processor's instructions torch and its libraries use, by which hosts would round apart.
+    *("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA"),
 )
 """What was set for the command counts on all hosts; pdsh would start them without it."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)$")
