@@ -45,6 +45,10 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
         "all_grad_tensors",
         "finalize_gradient_accumulation_boundary",
         "_wait_for_offload_copies",
+        "backward_prologue",
+        "independent_gradient_partition_epilogue",
+        "ready_for_gradients",
+        "get_param_id",
         "_grad_acc_hooks",
         "_hp_optimizer_states_linked",
         "_lazy_init_hp_params_optimizer_state",
@@ -61,6 +65,9 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
         BUFFERS_OF_ZERO_3,
         "_grad_acc_hooks",
         "_leaf_module_hooks",
+        "partition_grads",
+        "micro_step_id",
+        "get_param_id",
     ),
     BF16_Optimizer: (
         "clear_hp_grads",
@@ -73,6 +80,18 @@ _ATTRIBUTES: dict[type, tuple[str, ...]] = {
         "_link_all_hp_params",
     ),
     FP16_UnfusedOptimizer: ("fp16_groups", "fp32_groups"),
+}
+
+# And where gradients are offloaded to the CPU, by the attribute that says so.
+_OFFLOADED: dict[str, tuple[str, ...]] = {
+    "cpu_offload": (
+        "grad_position",
+        "accumulated_grads_in_cpu",
+        "norm_for_param_grads",
+        "local_overflow",
+        "_offload_accumulated_param_ids",
+    ),
+    "offload_optimizer": ("norm_for_param_grads",),
 }
 
 # What `deepspeed.utils.safe_get_full_optimizer_state` and its relatives call: of a parameter at ZeRO-1/2, of the
@@ -110,7 +129,10 @@ def read(engine: Any) -> Binding:
     """
     wrapper = engine.optimizer
     names = {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
-    missing = [name for name in _ATTRIBUTES.get(type(wrapper), ()) if not hasattr(wrapper, name)]
+    expected = list(_ATTRIBUTES.get(type(wrapper), ()))
+    for says_so, more in _OFFLOADED.items():
+        expected += more if getattr(wrapper, says_so, False) else ()
+    missing = [name for name in expected if not hasattr(wrapper, name)]
     if missing:
         return _refused(
             engine,
