@@ -46,7 +46,7 @@ def main() -> int:
     started = time.time()
     rows: dict[tuple[str, str], dict[int, str]] = {}
     failures = 0
-    plain = {"variant": "plain", "route": "json", "groups": "flat", "tied": False, "frozen": (), "accumulation": 1}
+    plain = {name: values[0] for name, values in FACTORS.items()}
     cases = list(
         itertools.product(RANKS, arguments.optimizer, [*STRATEGIES, *OFFLOADED])
     )  # ranks outermost: one pool at a time
