@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_optim.instance_methods import wrap
+from ds_optim.listing import first_of
 from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.binding import BoundTensor
@@ -290,8 +291,7 @@ class TorchStrategy:
 def strays(names: Iterable[str]) -> list[str]:
     """The problem with parameters that get a gradient and are nobody's; nothing if there are none."""
     found = sorted(names)
-    shown = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-    return [f"{shown}: trained, but not the optimizer's: freeze them, or give them to it"] if found else []
+    return [f"{first_of(found, 4)}: trained, but not the optimizer's: freeze them, or give them to it"] if found else []
 
 
 def trained(module: nn.Module) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles
 from ds_optim.instance_methods import wrap
+from ds_optim.listing import first_of
 from ds_optim.optimizers.sharded import ShardedOptimizer, raise_all, raise_on_all_ranks
 
 _ADAMS = ("adam", "adamw")
@@ -124,7 +125,7 @@ def _other_groups(files: DeepSpeedFiles, saved: Mapping[str, Any], optimizer: Sh
         is_same = _sizes(saved["param_groups"]) == _sizes(optimizer.param_groups)
     if is_same:
         return []
-    gone, new = _some(names_there - names_here), _some(names_here - names_there)
+    gone, new = first_of(sorted(names_there - names_here)), first_of(sorted(names_here - names_there))
     problems = [f"it has {gone}, not trained here"] if gone else []
     problems += [f"it has not {new}, trained here"] if new else []
     if counts[0] != counts[1]:
@@ -149,10 +150,6 @@ def _ranks(count: int) -> str:
 
 def _groups(count: int) -> str:
     return f"{count} group{'s' * (count > 1)}"
-
-
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _is_adams(files: DeepSpeedFiles, saved: Mapping[str, Any]) -> bool:

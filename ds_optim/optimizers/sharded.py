@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from ds_optim import kernels
 from ds_optim.kernels.rounding import key_of
+from ds_optim.listing import first_of
 from ds_optim.optimizers.launch import (
     Call,
     Rule,
@@ -334,14 +335,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         unfrozen = [name for name, was in changed if not was]
         if unfrozen:
             raise RuntimeError(
-                f"{_first(unfrozen)}: frozen when the engine was built, which cannot train it now that it requires a "
+                f"{first_of(unfrozen)}: frozen when the engine was built, which cannot train it now that it requires a "
                 "gradient. Build a new engine after unfreezing; ds_optim.checkpoint.save before it and load(..., "
                 "strict=False) after it keep the state of what was trained. Or freeze it again"
             )
         if changed and not self._warned_of_freezing:
             self._warned_of_freezing = True
             warnings.warn(
-                f"{_first([name for name, _ in changed])}: frozen after the engine was built, which counts as having "
+                f"{first_of([name for name, _ in changed])}: frozen after the engine was built, which counts as having "
                 "zero gradient: momentum and weight decay go on moving it. To keep it as it is, build a new engine "
                 "after freezing",
                 stacklevel=3,
@@ -897,11 +898,6 @@ def saved_names(state_dict: Mapping[str, Any]) -> list[list[str] | None]:
         known = unique and names and not any(isinstance(key, str) for key in group["params"])
         found.append(names if known else None)
     return found
-
-
-def _first(names: Sequence[str]) -> str:
-    """Some names of many."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 class _Kept:

@@ -8,8 +8,10 @@ the masters' gradients are written in the last backward pass of an accumulation 
 only earlier ones used are handed over when the step begins.
 
 Hooks on the parameters see what arrives. What was left from an earlier window is cleared when a backward pass ends, so
-that nothing is written where every parameter is used; all of it at once, before DeepSpeed adds to it, where a window
-was dropped. Under these strategies all ranks use the same parameters: their reductions would not match otherwise.
+that nothing is written where every parameter is used (with reentrant checkpointing the first of its inner passes ends
+before most gradients have arrived: one more clearing of each buffer); all of it at once, before DeepSpeed adds to it,
+where a window was dropped. Under these strategies all ranks use the same parameters: their reductions would not match
+otherwise.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_optim.instance_methods import after, wrap
+from ds_optim.listing import first_of
 from ds_optim.optimizers.sharded import raise_on_all_ranks
 from ds_optim.roles import canonical_name
 
@@ -154,8 +155,7 @@ def _overwritten_at_3(engine: Any) -> Callable[[], str]:
     def reason() -> str:
         if not again:
             return ""
-        found = sorted(names[ds_id] for ds_id in again)
-        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        some = first_of(sorted(names[ds_id] for ds_id in again), 3)
         return (
             f"a second backward pass without a forward pass before it replaced those of {some}. Take each loss's "
             "forward and backward pass before the next one's forward pass, or use ZeRO stage 1 or 2 with "
