@@ -37,8 +37,7 @@ from ds_optim.overlooked import overlooked, watch_trainer
 from ds_optim.role import Role
 from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, exempt_names, infer_roles, logical_shape
-from ds_optim.sharding import guards, zero
-from ds_optim.sharding.gradient_window import settle_gradients
+from ds_optim.sharding import gradient_window, guards, zero
 from ds_optim_autoload import ENGINE
 
 CLASSES: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini, Shampoo, SWAN)
@@ -135,7 +134,7 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
     if isinstance(basic, ShardedOptimizer):
         binding = zero.read(engine)
         if not binding.problems:
-            binding = replace(binding, settle=settle_gradients(engine))
+            binding = replace(binding, settle=gradient_window.settle_gradients(engine))
         basic.bind(binding, _roles(engine, basic._roles_given, inferred), _by_name(engine, given))
         zero.guard_state_access(engine, type(basic).__name__, basic.element_keys)
         guard_resuming(engine)

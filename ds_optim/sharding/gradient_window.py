@@ -30,8 +30,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from ds_optim.instance_methods import after, wrap
-
-BUFFERS_OF_ZERO_3 = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+from ds_optim.sharding import zero
 
 
 def settle_gradients(engine: Any) -> Callable[[], None] | None:
@@ -233,7 +232,7 @@ class GradientWindow:
 def _held_at_zero_3(wrapper: Any, parameter: Tensor) -> Iterator[Tensor]:
     """Everything in which a ZeRO-3 wrapper keeps a parameter's gradient, or what it derived from it."""
     key = wrapper.get_param_id(parameter)
-    kept = getattr(wrapper, BUFFERS_OF_ZERO_3).get(key)
+    kept = getattr(wrapper, zero.BUFFERS_OF_ZERO_3).get(key)
     if kept is not None:  # `offload_states` takes them away
         yield kept
     if wrapper.offload_optimizer:

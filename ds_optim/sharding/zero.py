@@ -26,10 +26,12 @@ from ds_optim.instance_methods import after, wrap
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding.binding import Binding, BoundTensor
 from ds_optim.sharding.exchange import Ranks
-from ds_optim.sharding.gradient_window import BUFFERS_OF_ZERO_3
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 
 KNOWN_VERSIONS = "0.19.8 and later patches of 0.19"
+
+BUFFERS_OF_ZERO_3 = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+"""Where a ZeRO-3 wrapper keeps gradients, by parameter."""
 
 # What is read of each ZeRO wrapper, by class.
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
