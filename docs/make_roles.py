@@ -16,8 +16,8 @@ import transformers
 from torch import nn
 
 from ds_optim.optimizers.adam_mini import adam_mini_blocks
-from ds_optim.role import Role
 from ds_optim.roles import infer_roles, logical_shape
+from ds_optim.roles.role import Role
 
 PAGE = Path(__file__).with_name("roles.md")
 MARK = "<!-- everything below is written by docs/make_roles.py -->\n"

@@ -25,18 +25,19 @@ from deepspeed.runtime.zero import utils as zero_utils
 from torch import Tensor
 
 from ds_optim.checkpoint.deepspeed_resume import guard_resuming
+from ds_optim.errors import raise_on_all_ranks
 from ds_optim.optimizers.adam_mini import AdamMini
 from ds_optim.optimizers.adamw import AdamW
 from ds_optim.optimizers.adan import Adan
 from ds_optim.optimizers.lion import Lion
 from ds_optim.optimizers.shampoo import Shampoo
-from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps, raise_on_all_ranks
+from ds_optim.optimizers.sharded import ShardedOptimizer, deferred_steps
 from ds_optim.optimizers.swan import SWAN
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.overlooked import overlooked, watch_trainer
-from ds_optim.role import Role
-from ds_optim.role_overrides import override_roles
 from ds_optim.roles import canonical_name, exempt_names, infer_roles, logical_shape
+from ds_optim.roles.overrides import override_roles
+from ds_optim.roles.role import Role
 from ds_optim.sharding import gradient_window, guards, zero
 from ds_optim_autoload import ENGINE
 

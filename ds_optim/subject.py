@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ds_optim.optimizers.sharded import ShardedOptimizer
-from ds_optim.role import Role
 from ds_optim.roles import canonical_name, exempt_names, shapes_and_roles
+from ds_optim.roles.role import Role
 from ds_optim.sharding.layout import ParameterSpec
 
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import ds_optim
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
-from ds_optim.role import Kind, Role
+from ds_optim.roles.role import Kind, Role
 from ds_optim.sharding.assignment import Block, Tile, Work, assign, holdings, stagger
 from ds_optim.sharding.boxes import Box
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters

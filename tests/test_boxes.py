@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_optim.optimizers.matrix_roles import is_matrix, is_preconditioned, true_matrices
-from ds_optim.role import Part, Role
 from ds_optim.roles import resolve_roles
+from ds_optim.roles.role import Part, Role
 from ds_optim.sharding.boxes import Box, elements_before, rectangles, strides_of, tiles
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 from ds_optim import checkpoint
 from ds_optim.checkpoint.command import checkpoint_app
 from ds_optim.checkpoint.convert import convert
-from ds_optim.checkpoint.directory import CheckpointError, read_about
+from ds_optim.checkpoint.directory import read_about
+from ds_optim.errors import CheckpointError
 from engines import Case, build_model, engine_for, train
 from pool import Pools
 from test_canonical_checkpoint import same_bits, stored

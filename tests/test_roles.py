@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from ds_optim.optimizers.adam_mini import adam_mini_blocks
 from ds_optim.optimizers.matrix_roles import is_matrix
-from ds_optim.role import Part, Role, is_vector
 from ds_optim.roles import (
     canonical_name,
     infer_roles,
@@ -34,6 +33,7 @@ from ds_optim.roles import (
     resolve_roles,
     warn_unclaimed,
 )
+from ds_optim.roles.role import Part, Role, is_vector
 from ds_optim.sharding.blocks import BlockGrid
 
 

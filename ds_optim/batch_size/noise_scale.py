@@ -27,8 +27,8 @@ from ds_optim.batch_size.estimator import Estimator, Reading
 from ds_optim.batch_size.gradient_hooks import GradientHooks, norms, square_sum
 from ds_optim.batch_size.strategies import EngineStrategy, NoiseScaleError, Piece, Strategy, TorchStrategy
 from ds_optim.instance_methods import after
-from ds_optim.role import Role
 from ds_optim.roles import infer_roles
+from ds_optim.roles.role import Role
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's
 _FOLD = 4096  # norms that are kept before they are added up

@@ -13,13 +13,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ds_optim.checkpoint.directory import CheckpointError as CheckpointError
     from ds_optim.checkpoint.gathered import full_state as full_state
     from ds_optim.checkpoint.save_load import load as load
     from ds_optim.checkpoint.save_load import save as save
+    from ds_optim.errors import CheckpointError as CheckpointError
 
 _HOME = {
-    "CheckpointError": "ds_optim.checkpoint.directory",
+    "CheckpointError": "ds_optim.errors",
     "full_state": "ds_optim.checkpoint.gathered",
     "load": "ds_optim.checkpoint.save_load",
     "save": "ds_optim.checkpoint.save_load",

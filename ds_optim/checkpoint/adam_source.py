@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ds_optim.checkpoint import ranges
 from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles
-from ds_optim.checkpoint.directory import ABOUT, CheckpointError, on_every_rank, read_about, whole_checkpoint
+from ds_optim.checkpoint.directory import ABOUT, read_about, whole_checkpoint
+from ds_optim.errors import CheckpointError, on_every_rank
 from ds_optim.optimizers.sharded import saved_names
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.exchange import Ranks

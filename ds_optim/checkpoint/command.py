@@ -109,7 +109,8 @@ def verify(directory: _Directory, tag: _Tag = None) -> None:
 
 def _folder(directory: Path, tag: str | None, about_deepspeeds: Callable[[Path], str] = lambda _: "") -> Path:
     """The folder of the checkpoint that was asked for: by tag, by ``latest``, or the one that was given itself."""
-    from ds_optim.checkpoint.directory import LATEST, MANIFEST, CheckpointError, folder_of
+    from ds_optim.checkpoint.directory import LATEST, MANIFEST, folder_of
+    from ds_optim.errors import CheckpointError
 
     latest = directory / LATEST
     if tag is None and latest.is_file():
@@ -126,7 +127,7 @@ def _folder(directory: Path, tag: str | None, about_deepspeeds: Callable[[Path],
 def _about_deepspeeds(folder: Path) -> str:
     """Whose it is and what it is good for; empty if that cannot be read, which ``convert`` explains."""
     from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles, universal_conversion
-    from ds_optim.checkpoint.directory import CheckpointError
+    from ds_optim.errors import CheckpointError
 
     try:
         files = DeepSpeedFiles(folder, None, verify=False)
@@ -144,7 +145,8 @@ def _about_deepspeeds(folder: Path) -> str:
 def _contents(folder: Path) -> dict[str, Any]:
     """What ``about.json`` says, with the bytes of the tensors and files beside it."""
     from ds_optim.checkpoint import ranges
-    from ds_optim.checkpoint.directory import ABOUT, MANIFEST, CheckpointError, read_about
+    from ds_optim.checkpoint.directory import ABOUT, MANIFEST, read_about
+    from ds_optim.errors import CheckpointError
 
     if not (folder / ABOUT).is_file():
         raise CheckpointError(f"there is no {ABOUT} in {folder}: no canonical checkpoint, or damaged (see verify)")

@@ -20,16 +20,11 @@ from torch import Tensor, nn
 from ds_optim.checkpoint import content, ranges
 from ds_optim.checkpoint import engine as engines
 from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles, RankStates
-from ds_optim.checkpoint.directory import (
-    CheckpointError,
-    heading,
-    in_one,
-    new_checkpoint,
-    write_small,
-)
+from ds_optim.checkpoint.directory import heading, new_checkpoint, write_small
+from ds_optim.errors import CheckpointError, in_one
 from ds_optim.optimizers.sharded import ShardedOptimizer
-from ds_optim.role import Role
 from ds_optim.roles import canonical_name, exempt_names, shapes_and_roles
+from ds_optim.roles.role import Role
 from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated

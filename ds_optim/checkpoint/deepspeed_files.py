@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.checkpoint.directory import LATEST, CheckpointError, in_one
+from ds_optim.checkpoint.directory import LATEST
+from ds_optim.errors import CheckpointError, in_one
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 

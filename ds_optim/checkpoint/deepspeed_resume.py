@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles
+from ds_optim.errors import raise_all, raise_on_all_ranks
 from ds_optim.instance_methods import wrap
 from ds_optim.listing import first_of
-from ds_optim.optimizers.sharded import ShardedOptimizer, raise_all, raise_on_all_ranks
+from ds_optim.optimizers.sharded import ShardedOptimizer
 
 _ADAMS = ("adam", "adamw")
 

@@ -17,67 +17,27 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 import ds_optim
-from ds_optim.sharding.exchange import ALONE, Ranks, rank_in_job
+from ds_optim.errors import CheckpointError, in_one, on_every_rank, on_first_rank
+from ds_optim.sharding.exchange import ALONE, Ranks
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 ABOUT = "about.json"
 OBJECTS = "objects.pt"
 LATEST = "latest"
-_SHOWN = 20  # problems in one message
-
-T = TypeVar("T")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, is damaged, or does not fit. The same on every rank."""
 
 
 class NewerFormatError(CheckpointError):
     """A later version of ds_optim wrote the checkpoint."""
-
-
-def raise_everywhere(ranks: Ranks, problems: Sequence[str], subject: str, remedy: str = "") -> None:
-    """One `CheckpointError` with the problems of all ``ranks`` on each of them, if any has one."""
-    everyones = ranks.everyones(list(problems)).values()
-    found = list(dict.fromkeys(problem for of_rank in everyones for problem in of_rank))
-    if found:
-        raise CheckpointError(in_one(found, subject, remedy))
-
-
-def in_one(problems: Sequence[str], subject: str, remedy: str = "") -> str:
-    """One message for several problems."""
-    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-    text = f"{subject}:\n- " + "\n- ".join([*problems[:_SHOWN], *more])
-    return f"{text}\n{remedy}" if remedy else text
-
-
-def on_every_rank(ranks: Ranks, work: Callable[[], T], subject: str) -> T:
-    """Do something on each of these ranks, and raise on all of them if it fails on any. Returns this rank's result."""
-    result: Any = None
-    problem: list[str] = []
-    try:
-        result = work()
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        known = isinstance(error, CheckpointError)
-        problem = [str(error) if known else f"rank {rank_in_job()}: {type(error).__name__}: {error}"]
-    raise_everywhere(ranks, problem, subject)
-    return result  # type: ignore[no-any-return]
-
-
-def on_first_rank(ranks: Ranks, work: Callable[[], T], subject: str) -> T:
-    """As `on_every_rank`, but only the first of them does it; all get its result."""
-    mine = on_every_rank(ranks, lambda: work() if ranks.index == 0 else None, subject)
-    return next(iter(ranks.everyones(mine).values()))  # type: ignore[return-value]
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -339,7 +299,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name != MANIFEST)
 
 
-def _share(ranks: Ranks, listed: Sequence[T]) -> Sequence[T]:
+def _share(ranks: Ranks, listed: Sequence[Path]) -> Sequence[Path]:
     """This rank's part of what all of them check together."""
     return listed[ranks.index :: ranks.size]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.checkpoint import content
-from ds_optim.checkpoint.directory import raise_everywhere
+from ds_optim.errors import raise_everywhere
 from ds_optim.ranks import ranks_of
 
 

@@ -13,17 +13,14 @@ from ds_optim.checkpoint import content, ranges
 from ds_optim.checkpoint import engine as engines
 from ds_optim.checkpoint.directory import (
     OBJECTS,
-    CheckpointError,
     heading,
     new_checkpoint,
-    on_every_rank,
-    on_first_rank,
-    raise_everywhere,
     read_about,
     remove_older,
     whole_checkpoint,
     write_small,
 )
+from ds_optim.errors import CheckpointError, on_every_rank, on_first_rank, raise_everywhere
 from ds_optim.ranks import ranks_of
 from ds_optim.sharding.exchange import Ranks
 

@@ -55,8 +55,8 @@ from ds_optim.checkpoint.adam_source import (
     source_in,
     state_dict_source,
 )
-from ds_optim.checkpoint.directory import raise_everywhere
 from ds_optim.checkpoint.save_load import load
+from ds_optim.errors import raise_everywhere
 from ds_optim.optimizers.adam_mini import AdamMini
 from ds_optim.optimizers.adan import Adan
 from ds_optim.optimizers.lion import Lion

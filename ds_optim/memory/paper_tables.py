@@ -21,8 +21,8 @@ from ds_optim.optimizers.adam_mini import AdamMini, adam_mini_blocks
 from ds_optim.optimizers.adamw import AdamW
 from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.optimizers.swan import SWAN
-from ds_optim.role import PER_HEAD, Role
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
+from ds_optim.roles.role import PER_HEAD, Role
 from ds_optim.sharding.layout import ParameterSpec, SlicedParameters
 from ds_optim.sharding.runs import block_runs
 from ds_optim.subject import meta_model

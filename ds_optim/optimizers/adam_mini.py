@@ -21,7 +21,7 @@ from torch import Tensor
 from ds_optim.optimizers.adamw import adam_scalars
 from ds_optim.optimizers.launch import Rule, Scalars
 from ds_optim.optimizers.sharded import ShardedOptimizer
-from ds_optim.role import PER_HEAD, Role, is_vector, matrix_view
+from ds_optim.roles.role import PER_HEAD, Role, is_vector, matrix_view
 from ds_optim.sharding.blocks import BlockGrid
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from itertools import accumulate, pairwise
 
-from ds_optim.role import Role, is_vector
+from ds_optim.roles.role import Role, is_vector
 from ds_optim.sharding.boxes import Box, tiles
 
 _ADAMS = frozenset({"embedding", "head", "norm", "bias"})

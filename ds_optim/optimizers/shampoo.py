@@ -34,7 +34,7 @@ from ds_optim.optimizers.block_step import Stack
 from ds_optim.optimizers.launch import Scalars, StateSpec
 from ds_optim.optimizers.matrix_roles import is_preconditioned, true_matrices
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
-from ds_optim.role import Role
+from ds_optim.roles.role import Role
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.boxes import tiles
 from ds_optim.sharding.exchange import HostCopy

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ds_optim import kernels
+from ds_optim.errors import raise_all, raise_on_all_ranks
 from ds_optim.kernels.rounding import key_of
 from ds_optim.listing import first_of
 from ds_optim.optimizers.launch import (
@@ -42,8 +43,8 @@ from ds_optim.optimizers.launch import (
 )
 from ds_optim.optimizers.logical import Logical, LogicalParameter, block_pieces, element_pieces
 from ds_optim.optimizers.mesh_state import from_mesh, to_mesh
-from ds_optim.role import Role
 from ds_optim.roles import canonical_name, logical_shape, resolve_roles, warn_unclaimed
+from ds_optim.roles.role import Role
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, local_of, verify
 from ds_optim.sharding.blocks import BlockGrid
@@ -947,15 +948,3 @@ def _kind_and_remedy(parameter: Tensor) -> str:
     if parameter.dtype == torch.float64:
         return "torch.float64, which no kernel here steps: convert it with model.float()"
     return f"{parameter.dtype}: convert it to fp32, bf16 or fp16, or freeze it and leave it out of the optimizer"
-
-
-def raise_all(problems: Sequence[str], subject: str) -> None:
-    """One error that lists every problem, if there are any."""
-    if problems:
-        raise ValueError(f"{subject}:\n- " + "\n- ".join(problems))
-
-
-def raise_on_all_ranks(problems: Sequence[str], subject: str, ranks: Ranks) -> None:
-    """As `raise_all`, on all of these ranks if one has a problem: none may go on, or wait, while another raises."""
-    everyones = ranks.everyones(problems).values()
-    raise_all(list(dict.fromkeys(problem for of_rank in everyones for problem in of_rank)), subject)

@@ -30,7 +30,7 @@ from ds_optim.optimizers.block_step import Stack
 from ds_optim.optimizers.launch import StateSpec
 from ds_optim.optimizers.matrix_roles import is_matrix, true_matrices
 from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
-from ds_optim.role import Role, matrix_view
+from ds_optim.roles.role import Role, matrix_view
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.schedule import BUCKET_SIZE
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ds_optim.errors import raise_all
 from ds_optim.kernels import Rounding
 from ds_optim.optimizers.adamw import adam_scalars, adamw_update
 from ds_optim.optimizers.block_step import BlockStep, Stack, Suspects, stack_size
@@ -35,9 +36,9 @@ from ds_optim.optimizers.owner_state import (
     state_begins,
     state_spec,
 )
-from ds_optim.optimizers.sharded import ShardedOptimizer, Together, dtype_of, raise_all
-from ds_optim.role import Role
+from ds_optim.optimizers.sharded import ShardedOptimizer, Together, dtype_of
 from ds_optim.roles import warn_unclaimed
+from ds_optim.roles.role import Role
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.binding import BoundTensor, local_grad, local_of

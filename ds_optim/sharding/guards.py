@@ -23,9 +23,9 @@ from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ds_optim.errors import raise_on_all_ranks
 from ds_optim.instance_methods import after, wrap
 from ds_optim.listing import first_of
-from ds_optim.optimizers.sharded import raise_on_all_ranks
 from ds_optim.roles import canonical_name
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ds_optim.attention_heads import children, fused_parts, head_dim_of, is_attention, width_of
-from ds_optim.role import Kind, Part, Role, Source, contradictions, is_vector
-from ds_optim.role_names import (
+from ds_optim.roles.attention_heads import children, fused_parts, head_dim_of, is_attention, width_of
+from ds_optim.roles.attribute_names import (
     FUSED,
     GAINS,
     HEAD,
@@ -29,6 +28,7 @@ from ds_optim.role_names import (
     adapter_part,
     is_bias,
 )
+from ds_optim.roles.role import Kind, Part, Role, Source, contradictions, is_vector
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer")
 

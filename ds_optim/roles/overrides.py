@@ -8,8 +8,7 @@ from dataclasses import fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ds_optim.role import KINDS, Kind, Part, Role, contradictions
-from ds_optim.role_names import (
+from ds_optim.roles.attribute_names import (
     FUSED,
     GAINS,
     HEAD,
@@ -24,6 +23,7 @@ from ds_optim.role_names import (
     adapter_part,
     is_bias,
 )
+from ds_optim.roles.role import KINDS, Kind, Part, Role, contradictions
 
 _KEYS = tuple(field.name for field in fields(Role) if field.name not in ("source", "decays"))
 _AMBIGUOUS = frozenset({"c_attn", "c_proj", "c_fc"})

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ds_optim.role import Part, Source
-from ds_optim.role_names import FUSED, KEY, KEY_VALUE, LATENT_KEY_VALUE, QUERY
+from ds_optim.roles.attribute_names import FUSED, KEY, KEY_VALUE, LATENT_KEY_VALUE, QUERY
+from ds_optim.roles.role import Part, Source
 
 # An integer attribute that holds what is asked for, in order of preference.
 _HEAD_DIM = (

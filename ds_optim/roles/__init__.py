@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_optim.role import Kind, Part, Role, contradictions, is_decay_exempt, is_vector
-from ds_optim.role_evidence import claim, is_spared, place_of, wrappers_of
-from ds_optim.role_overrides import override_roles, roles_from_names
+from ds_optim.roles.evidence import claim, is_spared, place_of, wrappers_of
+from ds_optim.roles.overrides import override_roles, roles_from_names
+from ds_optim.roles.role import Kind, Part, Role, contradictions, is_decay_exempt, is_vector
 
 __all__ = [
     "Kind",

@@ -1,6 +1,6 @@
 """What one parameter can be: the data that every rule about parameters is stated in.
 
-Only data and arithmetic on shapes. How a role is found is ``roles.py`` (and the evidence in ``role_evidence.py``); what
+Only data and arithmetic on shapes. How a role is found is ``__init__.py`` (and the evidence in ``evidence.py``); what
 an optimizer makes of it, such as Adam-mini's blocks, is the optimizer's business.
 """
 
