@@ -2,6 +2,7 @@
 
     python benchmarks/checkpoint_matrix.py [--markdown docs/results/checkpoint_matrix.md]
     python benchmarks/checkpoint_matrix.py --long-gradients --optimizer AdamMini
+    python benchmarks/checkpoint_matrix.py --digests FILE --compare FILE
 
 N ranks at ZeRO i -> M ranks at ZeRO j, for N and M in 1 to 4, i and j in 1 to 3: 144 pairs per optimizer. Sources and
 targets are fp32 where ranks + stage is even and bf16 where it is odd, so every pair of precisions occurs 36 times.
@@ -16,7 +17,8 @@ weights, saves again, and takes the same ten steps. A pair holds if
 The model is `tests/engines.py`'s, of one layer: sizes that divide by nothing. The learning rate changes every step,
 gradients are the same bits everywhere. They have few bits, so that bf16 holds them, and their squares add up exactly in
 any order. With `--long-gradients`, all in fp32, they round, and Adam-mini's means depend on where its blocks are cut.
-Exit status 1 if a pair does not hold.
+Exit status 1 if a pair does not hold or, with --compare, if a checkpoint or the end of a run does not have the bits of
+an earlier run (benchmarks/digests.py).
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import digests
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -111,6 +114,7 @@ class Outcome:
     identical: bool
     bitwise: bool
     difference: float
+    after: str = "failed"  # digest of the masters at the end
 
     def holds(self, optimizer: str) -> bool:
         """Whether it is all that was asked."""
@@ -140,11 +144,31 @@ def taken_over(pools: Pools, source: Source, place: Place, scratch: Path) -> Out
         same_bits(source.tensors, again),
         same_bits(source.after, found),
         relative_difference(found, source.after),
+        digests.digest(found),
     )
 
 
-def measured(optimizers: list[str], long_gradients: bool, scratch: Path) -> dict[tuple[Place, Place], Outcome]:
-    """All pairs, (source, target); checkpoints go to `scratch`."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a run of the matrix found: the sources, and of every pair, (source, target), the outcome."""
+
+    sources: dict[Place, Source]
+    pairs: dict[tuple[Place, Place], Outcome]
+
+    def digests(self, long_gradients: bool) -> dict[str, str]:
+        """A digest of every checkpoint's tensors, of the masters of every uninterrupted and every continued run."""
+        kind = " | long gradients" if long_gradients else ""
+        found = {}
+        for place, source in self.sources.items():
+            found[f"{place.optimizer} | {place}{kind} | checkpoint"] = digests.digest(source.tensors)
+            found[f"{place.optimizer} | {place}{kind} | uninterrupted"] = digests.digest(source.after)
+        for (begun, ended), outcome in self.pairs.items():
+            found[f"{begun.optimizer} | {begun} -> {ended}{kind} | continued"] = outcome.after
+        return found
+
+
+def measured(optimizers: list[str], long_gradients: bool, scratch: Path) -> Found:
+    """All pairs; checkpoints go to `scratch`."""
     places = [Place(*values, long_gradients) for values in itertools.product(optimizers, RANKS, STAGES)]
     pairs = [(source, target) for source, target in itertools.product(places, places) if source.paired(target)]
     # Ranks wait for each other more than they compute: the four sets of processes work side by side.
@@ -166,7 +190,7 @@ def measured(optimizers: list[str], long_gradients: bool, scratch: Path) -> dict
             }
             for _ in track(concurrent.futures.as_completed(resuming.values()), "pairs", total=len(pairs)):
                 pass
-            return {pair: future.result() for pair, future in resuming.items()}
+            return Found(sources, {pair: future.result() for pair, future in resuming.items()})
     finally:
         for thread in threads.values():
             thread.shutdown(cancel_futures=True)
@@ -235,11 +259,13 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     parser.add_argument("--optimizer", nargs="*", choices=list(OPTIONS), default=list(OPTIONS), help="only these")
     parser.add_argument("--long-gradients", action="store_true", help="fp32 alone, gradients of 21 bits")
+    digests.add_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.time()
     with tempfile.TemporaryDirectory() as scratch:
-        found = measured(arguments.optimizer, arguments.long_gradients, Path(scratch))
+        whole = measured(arguments.optimizer, arguments.long_gradients, Path(scratch))
+    found = whole.pairs
     failed = failures(found)
     text = [*table(found), "", *failed, *[""] * bool(failed), f"{len(found) - len(failed)} of {len(found)} pairs hold"]
     print("\n".join(text))
@@ -247,7 +273,8 @@ def main() -> int:
         title = "# Checkpoints from everywhere to everywhere"
         lines = [title, "", *introduction(arguments, time.time() - started), *text]
         arguments.markdown.write_text("\n".join(lines) + ".\n", encoding="utf-8")
-    return 1 if failed else 0
+    unchanged = digests.finish(whole.digests(arguments.long_gradients), arguments)
+    return 1 if failed or not unchanged else 0
 
 
 if __name__ == "__main__":

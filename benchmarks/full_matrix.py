@@ -1,11 +1,12 @@
 """Every optimizer under every strategy, precision and number of ranks, against the textbook and against one process.
 
-    python benchmarks/full_matrix.py [--markdown docs/results/full_matrix.md]
+    python benchmarks/full_matrix.py [--markdown docs/results/full_matrix.md] [--digests FILE] [--compare FILE]
 
 The suite runs a covering array of more factors (tests/test_invariance.py); this is the full matrix of the four that
 matter most, each on real DeepSpeed engines: ten steps (Shampoo thirty, over several refreshes) with a changing
 learning rate on constant gradients. Exit status 1 if a case is off by more than 1e-6 of the textbook in fp64 (SWAN
-3e-6), or if a rule other than Adam-mini is not bitwise what one process computes.
+3e-6), or if a rule other than Adam-mini is not bitwise what one process computes. With --compare, also if a case does
+not end with the bits of an earlier run (benchmarks/digests.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import digests
 import torch
 from rich.progress import track
 
@@ -41,10 +43,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     parser.add_argument("--optimizer", nargs="*", choices=list(OPTIONS), default=list(OPTIONS), help="only these")
+    digests.add_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.time()
     rows: dict[tuple[str, str], dict[int, str]] = {}
+    bits: dict[str, str] = {}
     failures = 0
     plain = {name: values[0] for name, values in FACTORS.items()}
     cases = list(
@@ -60,6 +64,7 @@ def main() -> int:
         if key not in wanted:
             wanted[key] = by_oracle(case), by_one_process(case)
         found = assembled(_pools(ranks).run(run, case))
+        bits[f"{optimizer} | {strategy} | {ranks}"] = digests.digest(found)
         gap, twin = distance(found, wanted[key][0]), wanted[key][1]
         bitwise = all(torch.equal(values, found[name]) for name, values in twin.items())
         good = gap <= TOLERANCE.get(optimizer, 1e-6) and (
@@ -92,7 +97,8 @@ def main() -> int:
             f"{time.time() - started:.0f} s.\n",
             encoding="utf-8",
         )
-    return 1 if failures else 0
+    unchanged = digests.finish(bits, arguments)
+    return 1 if failures or not unchanged else 0
 
 
 if __name__ == "__main__":
