@@ -4,8 +4,9 @@ Tool settings (ruff, mypy, pytest) live in pyproject.toml; the exact versions th
 constraints.txt. `launcher/install.sh` reads the requirements below without installing anything, hence the guard below.
 """
 
-# DeepSpeed's internals are read by ds_optim.sharding.zero and move with every minor release; torch is held to the
-# release that the suite runs on for the same reason. The other lower bounds are the interfaces that we use.
+# DeepSpeed's internals are read by ds_optim.deepspeed, whose versions.py states the same bounds, and move with every
+# minor release; torch is held to the release that the suite runs on for the same reason. The other lower bounds are the
+# interfaces that we use.
 REQUIREMENTS = [
     "torch>=2.13,<2.14",
     "deepspeed>=0.19.8,<0.20",

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from rich.progress import track
 
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
+from ds_optim.blueprint import blueprint, meta_model
+from ds_optim.deepspeed.predict import predicted_layouts
 from ds_optim.sharding.plan import imbalance
-from ds_optim.sharding.predict import predicted_layouts
-from ds_optim.subject import meta_model, subject
+from ds_optim.stepping.owned_blocks import OwnedBlocks
 from pool import Pools
 
 ROOT = Path(__file__).parents[1]
@@ -60,15 +60,15 @@ def counted(optimizer: str, stage: int) -> dict[str, Any]:
     basic = engine.basic_optimizer
     for step in range(2):
         if step:
-            basic.traffic.sent = basic.traffic.received = basic.traffic.messages = 0
+            basic.stepper.traffic.sent = basic.stepper.traffic.received = basic.stepper.traffic.messages = 0
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
     costs = basic.plan.costs
     rank = torch.distributed.get_rank()
     report = {
-        "sent": basic.traffic.sent,
-        "received": basic.traffic.received,
-        "messages": basic.traffic.messages,
+        "sent": basic.stepper.traffic.sent,
+        "received": basic.stepper.traffic.received,
+        "messages": basic.stepper.traffic.messages,
         "planned": (int(costs.sent[rank]), int(costs.received[rank])),
         "floor": costs.floor,
         "straddling": costs.straddling,
@@ -122,10 +122,10 @@ def computed_table() -> tuple[list[str], bool]:
     for model, ranks, optimizer, stage in track(cases, description="computing"):
         config = json.loads((ROOT / "configs" / "models" / f"{model}.json").read_text())
         started = time.perf_counter()
-        about = subject(meta_model(config), {}, optimizer, {})
-        made = about.optimizer
-        assert isinstance(made, WholeMatrixOptimizer)
-        plan = made.plan_over(predicted_layouts(about.groups, stage, ranks))
+        about = blueprint(meta_model(config), {}, optimizer, {})
+        made = about.optimizer.predicted(predicted_layouts(about.groups, stage, ranks), 0)
+        assert isinstance(made, OwnedBlocks)
+        (plan,) = made.plans.listed
         seconds = time.perf_counter() - started
         costs = plan.costs
         per_rank = len(plan.blocks) / ranks
@@ -135,8 +135,8 @@ def computed_table() -> tuple[list[str], bool]:
         most = float((costs.sent + costs.received).max()) / 2 * 4 / 1e9
         lines.append(
             f"| {model} | {optimizer} | {stage} | {ranks} | {per_rank:.1f} | {even[0]:.2f} | {even[1]:.2f} | "
-            f"{even[2]:.2f} | {plan.waiting(made.exchange_bucket_size):.2f} | {costs.sent.mean() / costs.floor:.2f} | "
-            f"{most:.3f} | {seconds:.0f} |"
+            f"{even[2]:.2f} | {plan.waiting(made.options.exchange_bucket_size):.2f} | "
+            f"{costs.sent.mean() / costs.floor:.2f} | {most:.3f} | {seconds:.0f} |"
         )
     return lines, good
 

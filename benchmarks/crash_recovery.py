@@ -112,10 +112,10 @@ def rank_of_the_job(folder: Path, arguments: list[str]) -> int:
     teller.watch(DeepSpeedEngine, "step", "optimizer")
     teller.watch(train.HeldOut, "losses", "evaluation")  # which `loss` calls
     teller.watch(checkpoints, "save", "save")
-    teller.watch(directory, "_prepare", "make folder")
+    teller.watch(directory, "make_folder", "make folder")
     teller.watch(ranges, "write", "tensors")
-    teller.watch(directory, "_described", "checksums")
-    teller.watch(directory, "_publish", "name and latest")
+    teller.watch(directory, "described", "checksums")
+    teller.watch(directory, "publish", "name and latest")
     teller.watch(save_load, "remove_older", "remove older")
     resume = checkpoints.resume
 

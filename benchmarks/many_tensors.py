@@ -34,10 +34,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import ds_optim
+from ds_optim.optimizers.registry import optimizers
+from ds_optim.rule import WholeMatrix
 
 UNIT = "torch AdamW fused"
 LIMITS = {"AdamMini": 1.0, "Lion": 1.0, "Adan": 1.7}
-OURS = {"AdamW": 7, "AdamMini": 5, "Lion": 5, "Adan": 11}  # streams, see step_time.py
+OURS = {name: cls.rule.streams for name, cls in optimizers().items() if not isinstance(cls.rule, WholeMatrix)}
 
 
 def sharded_llama(hidden: int, vocabulary: int) -> nn.Module:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import torch
 from rich.progress import track
 
-from ds_optim.memory.agreement import Line, agreement
+from ds_optim.memory.agreement import ComparedFigure, agreement
 from ds_optim.memory.estimate import predict
 from ds_optim.memory.record import MODEL_STATES, Category, Record
 from memory_cases import OPTIMIZERS, MemoryCase, measured, request
@@ -66,7 +66,7 @@ def cases() -> list[tuple[int, MemoryCase]]:
     return found
 
 
-def cells(lines: Sequence[Line]) -> list[str]:
+def cells(lines: Sequence[ComparedFigure]) -> list[str]:
     """One table row: the line that is furthest off, per column."""
     states = {category.value for category in MODEL_STATES if category is not Category.OPTIMIZER}
     columns = [

@@ -34,7 +34,7 @@ from rich.progress import track
 from ds_optim.memory.accountant import MemoryAccountant
 from ds_optim.memory.cross_checks import ProcessView, give_back_freed_blocks, reset_peak, write_to_new_blocks
 from ds_optim.memory.provenance import versions
-from ds_optim.memory.record import Check, Method, MomentName, Phase, RankRecord, human
+from ds_optim.memory.record import Check, CountedBy, MomentName, Phase, RankRecord, human
 from ds_optim.memory.steps import PHASES
 from pool import Pools
 
@@ -158,7 +158,7 @@ def measured(case: Case, model: dict[str, Any]) -> str:
         name="after step",
         ours=rank.moments[-1].total,
         theirs=after.unique - before.unique,
-        method=Method.PROCESS,
+        method=CountedBy.PROCESS,
         tolerance=TOLERANCE,
     )
     return rank.model_copy(update={"checks": [*phases, steady, *rank.checks]}).model_dump_json()
@@ -168,7 +168,7 @@ def check_of(rank: RankRecord, phase: Phase, theirs: int) -> Check:
     """The highest point of a phase, its first moment included, against the kernel's."""
     found = (rank.peak_of(phase), rank.moment(BEFORE[phase]))
     ours = max(moment.total for moment in found if moment is not None)
-    return Check(name=phase, ours=ours, theirs=theirs, method=Method.KERNEL, tolerance=TOLERANCE)
+    return Check(name=phase, ours=ours, theirs=theirs, method=CountedBy.KERNEL, tolerance=TOLERANCE)
 
 
 def hidden_copies() -> list[tuple[str, int, int]]:

@@ -97,19 +97,19 @@ class Timed(NoiseScale):
 
     seconds = 0.0
 
-    def _arrived(self, name: str, gradient: Tensor) -> None:
+    def gradient_arrived(self, name: str, gradient: Tensor) -> None:
         started = time.thread_time()
-        super()._arrived(name, gradient)
+        super().gradient_arrived(name, gradient)
         self.seconds += time.thread_time() - started
 
-    def _measured(self, part: int, pieces: Any) -> None:
+    def part_measured(self, part: int, pieces: Any) -> None:
         started = time.thread_time()
-        super()._measured(part, pieces)
+        super().part_measured(part, pieces)
         self.seconds += time.thread_time() - started
 
-    def _finish(self) -> None:
+    def step_measured(self) -> None:
         started = time.thread_time()
-        super()._finish()
+        super().step_measured()
         self.seconds += time.thread_time() - started
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ds_optim.subject import meta_model
+from ds_optim.blueprint import meta_model
 
 _WARM_UP = 2  # steps, in which kernels are built and layouts resolved
 

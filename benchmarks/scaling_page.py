@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-OPTIMIZERS = ("AdamW", "Lion", "Adan", "AdamMini", "Shampoo", "SWAN")
+from ds_optim.optimizers.registry import optimizers
+
+OPTIMIZERS = tuple(optimizers())
 COLORS = dict(zip(OPTIMIZERS, ("black", "tab:green", "tab:orange", "tab:purple", "tab:blue", "tab:red"), strict=True))
 _COMMAND = "python benchmarks/scaling.py"
 _MEASURED = """## Counted, and predicted

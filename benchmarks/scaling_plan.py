@@ -16,20 +16,21 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
+from ds_optim.blueprint import blueprint, meta_model
+from ds_optim.deepspeed.facts import zero_settings
+from ds_optim.deepspeed.predict import predicted_layouts
+from ds_optim.optimizers.adamw import AdamW
+from ds_optim.rule import bytes_of
 from ds_optim.sharding.assignment import Floats, holdings
+from ds_optim.sharding.block_runs import block_runs
 from ds_optim.sharding.boxes import Box
 from ds_optim.sharding.layout import Layout, ParameterSpec
 from ds_optim.sharding.plan import Plan
-from ds_optim.sharding.predict import predicted_layouts
-from ds_optim.sharding.runs import block_runs
 from ds_optim.sharding.schedule import message_size
-from ds_optim.sharding.zero import zero_settings
-from ds_optim.subject import Subject, meta_model, subject
+from ds_optim.stepping.in_place import InPlace
+from ds_optim.stepping.owned_blocks import OwnedBlocks
 
-STREAMS = {"AdamW": 7, "Lion": 5, "Adan": 11, "AdamMini": 5}
-"""fp32 tensors that an elementwise or blockwise step reads and writes (docs/results/step_time.md counts the same)."""
-_ADAMS = STREAMS["AdamW"]  # what Shampoo and SWAN leave to Adam
+_ADAMS = AdamW.rule.streams  # what Shampoo and SWAN leave to Adam
 _HELD_STREAMS, _OWNED_STREAMS = 5, 12
 """Of a matrix's elements: where they lie (gradient, packed; update, weight twice), and at the owner (roughly)."""
 _IDENTITY = 16  # bytes per block that say which one it is
@@ -190,18 +191,19 @@ def plan_scaling(
         options: of the optimizer.
 
     Raises:
-        ds_optim.subject.SubjectError: no such model or optimizer.
+        ds_optim.blueprint.BlueprintError: no such model or optimizer.
         ValueError: options that the optimizer refuses, or another stage or number of ranks.
     """
     if stage not in (1, 2, 3) or ranks < 1:
         raise ValueError(f"ZeRO stage 1, 2 or 3 over at least 1 rank, not stage {stage} over {ranks}")
     about = assumptions or Assumptions()
-    made = subject(_meta_model(json.dumps(dict(model))), {}, optimizer, dict(options or {}))
+    made = blueprint(_meta_model(json.dumps(dict(model))), {}, optimizer, dict(options or {}))
     layouts = predicted_layouts(made.groups, stage, ranks)
-    if isinstance(made.optimizer, WholeMatrixOptimizer):
-        step = _whole_matrix(made.optimizer, layouts, ranks, about)
+    stepper = made.optimizer.predicted(layouts, 0)
+    if isinstance(stepper, OwnedBlocks):
+        step = _whole_matrix(stepper, layouts, ranks, about)
     else:
-        step = _elementwise(made, layouts, ranks, about)
+        step = _elementwise(stepper, layouts, ranks, about)
     gradients, parameters = zero_bytes(made.specs, layouts, stage, ranks)
     layers = int(model.get("num_hidden_layers") or model.get("n_layer") or 1)
     model_seconds = 6.0 * made.numel * about.tokens / (about.peak_tflops * 1e12 * about.mfu)
@@ -241,15 +243,12 @@ def zero_bytes(
 ) -> tuple[float, float]:
     """Bytes per rank and step that ZeRO itself sends in bf16, one pass per step: gradients, parameters.
 
-    ==========  ===============================================  ====================================================
     stage       gradients                                        parameters
-    ==========  ===============================================  ====================================================
     1 and 2     all-reduced in buckets (DeepSpeed's default):    gathered once, after the step: w P (N-1)/N
                 2 w P (N-1)/N; a reduction to owners would halve it
     3           reduce-scattered: w P (N-1)/N                    gathered before forward and before backward pass:
                                                                  2 w P (N-1)/N; tensors below
                                                                  ``stage3_param_persistence_threshold`` once
-    ==========  ===============================================  ====================================================
 
     w is 2 bytes. P includes padding where that travels.
     """
@@ -276,33 +275,29 @@ def _exposed(
 # ----------------------------------------------------------------------------------------------------- the optimizer's
 
 
-def _elementwise(made: Subject, layouts: Sequence[Layout], ranks: int, about: Assumptions) -> _Step:
+def _elementwise(stepper: InPlace, layouts: Sequence[Layout], ranks: int, about: Assumptions) -> _Step:
     """Elementwise and blockwise rules: nothing travels but the sums of blocks that a boundary cuts."""
-    optimizer = made.optimizer
     cuts = 0
     looked_at = [0]  # padding included, all ranks have tensors of the same size
-    if optimizer.rule.block_state:
+    if stepper.rule.block_state:
         looked_at = sorted({round(part * (ranks - 1) / (LOOKED_AT - 1)) for part in range(LOOKED_AT)})
         for layout in layouts:
-            grids = {spec.name: optimizer.blocks(made.roles[spec.name], spec.shape) for spec in layout.parameters}
-            cuts += block_runs(layout, 0, grids).num_cuts
-    state = [
-        sum(math.prod(shape) * dtype.itemsize for spec in specs for shape, dtype in spec.values())
-        for specs in optimizer.predicted_state(layouts, looked_at)
-    ]
+            cuts += block_runs(layout, 0, stepper.grids_of(layout)).num_cuts
+    steppers = [stepper.at_rank(rank) for rank in looked_at]
+    state = [sum(bytes_of(one.spec(tensor)) for tensor in one.shards.tensors) for one in steppers]
     sent = 2 * _SUM * cuts * (ranks - 1) / ranks
     elements = sum(layout.local_numel(0) for layout in layouts)
     return _Step(
         state=np.array(state, dtype=np.float64) + _COUNT * len(layouts),
         sent=np.array([sent]),
-        streamed=4.0 * elements * STREAMS[type(optimizer).__name__],
+        streamed=4.0 * elements * stepper.rule.streams,
         exchange_seconds=about.collective(sent, ranks, 1) if cuts else 0.0,
     )
 
 
-def _whole_matrix(optimizer: WholeMatrixOptimizer, layouts: Sequence[Layout], ranks: int, about: Assumptions) -> _Step:
+def _whole_matrix(stepper: OwnedBlocks, layouts: Sequence[Layout], ranks: int, about: Assumptions) -> _Step:
     """Shampoo and SWAN: blocks travel to their owners and back; the rest is Adam's where it lies."""
-    plan = optimizer.plan_over(layouts)
+    (plan,) = stepper.plans.listed
     costs, owners = plan.costs, np.array(plan.owners)
     numel = np.array([block.tile.box.numel for block in plan.blocks], dtype=np.float64)
     owned = np.bincount(owners, weights=numel, minlength=ranks)
@@ -313,12 +308,12 @@ def _whole_matrix(optimizer: WholeMatrixOptimizer, layouts: Sequence[Layout], ra
     gradients_in = (costs.sent + owned - held) / 2
     gradients_out = (costs.sent - owned + held) / 2
     busiest = float(np.maximum(gradients_in, gradients_out).max())  # each way; then the same back
-    width = optimizer.exchange_dtype.itemsize
-    exchanges = math.ceil(max(float(owned.max()), busiest) / message_size(optimizer.exchange_bucket_size))
+    width = stepper.options.exchange_dtype.itemsize
+    exchanges = math.ceil(max(float(owned.max()), busiest) / message_size(stepper.options.exchange_bucket_size))
     verdict = 2 * 4 * (ranks - 1) / ranks if plan.blocks else 0.0
     products = np.bincount(owners, weights=[one.work.step_flops for one in plan.blocks], minlength=ranks)
     arithmetic = products.mean() + about.root_factor * float((costs.flops - products).mean())
-    waiting = plan.waiting(optimizer.exchange_bucket_size)
+    waiting = plan.waiting(stepper.options.exchange_bucket_size)
     kept = 0 if plan.stateless else _IDENTITY
     fallback = 4 * (_ADAMS * adams + _HELD_STREAMS * held + _OWNED_STREAMS * owned)
     return _Step(

@@ -45,9 +45,11 @@ from rich.progress import track
 from rich.table import Table
 
 import ds_optim
+from ds_optim.optimizers.registry import optimizers
+from ds_optim.rule import WholeMatrix
 
 UNIT = "torch AdamW fused"
-STREAMS = {"AdamW": 7, "AdamMini": 5, "Lion": 5, "Adan": 11}
+STREAMS = {name: cls.rule.streams for name, cls in optimizers().items() if not isinstance(cls.rule, WholeMatrix)}
 Parameters = dict[str, torch.nn.Parameter]
 Step = Callable[[], Any]
 

@@ -10,39 +10,34 @@ from typing import TYPE_CHECKING, Any
 import ds_optim_autoload
 
 if TYPE_CHECKING:
-    from ds_optim.optimizers.adam_mini import AdamMini as AdamMini
-    from ds_optim.optimizers.adamw import AdamW as AdamW
-    from ds_optim.optimizers.adan import Adan as Adan
-    from ds_optim.optimizers.lion import Lion as Lion
-    from ds_optim.optimizers.shampoo import Shampoo as Shampoo
-    from ds_optim.optimizers.swan import SWAN as SWAN
+    from ds_optim.optimizers.registry import *  # noqa: F403
     from ds_optim.roles import Role as Role
     from ds_optim.roles import infer_roles as infer_roles
     from ds_optim.roles import param_groups as param_groups
 
-_HOME = {
-    "AdamMini": "ds_optim.optimizers.adam_mini",
-    "AdamW": "ds_optim.optimizers.adamw",
-    "Adan": "ds_optim.optimizers.adan",
-    "Lion": "ds_optim.optimizers.lion",
-    "SWAN": "ds_optim.optimizers.swan",
-    "Shampoo": "ds_optim.optimizers.shampoo",
-    "Role": "ds_optim.roles",
-    "infer_roles": "ds_optim.roles",
-    "param_groups": "ds_optim.roles",
-}
+_OF_ROLES = ("Role", "infer_roles", "param_groups")
 
 __version__ = "0.1.0"
-__all__ = list(_HOME)
 
 ds_optim_autoload.autoload()
 
 
+def _optimizers() -> dict[str, Any]:
+    found: dict[str, Any] = import_module("ds_optim.optimizers.registry").optimizers()
+    return found
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__all__":
+        return [*_optimizers(), *_OF_ROLES]
+    if name in _OF_ROLES:
+        return getattr(import_module("ds_optim.roles"), name)
+    # Names that Python itself asks for, of a module that is being imported, are nobody's optimizer.
+    found = None if name.startswith("_") or name.islower() else _optimizers().get(name)
+    if found is None:
         raise AttributeError(f"module 'ds_optim' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return [*globals(), "__all__", *_optimizers(), *_OF_ROLES]

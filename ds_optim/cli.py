@@ -119,7 +119,7 @@ def _say(console: Console, text: str) -> None:
 def _print_names(console: Console) -> list[str]:
     import torch
 
-    from ds_optim.deepspeed_plugin import names
+    from ds_optim.deepspeed.names import names
 
     table = Table('"type" in the JSON', "resolves to", title="Names")
     problems = []
@@ -140,18 +140,19 @@ def _print_kernels(console: Console) -> None:
     import torch
 
     from ds_optim import kernels
-    from ds_optim.sharding.zero import KNOWN_VERSIONS
+    from ds_optim.deepspeed.versions import KNOWN_VERSIONS
 
     devices = ["cpu"]
     if torch.accelerator.is_available():
         devices.append(str(torch.accelerator.current_accelerator()))
     for device in devices:
-        console.print(f"kernels on {device}: {kernels.backend_for(torch.device(device))}")
+        console.print(f"kernels on {device}: {kernels.backend_for(None, torch.device(device))}")
     console.print(f"DeepSpeed versions known to work: {KNOWN_VERSIONS}")
 
 
 def _print_refusals(console: Console, config: Path | None) -> list[str]:
-    from ds_optim.deepspeed_plugin import REFUSALS, judge, notes
+    from ds_optim.deepspeed.configuration import notes
+    from ds_optim.deepspeed.refusals import REFUSALS, judge
 
     if config is None:
         console.print("Refused at start (give a JSON with --deepspeed to judge it):")

@@ -7,11 +7,11 @@ from typing import Any
 
 import wrapt
 
-Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+MethodWrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 """Called instead of the method, with the method, the object, and the arguments, as `wrapt` does."""
 
 
-def wrap(owner: Any, method: str, wrapper: Wrapper) -> Callable[[], None]:
+def wrap(owner: Any, method: str, wrapper: MethodWrapper) -> Callable[[], None]:
     """Wrap ``owner.method``.
 
     A wrapper that is to die with another object than ``owner`` must not hold ``owner`` or what leads to it.

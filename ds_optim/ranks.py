@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ds_optim.optimizers.sharded import ShardedOptimizer
+from ds_optim.deepspeed import reader
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.exchange import Ranks
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 
 def ranks_of(trained: Any, optimizer: Any = None) -> Ranks:
@@ -23,10 +24,8 @@ def ranks_of(trained: Any, optimizer: Any = None) -> Ranks:
         optimizer: of a model.
     """
     if hasattr(trained, "seq_data_parallel_group"):
-        from ds_optim.sharding import zero  # imports DeepSpeed, which is there then
-
-        return zero.ranks_of(trained)
-    given = optimizer._roles_given if isinstance(optimizer, ShardedOptimizer) else None
+        return reader.ranks_of(trained)
+    given = optimizer.roles_given if isinstance(optimizer, ShardedOptimizer) else None
     if isinstance(optimizer, ShardedOptimizer) and optimizer.is_bound:
         return optimizer.ranks
     return dtensor.ranks_of([one for one in (trained, given) if isinstance(one, nn.Module)])

@@ -44,9 +44,9 @@ def check(engine: Any, chosen: settings.Settings) -> None:
         SettingsError: a canonical checkpoint cannot hold what this engine trains.
     """
     if chosen.save is not None and chosen.checkpoint_form == "canonical":
-        from ds_optim.checkpoint.content import subject_of
+        from ds_optim.checkpoint.content import training_state_of
 
-        _, problems = subject_of(engine, None)
+        _, problems = training_state_of(engine, None)
         if problems:
             raise settings.SettingsError(
                 [f"--save: {problem}; --checkpoint-form deepspeed saves it for the same ranks" for problem in problems]

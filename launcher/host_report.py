@@ -105,14 +105,14 @@ def layout_hash(question: Question) -> str | None:
         return None
     import settings
 
+    from ds_optim.blueprint import BlueprintError, blueprint, meta_model
+    from ds_optim.deepspeed.predict import predicted_layouts
     from ds_optim.sharding.layout import digest
-    from ds_optim.sharding.predict import predicted_layouts
-    from ds_optim.subject import SubjectError, meta_model, subject
 
     chosen = settings.read(question.arguments, question.world_size)
     try:
-        about = subject(meta_model(chosen.model), chosen.deepspeed, None, {})
-    except SubjectError:
+        about = blueprint(meta_model(chosen.model), chosen.deepspeed, None, {})
+    except BlueprintError:
         return None
     return digest(predicted_layouts(about.groups, chosen.zero_stage, question.world_size))
 

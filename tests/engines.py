@@ -197,7 +197,7 @@ def masters(engine: Any) -> dict[str, list[tuple[int, int, Tensor]]]:
     """This rank's fragments of the fp32 masters: ``{name: [(start, stop, values)]}``."""
     optimizer = engine.basic_optimizer
     found: dict[str, list[tuple[int, int, Tensor]]] = {}
-    for tensor, bound in optimizer._bound.items():
+    for tensor, bound in optimizer.bound_tensors.items():
         for fragment in bound.layout.fragments(bound.rank):
             values = tensor.detach().reshape(-1).narrow(0, fragment.offset, fragment.numel).clone()
             name = bound.layout.parameters[fragment.parameter].name

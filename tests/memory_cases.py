@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ds_optim.deepspeed.names import json_names
+
 MODEL = {
     "model_type": "llama",
     "vocab_size": 1000,
@@ -19,7 +21,7 @@ MODEL = {
     "max_position_embeddings": 1024,
     "use_cache": False,
 }
-OPTIMIZERS = ("ds_optim.AdamW", "ds_optim.Lion", "Adan", "AdamMini", "Shampoo", "SWAN")
+OPTIMIZERS = tuple(json_names())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ds_optim.memory.record import (
     Category,
     Check,
-    Method,
+    CountedBy,
     Moment,
     MomentName,
     Phase,
@@ -67,7 +67,7 @@ def _rank(
     optimizer: str, kind: str, number: int, ranks: int, parameters: int, timeline: bool, unaccounted: int
 ) -> RankRecord:
     shard = parameters // ranks
-    method = Method.STORAGES if kind == "measured" else Method.LAYOUT
+    method = CountedBy.STORAGES if kind == "measured" else CountedBy.LAYOUT
     activations = int(ACTIVATIONS * (1 if kind == "measured" else 0.99)) + 1_500_000 * number
     state = _state(optimizer, shard)
     steady = {
@@ -117,9 +117,9 @@ def _state(optimizer: str, shard: int) -> list[StateEntry]:
 
 def _checks(peak: int) -> list[Check]:
     return [
-        Check(name="alive after the step", ours=peak, theirs=peak - 12, method=Method.EVENTS, tolerance=0.005),
-        Check(name="peak of the step", ours=peak, theirs=int(peak * 1.009), method=Method.KERNEL, tolerance=0.02),
-        Check(name="growth of the process", ours=peak, theirs=int(peak * 1.003), method=Method.PROCESS),
+        Check(name="alive after the step", ours=peak, theirs=peak - 12, method=CountedBy.EVENTS, tolerance=0.005),
+        Check(name="peak of the step", ours=peak, theirs=int(peak * 1.009), method=CountedBy.KERNEL, tolerance=0.02),
+        Check(name="growth of the process", ours=peak, theirs=int(peak * 1.003), method=CountedBy.PROCESS),
     ]
 
 

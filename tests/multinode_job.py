@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-OPTIMIZERS = ("ds_optim.AdamW", "ds_optim.Lion", "Adan", "AdamMini", "Shampoo", "SWAN")
+from ds_optim.deepspeed.names import json_names
+
+OPTIMIZERS = tuple(json_names())
 STEPS = 3
 VOCABULARY = 61
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,8 @@ from ds_optim.kernels import Backend
 from ds_optim.linalg.inverse_roots import Method, inverse_roots
 from ds_optim.linalg.polar import newton_schulz
 from ds_optim.linalg.products import apply_along, block_norms, gram, stacked_matmul
-from ds_optim.optimizers.block_step import Stack
 from ds_optim.optimizers.swan import swan_update_
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
+from ds_optim.rule import Stack
 from test_kernels import FORMULAS, Blocks, Tensors, same_bits
 
 Shape = tuple[int, ...]
@@ -151,10 +151,10 @@ def test_products_are_products_whatever_is_copied_on_the_way(count: int, shape: 
             torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def updated(optimizer: WholeMatrixOptimizer, shape: Shape, count: int, offset: int, which: slice) -> dict[str, Tensor]:
+def updated(optimizer: Any, shape: Shape, count: int, offset: int, which: slice) -> dict[str, Tensor]:
     """What a rule makes of some of `count` blocks, and of their state: everything begins `offset` behind a line."""
     state = {}
-    for name, (its, dtype) in optimizer.block_state(shape).items():
+    for name, (its, dtype) in optimizer.stepper.plans.state_of_block(shape).items():
         if dtype == torch.int32:
             values = torch.zeros(count, dtype=dtype)
         elif name.startswith(("factor", "root")):
@@ -164,8 +164,8 @@ def updated(optimizer: WholeMatrixOptimizer, shape: Shape, count: int, offset: i
         state[name] = placed(values[which], offset)
     grads = placed(drawn(count, *shape)[which], offset)
     good = torch.ones(len(grads), dtype=torch.bool)
-    stack = Stack((), shape, grads, state, good, 2, (0,) * len(grads))
-    optimizer.update(optimizer.param_groups[0], stack)
+    stack = Stack(shape, grads, state, good, 2, (0,) * len(grads))
+    optimizer.rule.update(optimizer.param_groups[0], stack)
     return {"update": grads, **state}
 
 

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ds_optim
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.roles.role import Kind, Role
+from ds_optim.rule import Settings, WholeMatrix
 from ds_optim.sharding.assignment import Block, Tile, Work, assign, holdings, stagger
 from ds_optim.sharding.boxes import Box
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
@@ -74,22 +75,32 @@ def replicated(model: Model, world_size: int) -> list[Layout]:
     return [Replicated(ParameterSpec(name, shape), world_size) for name, (shape, _) in model.items()]
 
 
-def plan_of(model: Model, layouts: Sequence[Layout], optimizer: WholeMatrixOptimizer) -> Plan:
-    tiles = {name: optimizer.tiles(Role(kind), shape) for name, (shape, kind) in model.items()}
-    stateless = isinstance(optimizer, ds_optim.SWAN)
-    frequency, staggered = optimizer.frequency, optimizer.staggered
-    plans = make_plans([(one, "group", 1) for one in layouts], tiles, optimizer.work, frequency, staggered, stateless)
+def plan_of(model: Model, layouts: Sequence[Layout], optimizer: RuleOf) -> Plan:
+    rule, settings = optimizer
+    tiles = {name: rule.tiles(settings, Role(kind), shape) for name, (shape, kind) in model.items()}
+    stateless = rule is ds_optim.SWAN.rule
+    frequency, staggered = rule.refresh(settings)
+    work = partial(rule.work, settings)
+    plans = make_plans([(one, "group", 1) for one in layouts], tiles, work, frequency, staggered, stateless)
     ((plan, tensors),) = plans
     assert tensors == tuple(range(len(layouts)))
     return plan
 
 
-def shampoo(largest: int, **settings: Any) -> WholeMatrixOptimizer:
-    return ds_optim.Shampoo([nn.Parameter(torch.zeros(1))], max_preconditioner_dim=largest, **settings)
+RuleOf = tuple[WholeMatrix, Settings]
+"""A rule, and an optimizer's settings."""
 
 
-def swan() -> WholeMatrixOptimizer:
-    return ds_optim.SWAN([nn.Parameter(torch.zeros(1))])
+def of(optimizer: Any) -> RuleOf:
+    return optimizer.rule, {**optimizer.defaults, "state_dtype": torch.float32}
+
+
+def shampoo(largest: int, **settings: Any) -> RuleOf:
+    return of(ds_optim.Shampoo([nn.Parameter(torch.zeros(1))], max_preconditioner_dim=largest, **settings))
+
+
+def swan() -> RuleOf:
+    return of(ds_optim.SWAN([nn.Parameter(torch.zeros(1))]))
 
 
 # -- holdings ----------------------------------------------------------------------------------------------------------
@@ -187,9 +198,7 @@ def test_refreshes_do_not_depend_on_the_number_of_ranks() -> None:
 
 @pytest.mark.parametrize("optimizer", [shampoo(128), swan()], ids=["shampoo", "swan"])
 @pytest.mark.parametrize("lay_out", [flat, sliced])
-def test_a_plan_is_the_same_every_time(
-    lay_out: Callable[[Model, int], Layout], optimizer: WholeMatrixOptimizer
-) -> None:
+def test_a_plan_is_the_same_every_time(lay_out: Callable[[Model, int], Layout], optimizer: RuleOf) -> None:
     one, two = (plan_of(SMALL, [lay_out(SMALL, 3)], optimizer) for _ in range(2))
     assert one.owners == two.owners
     assert one.digest == two.digest

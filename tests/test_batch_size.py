@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import ds_optim
 import ds_optim.checkpoint
-from ds_optim.batch_size import branching, verdict
+from ds_optim.batch_size import branch_runs, branching, verdict
 from ds_optim.batch_size.advice import (
     Estimate,
     Shares,
@@ -34,8 +34,9 @@ from ds_optim.batch_size.advice import (
     share_out,
     sharing_words,
 )
-from ds_optim.batch_size.learning_rate import RULES, rule_of, scale
+from ds_optim.batch_size.learning_rate import rule_of, scale, scaling_rules
 from ds_optim.cli import app
+from ds_optim.optimizers.registry import optimizers
 from pool import ALONE
 from test_launcher import (
     CONFIGS,
@@ -155,11 +156,11 @@ def test_micro_batch_accumulation_and_ranks_are_advised() -> None:
 
 
 def test_all_six_optimizers_have_a_rule_and_a_reason() -> None:
-    ours = [name for name, home in ds_optim._HOME.items() if ".optimizers." in home]
-    assert len(ours) == 6
-    assert all(RULES[name][0] == "sqrt" and RULES[name][1] for name in ours)
+    rules = scaling_rules()
+    assert len(optimizers()) == 6
+    assert all(rules[name].law == "sqrt" and rules[name].source for name in optimizers())
     page = (LAUNCHER.parent / "docs" / "batch_size.md").read_text()
-    assert [name for name in RULES if f"| {name} | {RULES[name][0]} |" not in page] == []
+    assert [name for name, rule in rules.items() if f"| {name} | {rule.law} |" not in page] == []
     assert (scale("sqrt", 4), scale("linear", 4), scale("none", 4)) == (2, 4, 1)
     with pytest.raises(ValueError, match=r"no learning-rate rule is known for Sophia.*give --lr-rule"):
         rule_of("Sophia")
@@ -449,10 +450,10 @@ time.sleep(1)
     start = branching.Checkpoint(tmp_path, "identity", "Lion", 8, 10)
     study = branching.plan(start, [sys.executable, "-c", log], tmp_path, [8, 16], 1000)
     seen: list[int] = []
-    ended = branching.run(study, study.branches[0], seen.append)
+    ended = branch_runs.run(study, study.branches[0], seen.append)
     assert (ended.loss, ended.losses, ended.failure) == (2.5, (), "")
     assert seen[-1] == 42
-    assert branching.finished(study, study.branches[0]) == ended
+    assert branch_runs.finished(study, study.branches[0]) == ended
 
 
 def test_a_budget_is_the_same_for_all_where_that_moves_it_little(tmp_path: Path) -> None:
@@ -467,7 +468,7 @@ def test_a_budget_is_the_same_for_all_where_that_moves_it_little(tmp_path: Path)
 
 def outcome(batch: int, loss: float, *, repeat: int = 0, failure: str = "", losses: tuple[float, ...] = ()) -> Any:
     branch = branching.Branch(batch, repeat, 1, 1.0, 0)
-    return branching.Outcome(branch, loss, losses, failure, 1.0, {})
+    return branch_runs.BranchResult(branch, loss, losses, failure, 1.0, {})
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 import ds_optim
 from ds_optim import checkpoint
 from ds_optim.checkpoint import content, ranges
-from ds_optim.optimizers.logical import block_pieces
+from ds_optim.sharding.block_runs import block_runs
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, SlicedParameters
-from ds_optim.sharding.runs import block_runs
+from ds_optim.stepping.logical_tensors import block_ranges
 from engines import Case, assembled, build_model, engine_for, learning_rate, masters, train, weights
 from expected import gradient, weight_decays
 from pool import Pools
@@ -306,8 +306,8 @@ def refused(case: Case, folder: str, options: dict[str, Any]) -> tuple[str, bool
 def _flat(engine: Any) -> dict[str, Tensor]:
     """Masters and state of this rank."""
     optimizer = engine.basic_optimizer
-    found = {f"master {index}": tensor.detach().clone() for index, tensor in enumerate(optimizer._bound)}
-    for index, tensor in enumerate(optimizer._bound):
+    found = {f"master {index}": tensor.detach().clone() for index, tensor in enumerate(optimizer.bound_tensors)}
+    for index, tensor in enumerate(optimizer.bound_tensors):
         found.update({f"{key} {index}": value.clone() for key, value in optimizer.state[tensor].items()})
     return {name: value.reshape(-1) for name, value in found.items()}
 
@@ -465,7 +465,7 @@ def test_every_block_is_stored_once_and_read_by_all_its_holders(grids: list[Bloc
     stored_blocks: list[list[int]] = [[] for _ in specs]
     for rank in range(ranks):
         runs = block_runs(layout, rank, by_name)
-        found = block_pieces(layout, rank, by_name, runs)
+        found = block_ranges(layout, rank, by_name, runs)
         slots = []
         for blocks, logical in zip(stored_blocks, found, strict=True):
             for piece in logical.written:

@@ -22,7 +22,7 @@ from ds_optim.memory.claims_command import claims
 from ds_optim.memory.paper_cases import CASES, Case, Expected, judged_cases
 from ds_optim.memory.paper_models import PAPER_MODELS
 from ds_optim.memory.paper_tables import PaperRow, paper_tables
-from ds_optim.memory.record import Category, Method, Moment, Provenance, RankRecord, Record, StateEntry, sized
+from ds_optim.memory.record import Category, CountedBy, Moment, Provenance, RankRecord, Record, StateEntry, sized
 
 ROOT = Path(__file__).parents[1]
 N = 58_073_600  # the 60M model
@@ -44,7 +44,9 @@ def made(
     """A record of ``per_element`` values of state per parameter, and the bytes of ``model`` per parameter, per rank."""
     kept = int(per_element * N)
     state = StateEntry(key="exp_avg", dtype=dtype, shape_rule="element", elements=kept, bytes=kept * BYTES[dtype])
-    amounts = sized({**{key: N * size for key, size in model.items()}, Category.OPTIMIZER: state.bytes}, Method.LAYOUT)
+    amounts = sized(
+        {**{key: N * size for key, size in model.items()}, Category.OPTIMIZER: state.bytes}, CountedBy.LAYOUT
+    )
     about = {
         "date": "2026-11-22",
         "machine": "any",

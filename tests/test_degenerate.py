@@ -365,3 +365,23 @@ def test_what_is_stepped_together_with_older_state_is_refused_by_name(pool: Pool
             in (found["not strict"])
         )
         assert "give it a parameter group of its own" in found["not strict"]
+
+
+def with_a_frozen_one(kind: str, by_hand: bool) -> tuple[bool, bool]:
+    """At ZeRO-0, whose groups keep frozen parameters: whether a frozen weight stayed, and the others moved."""
+    model = Small()
+    model.body.weight.requires_grad_(False)
+    before = [one.detach().clone() for one in (model.body.weight, model.head.weight)]
+    made = getattr(ds_optim, kind)(model.named_parameters(), lr=1e-2) if by_hand else f"ds_optim.{kind}"
+    with engine_of(model, made, {"stage": 0}) as engine:
+        for _ in range(2):
+            engine.backward(engine(torch.ones(1, 8)))
+            engine.step()
+    after = [one.detach() for one in (model.body.weight, model.head.weight)]
+    return torch.equal(before[0], after[0]), not torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "AdamMini", "Shampoo"])
+def test_a_frozen_parameter_in_a_group_is_left_alone_at_stage_0(pool: Pools, kind: str) -> None:
+    for by_hand in (True, False):
+        assert pool(1).run(with_a_frozen_one, kind, by_hand) == [(True, True)]

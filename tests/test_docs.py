@@ -1,4 +1,4 @@
-"""Every code block in README and docs runs, every link leads somewhere, JSON and defaults are what they say."""
+"""Every code block in README, CONTRIBUTING and docs runs, links lead somewhere, JSON and defaults are what they say."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import pytest
 import torch
 
 import ds_optim
+from ds_optim.optimizers.registry import optimizers
 from pool import ALONE
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # Commands whose full length belongs elsewhere: what is run in their place, and why that is enough.
 INSTEAD = {
@@ -47,6 +48,10 @@ INSTEAD = {
     "--device-memory 8GB": "ds-optim batch-size advise --help",
     # It is what runs this.
     "bash tests/run.sh": "bash tests/run.sh --collect-only -q tests/test_docs.py",
+    # Minutes each; tests/test_invariance.py runs a part of the matrix, tests/test_digests.py what compares.
+    "python benchmarks/full_matrix.py --digests before.json": "python benchmarks/full_matrix.py --help",
+    "python benchmarks/full_matrix.py --digests after.json "
+    "--compare before.json": "python benchmarks/full_matrix.py --help",
 }
 
 # Commands that other tests run, on the pool's ranks or on a tiny model; here only that these tests exist.
@@ -132,13 +137,14 @@ def test_no_command_is_replaced_that_no_page_has() -> None:
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=str)
 def test_a_json_block_names_an_optimizer_with_options_it_has(block: Block) -> None:
-    from ds_optim.deepspeed_plugin import Settings, names
+    from ds_optim.deepspeed.configuration import DsOptimObject
+    from ds_optim.deepspeed.names import names
 
     text = block.text if block.text.lstrip().startswith("{") else f"{{{block.text}}}"
     config = json.loads(text)
     if "optimizer" in config:
         cls = names()[config["optimizer"]["type"]]
-        given = {**config["optimizer"].get("params", {}), **Settings.of(config).options}
+        given = {**config["optimizer"].get("params", {}), **DsOptimObject.of(config).options}
         numbers = {key: value for key, value in given.items() if value != "auto"}
         assert cls.setting_problems(numbers) == []
 
@@ -150,7 +156,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Lion", "Adan", "AdamMini", "Shampoo", "SWAN"])
+@pytest.mark.parametrize("name", optimizers())
 def test_an_optimizers_page_has_every_option_with_its_default(name: str) -> None:
     cls = getattr(ds_optim, name)
     page = ROOT / "docs" / "optimizers" / f"{cls.__module__.rpartition('.')[2]}.md"

@@ -13,13 +13,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ds_optim.blueprint import BlueprintError
 from ds_optim.cli import app
 from ds_optim.memory import simulate
 from ds_optim.memory.agreement import agreement
 from ds_optim.memory.estimate import Request, highest, largest_micro_batch, predict, request_of
 from ds_optim.memory.estimate_command import device_bytes, size_bytes
 from ds_optim.memory.record import Category, Record
-from ds_optim.subject import SubjectError
 from memory_cases import MODEL, OPTIMIZERS, MemoryCase, measured, request
 from pool import Pools
 
@@ -236,7 +236,7 @@ def test_the_batch_size_of_a_json_is_understood() -> None:
 
 
 def test_how_much_fits_needs_a_device() -> None:
-    with pytest.raises(SubjectError, match="--device-memory"):
+    with pytest.raises(BlueprintError, match="--device-memory"):
         largest_micro_batch(llama2_7b("AdamW", device_memory=None))
 
 

@@ -475,7 +475,7 @@ def test_deepcompile_is_refused(pool: Pools, stage: int) -> None:
 
 
 def test_autoep_is_refused_before_there_is_an_engine(pool: Pools) -> None:
-    from ds_optim.deepspeed_plugin import judge
+    from ds_optim.deepspeed.refusals import judge
 
     experts = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
     name, reasons = judge({"optimizer": {"type": "Adan", "params": {}}, "zero_optimization": {"stage": 2}, **experts})

@@ -74,7 +74,7 @@ def facts(model: nn.Module, optimizer: Any, losses: list[float]) -> dict[str, An
     trained = [parameter for group in found.param_groups for parameter in group["params"]]
     return {
         "class": type(found).__name__,
-        "is_ours": isinstance(found, ds_optim.optimizers.sharded.ShardedOptimizer),
+        "is_ours": isinstance(found, ds_optim.stepping.sharded.ShardedOptimizer),
         "is_bound": found.is_bound,
         "keys": {key for state in found.state.values() for key in state},
         "state_bytes": {

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_optim import kernels
-from ds_optim.kernels import native
+from ds_optim.kernels import Formula, Operands, Tables, native
 from ds_optim.kernels.build import built_library
+from ds_optim.kernels.tables import table_of
 from ds_optim.optimizers.adam_mini import adam_mini_update
 from ds_optim.optimizers.adamw import adamw_update
 from ds_optim.optimizers.adan import adan_update
@@ -49,9 +50,13 @@ SCALARS = {
         "has_previous": 1.0,
     },
 }
-FORMULAS = {"adamw": (adamw_update, 2), "lion": (lion_update, 1), "adan": (adan_update, 4)}
-NO_ROWS = torch.empty((0, 8), dtype=torch.int64)
-NO_COLUMNS = torch.empty((0, 11), dtype=torch.int64)
+FORMULAS = {
+    "adamw": Formula("adamw", adamw_update, 2, 0),
+    "lion": Formula("lion", lion_update, 1, 0),
+    "adan": Formula("adan", adan_update, 4, 0),
+}
+ADAM_MINI = Formula("adam_mini", adam_mini_update, 1, 1)
+NO_SUMS = torch.zeros(0, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +91,7 @@ class Tensors:
             return [torch.randn(numel, generator=generator).to(dtype) for numel in numels]
 
         param, grad, state = dtypes
-        states = [[tensor.abs() for tensor in draw(state)] for _ in range(FORMULAS[rule][1])]
+        states = [[tensor.abs() for tensor in draw(state)] for _ in range(FORMULAS[rule].states)]
         return cls(draw(param), list(draw(grad)), states)
 
     def clone(self) -> Tensors:
@@ -94,9 +99,12 @@ class Tensors:
         return Tensors([p.clone() for p in self.params], grads, [[s.clone() for s in state] for state in self.states])
 
     def step(self, backend: kernels.Backend, rule: str, spans: list[tuple[int, int, int]], **changed: float) -> None:
-        table = torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
         scalars = {**SCALARS[rule], **changed}
-        kernels.elementwise(backend, rule, FORMULAS[rule][0], self.params, self.grads, self.states, table, scalars)
+        kernels.elementwise(backend, FORMULAS[rule], self.operands(spans, scalars))
+
+    def operands(self, spans: list[tuple[int, int, int]], scalars: dict[str, float]) -> Operands:
+        tables = Tables(spans=table_of(spans, 3))
+        return Operands(self.params, self.grads, self.states, [], tables, scalars, None, NO_SUMS)
 
     def flat(self) -> list[Tensor]:
         return [*self.params, *itertools.chain.from_iterable(self.states)]
@@ -271,34 +279,24 @@ class Shards:
     columns: list[list[tuple[int, ...]]]
     num_cuts: int
 
-    def step(self, backend: kernels.Backend, *, split: bool, threads: int = 1) -> None:
+    def step(self, backend: kernels.Backend, *, split: bool, threads: int = 1, formula: Formula = ADAM_MINI) -> None:
         """Partial sums on every rank, their sum, the update on every rank."""
         torch.set_num_threads(threads)
         total = torch.zeros(self.num_cuts, dtype=torch.float64)
         for rank in range(len(self.params)):
-            kernels.partial_sums(backend, [self.grads[rank]], self._rows(rank), self._columns(rank), total)
+            kernels.partial_sums(backend, self._operands(rank, total))
         for rank in range(len(self.params)):
             for select in ("uncut", "cut") if split else ("all",):
-                kernels.blockwise(
-                    backend,
-                    "adam_mini",
-                    adam_mini_update,
-                    [self.params[rank]],
-                    [self.grads[rank]],
-                    [[self.averages[rank]]],
-                    [[self.squares[rank]]],
-                    self._rows(rank),
-                    self._columns(rank),
-                    total,
-                    ADAM,
-                    select,
-                )
+                kernels.blockwise(backend, formula, self._operands(rank, total), select)
 
-    def _rows(self, rank: int) -> Tensor:
-        return torch.tensor(self.rows[rank], dtype=torch.int64).reshape(-1, 8)
-
-    def _columns(self, rank: int) -> Tensor:
-        return torch.tensor(self.columns[rank], dtype=torch.int64).reshape(-1, 11)
+    def _operands(self, rank: int, total: Tensor) -> Operands:
+        tables = Tables(
+            row_runs=table_of(self.rows[rank], 8), column_runs=table_of(self.columns[rank], 11), num_cuts=self.num_cuts
+        )
+        return Operands(
+            *([self.params[rank]], [self.grads[rank]], [[self.averages[rank]]], [[self.squares[rank]]]),
+            *(tables, ADAM, None, total),
+        )
 
 
 @dataclass
@@ -531,13 +529,98 @@ def test_compiled_column_blocks_agree(seed: int) -> None:
 
 def test_the_environment_may_force_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert kernels.backend_for(cpu) == "native"
+    assert kernels.backend_for(None, cpu) == "native"
     for name in ("native", "compiled", "eager"):
         monkeypatch.setenv("DS_OPTIM_KERNELS", name)
-        assert kernels.backend_for(cpu) == name
+        assert kernels.backend_for(None, cpu) == name
     monkeypatch.setenv("DS_OPTIM_KERNELS", "fast")
     with pytest.raises(ValueError, match="native, compiled, eager"):
-        kernels.backend_for(cpu)
+        kernels.backend_for(None, cpu)
+
+
+def momentum_update(param: Tensor, grad: Tensor, average: Tensor, *, decay: float, beta1: float) -> tuple[Tensor, ...]:
+    average = average * beta1 + grad
+    return param * decay - 0.01 * average, average
+
+
+def block_rms_update(
+    param: Tensor,
+    grad: Tensor,
+    mean_square: Tensor,
+    average: Tensor,
+    largest: Tensor,
+    *,
+    decay: float,
+    beta1: float,
+    **_: float,
+) -> tuple[Tensor, ...]:
+    average, largest = average * beta1 + grad, torch.maximum(largest, mean_square)
+    return param * decay - average / (largest.sqrt() + 1), average, largest
+
+
+def without_kernel(formula: Formula, monkeypatch: pytest.MonkeyPatch, forced: str) -> kernels.Backend:
+    """What is chosen on the CPU for a formula that nobody asked for before."""
+    if forced:
+        monkeypatch.setenv("DS_OPTIM_KERNELS", forced)
+    with pytest.warns(UserWarning, match=f"no C\\+\\+ kernel for the {formula.kind} formula {formula.name!r}.*slower"):
+        backend = kernels.backend_for(formula, torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels.backend_for(formula, torch.device("cpu")) == backend == "eager"
+        assert kernels.backend_for(None, torch.device("cpu")) == "native"
+    return backend
+
+
+@pytest.mark.parametrize("forced", ["", "native"])
+def test_an_elementwise_formula_without_a_kernel_is_eager_before_anything_ran(
+    monkeypatch: pytest.MonkeyPatch, forced: str, seed: int
+) -> None:
+    formula = Formula(f"momentum {forced}", momentum_update, 1, 0)
+    backend = without_kernel(formula, monkeypatch, forced)
+    spans, scalars = [(0, 3, 90_000), (1, 0, 5)], {"decay": 0.999, "beta1": 0.9}
+    start = Tensors.random("lion", [90_010, 5], seed)
+    chosen, eager = start.clone(), start.clone()
+    kernels.elementwise(backend, formula, chosen.operands(spans, scalars))
+    kernels.elementwise("eager", formula, eager.operands(spans, scalars))
+    assert same_bits(chosen.flat(), eager.flat())
+    assert start.grads[0] is not None
+    average = start.states[0][0][3:90_003] * 0.9 + start.grads[0][3:90_003]
+    wanted = start.params[0].clone()
+    wanted[3:90_003] = wanted[3:90_003] * 0.999 - 0.01 * average
+    torch.testing.assert_close(chosen.params[0], wanted, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="no elementwise C\\+\\+ kernel named 'momentum"):
+        kernels.elementwise("native", formula, chosen.operands(spans, scalars))
+
+
+@pytest.mark.parametrize("forced", ["", "native"])
+def test_a_blockwise_formula_without_a_kernel_is_eager_before_anything_ran(
+    monkeypatch: pytest.MonkeyPatch, forced: str, seed: int
+) -> None:
+    formula = Formula(f"block rms {forced}", block_rms_update, 1, 1)
+    backend = without_kernel(formula, monkeypatch, forced)
+    blocks = Blocks([(5, 30), (2, 7)], None, 1, seed)
+    chosen, eager = (blocks.shards([75], 4) for _ in range(2))
+    chosen.step(backend, split=True, formula=formula)
+    eager.step("eager", split=False, formula=formula)
+    for found, wanted in ((chosen.params, eager.params), (chosen.averages, eager.averages)):
+        assert same_bits(found, wanted)
+    assert same_bits(chosen.squares, eager.squares)
+    squares = torch.zeros(7).index_add_(0, blocks.labels, blocks.grad.square()) / torch.bincount(blocks.labels)
+    largest = torch.maximum(blocks.square, squares)[blocks.labels]
+    average = blocks.average * 0.9 + blocks.grad
+    found = torch.cat([chosen.params[0][4:79], chosen.params[1][4:93]])
+    torch.testing.assert_close(found, blocks.param * 0.999 - average / (largest.sqrt() + 1), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="no blockwise C\\+\\+ kernel named 'block rms"):
+        chosen.step("native", split=False, formula=formula)
+
+
+def test_kernels_are_known_by_name_kind_and_states() -> None:
+    known = [*FORMULAS.values(), ADAM_MINI]
+    assert all(native.has(formula) for formula in known)
+    assert {formula.name for formula in known} == set(native.KERNELS)
+    assert not native.has(Formula("adamw", adamw_update, 3, 0))
+    assert not native.has(Formula("adamw", adamw_update, 2, 1))
+    assert not native.has(Formula("adam_mini", adam_mini_update, 2, 0))
 
 
 def test_without_a_compiler_there_is_one_warning_and_the_formula(
@@ -546,16 +629,16 @@ def test_without_a_compiler_there_is_one_warning_and_the_formula(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     native.library.cache_clear()
-    kernels._by_device.cache_clear()
+    kernels.device_backend.cache_clear()
     try:
         with pytest.warns(UserWarning, match="no-such-compiler"):
-            assert kernels.backend_for(torch.device("cpu")) == "eager"
+            assert kernels.backend_for(None, torch.device("cpu")) == "eager"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert kernels.backend_for(torch.device("cpu")) == "eager"
+            assert kernels.backend_for(None, torch.device("cpu")) == "eager"
     finally:
         native.library.cache_clear()
-        kernels._by_device.cache_clear()
+        kernels.device_backend.cache_clear()
 
 
 COMPILER = """#!/bin/sh
@@ -639,14 +722,12 @@ def test_a_step_needs_no_memory_of_the_tensors_size() -> None:
     numel = 1 << 23
     tensors = Tensors([torch.ones(numel)], [torch.ones(numel)], [[torch.zeros(numel) + 1 for _ in range(1)]] * 2)
     tensors.states = [[torch.ones(numel)], [torch.ones(numel)]]
-    rows = torch.tensor([[0, 0, numel, 0, 4096, 0, -1, -1]])
+    tables = Tables(row_runs=torch.tensor([[0, 0, numel, 0, 4096, 0, -1, -1]]))
     squares = torch.zeros(numel // 4096)
 
     def mini() -> None:
-        kernels.blockwise(
-            *("native", "adam_mini", adam_mini_update, tensors.params, tensors.grads, tensors.states[:1], [[squares]]),
-            *(rows, NO_COLUMNS, torch.zeros(0, dtype=torch.float64), ADAM),
-        )
+        streams = tensors.params, tensors.grads, tensors.states[:1], [[squares]]
+        kernels.blockwise("native", ADAM_MINI, Operands(*streams, tables, ADAM, None, NO_SUMS))
 
     for step in (lambda: tensors.step("native", "adamw", [(0, 0, numel)]), mini):
         step()

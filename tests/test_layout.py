@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ds_optim.sharding.block_runs import block_runs, held_spans
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters, check, digest
-from ds_optim.sharding.runs import block_runs, held_spans
 
 
 @st.composite

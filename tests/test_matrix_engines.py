@@ -107,7 +107,7 @@ def change_gradient(engine: Any, change: Callable[[Tensor], None]) -> None:
     def edit(*_: Any) -> None:
         for group in optimizer.param_groups:
             for tensor in group["params"]:
-                bound = optimizer._bound[tensor]
+                bound = optimizer.bound_tensors[tensor]
                 for fragment in bound.layout.fragments(bound.rank):
                     if bound.layout.parameters[fragment.parameter].name == BROKEN and tensor.grad is not None:
                         change(tensor.grad.view(-1).narrow(0, fragment.offset, fragment.numel))

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import ds_optim
+from ds_optim.sharding.binding import local_of
 from engines import VOCABULARY, Case, build_engine, build_model
 from engines import weights as engine_weights
 from expected import by_one_process, by_oracle, distance
@@ -431,8 +432,48 @@ def without_names(late: bool) -> list[str]:
     else:
         optimizer.param_groups[0]["params"] = [*model.parameters()]
     train(MeshCase(case), model, model, optimizer, range(1, 3))
-    assert sorted(optimizer._names.values()) == sorted(name for name, _ in model.named_parameters())
+    assert sorted(optimizer.state_dict()["param_names"][0]) == sorted(name for name, _ in model.named_parameters())
     return sorted(one.name for of_one in optimizer.logical().values() for one in of_one)
+
+
+def loaded_in_another_order(cls: Any) -> bool:
+    """State of parameters that were replaced behind the optimizer, as Accelerate does, and are in another order."""
+    models = [build_model(CASES["AdamMini"]) for _ in range(2)]
+    fully_shard(models[0])
+    saved = cls(models[0].named_parameters(), roles=models[0], lr=1e-3)
+    train(MeshCase(CASES["AdamMini"]), models[0], models[0], saved, range(1, 3))
+    names = [name for name, _ in models[1].named_parameters()][::-1]
+    late = cls([(name, models[1].get_parameter(name)) for name in names], roles=models[1], lr=1e-3)
+    fully_shard(models[1])
+    late.param_groups[0]["params"] = [models[1].get_parameter(name) for name in names]
+    late.load_state_dict(saved.state_dict())
+    first, second = (one.logical() for one in (saved, late))
+    found = {one.name: saved.state[tensor] for tensor, listed in first.items() for one in listed}
+    return all(
+        torch.equal(local_of(value), local_of(late.state[tensor][key]))
+        for tensor, listed in second.items()
+        for one in listed
+        for key, value in found[one.name].items()
+    )
+
+
+@pytest.mark.parametrize("cls", [ds_optim.AdamW, ds_optim.AdamMini, ds_optim.Shampoo])
+def test_replaced_parameters_load_by_name(pool: Pools, cls: Any) -> None:
+    assert pool(1).run(loaded_in_another_order, cls) == [True]
+
+
+def looked_at(cls: Any) -> list[str]:
+    """The keys of a state dict where somebody looked at the state of a parameter that has none."""
+    model = build_model(CASES["AdamMini"])
+    fully_shard(model)
+    optimizer = cls(model.named_parameters(), roles=model, lr=1e-3)
+    assert not optimizer.state[next(model.parameters())]
+    return sorted(map(str, optimizer.state_dict()["state"]))
+
+
+@pytest.mark.parametrize("cls", [ds_optim.AdamMini, ds_optim.Shampoo])
+def test_an_empty_state_is_saved_as_one(pool: Pools, cls: Any) -> None:
+    assert pool(1).run(looked_at, cls) == [["0"]]
 
 
 def test_parameters_without_names_get_the_models(pool: Pools) -> None:

@@ -60,16 +60,21 @@ def test_hosts_have_names_addresses_and_ssh_servers_of_their_own(cluster: local_
 
 def test_a_cut_cable_and_a_lost_host_are_silent_and_a_mended_one_is_back(cluster: local_cluster.LocalCluster) -> None:
     first, second, third = cluster.hosts
-    ask = ["ssh", "-o", "ConnectTimeout=1", second.name, "true"]
+
+    def ask(seconds: int) -> subprocess.CompletedProcess[str]:
+        """A host that is there may take long to answer where others want the cores."""
+        return first.run(["ssh", "-o", f"ConnectTimeout={seconds}", second.name, "true"])
+
     cluster.cut(second)
-    assert "timed out" in first.run(ask).stdout or "No route" in first.run(ask).stdout
+    answer = ask(1).stdout
+    assert "timed out" in answer or "No route" in answer
     cluster.mend(second)
-    assert first.run(ask).returncode == 0
+    assert ask(60).returncode == 0
     sleeper = third.start(["sleep", "1000"])
     cluster.lose(third)
-    assert sleeper.wait(5) != 0
+    assert sleeper.wait(60) != 0
     assert not third.is_alive
-    assert first.run(ask).returncode == 0
+    assert ask(60).returncode == 0
 
 
 @pytest.mark.parametrize("end", ["failure", "kill -9", "terminate"])

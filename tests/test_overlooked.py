@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import ds_optim
 from ds_optim import AdamMini
-from ds_optim.optimizers.sharded import waiting
+from ds_optim.stepping.sharded import waiting
 from pool import Pools
 from test_integrations import fresh_accelerate
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import ds_optim
+from ds_optim.optimizers.registry import optimizers
 
-CLASSES = [ds_optim.AdamW, ds_optim.Lion, ds_optim.Adan, ds_optim.AdamMini, ds_optim.Shampoo, ds_optim.SWAN]
+CLASSES = list(optimizers().values())
 
 
 def small_model(seed: int) -> nn.Module:
@@ -346,7 +349,7 @@ def test_tables_do_not_pile_up(seed: int) -> None:
         for parameter in parameters:
             parameter.grad = torch.ones(4) if torch.rand((), generator=generator) < 0.5 else None
         optimizer.step()
-    assert len(optimizer._tables) <= 64
+    assert len(optimizer.stepper.buffers()) <= 3 * 64
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -504,3 +507,30 @@ def test_parameters_of_no_element_and_of_one_empty_and_frozen_groups_are_stepped
     for found in (train((), empty=False), train((1,), empty=True), train((), empty=True)):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name], values) for name, values in wanted.items())
+
+
+# -- what goes with an optimizer, and what stays ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_optimizer_and_its_model_go_when_nobody_refers_to_them(cls: Any, seed: int) -> None:
+    """By reference counting alone: a garbage collection may come late, and state is large."""
+    model = small_model(seed)
+    optimizer = cls(model.named_parameters(), roles=model)
+    steps(model, optimizer, range(2))
+    left = [weakref.ref(model), weakref.ref(optimizer), weakref.ref(next(iter(optimizer.state.values()))["step"])]
+    gc.disable()
+    try:
+        del model, optimizer
+        assert [one() for one in left] == [None, None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_group_may_carry_what_is_no_setting_of_groups(cls: Any, seed: int) -> None:
+    """As DeepSpeed's and others' groups do."""
+    model = small_model(seed)
+    optimizer = cls([{"params": [*model.parameters()], "state_dtype": torch.float32}], roles=model)
+    steps(model, optimizer, range(2))
+    assert int(optimizer.state[model[0].weight]["step"]) == 2  # type: ignore[index]

@@ -103,7 +103,7 @@ def test_an_import_by_hand_may_come_after_deepspeed(tmp_path: Path) -> None:
 
 
 def test_the_plugin_may_be_imported_before_deepspeed(tmp_path: Path) -> None:
-    code = "import ds_optim.deepspeed_plugin\n" + SCRIPT.replace("TYPE", "Adan")
+    code = "import ds_optim.deepspeed.plugin\n" + SCRIPT.replace("TYPE", "Adan")
     assert result(python(code, tmp_path)) == "ds_optim.optimizers.adan Adan True"
 
 

@@ -20,9 +20,10 @@ import browser
 from ds_optim.memory import charts, claims
 from ds_optim.memory.claims import Verdict
 from ds_optim.memory.record import Category, Record, Sample, human
-from ds_optim.memory.report import Report, make_report
+from ds_optim.memory.report import make_report
 from ds_optim.memory.report_command import report as report_command
 from ds_optim.memory.report_command import write
+from ds_optim.memory.report_data import Report
 from ds_optim.memory.report_html import render_html
 from ds_optim.memory.report_runs import ReportError, Run, read_runs
 from ds_optim.memory.report_text import print_report, render_markdown

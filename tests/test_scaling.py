@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,9 @@ from scaling_measured import Counting, measure
 from scaling_page import OPTIMIZERS
 from scaling_plan import Assumptions, plan_scaling
 
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
-from ds_optim.sharding.predict import predicted_layouts
-from ds_optim.subject import meta_model, subject
+from ds_optim.blueprint import blueprint, meta_model
+from ds_optim.deepspeed.predict import predicted_layouts
+from ds_optim.rule import bytes_of
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -80,13 +79,10 @@ def test_real_engines_send_multiply_and_keep_what_was_predicted(pool: Any, stage
 @pytest.mark.parametrize("name", ["Shampoo", "SWAN"])
 @pytest.mark.parametrize("stage", [1, 3])
 def test_state_is_planned_as_every_rank_would_keep_it(name: str, stage: int) -> None:
-    made = subject(meta_model(TINY), {}, name, {})
-    assert isinstance(made.optimizer, WholeMatrixOptimizer)
+    made = blueprint(meta_model(TINY), {}, name, {})
     layouts = predicted_layouts(made.groups, stage, 5)
-    kept = [
-        sum(math.prod(size) * dtype.itemsize for spec in specs for size, dtype in spec.values()) + 4 * len(layouts)
-        for specs in made.optimizer.predicted_state(layouts, range(5))
-    ]
+    steppers = [made.optimizer.predicted(layouts, rank) for rank in range(5)]
+    kept = [sum(bytes_of(one.spec(tensor)) + 4 for tensor in one.shards.tensors) for one in steppers]
     planned = plan_scaling(TINY, name, stage, 5)
     assert (planned.state_most, planned.state_mean) == (max(kept), sum(kept) / 5)
 

@@ -25,20 +25,22 @@ from torch import Tensor, nn
 
 import ds_optim
 from ds_optim import kernels
-from ds_optim.deepspeed_plugin import option_problems
+from ds_optim.deepspeed.configuration import option_problems
+from ds_optim.kernels import Formula, Operands, Tables
 from ds_optim.kernels.rounding import identity_of, key_of, noise
 from ds_optim.optimizers.adam_mini import adam_mini_update
 from ds_optim.optimizers.lion import lion_update
+from ds_optim.optimizers.registry import optimizers
 from ds_optim.sharding.binding import Binding, BoundTensor
 from ds_optim.sharding.exchange import Ranks
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 from pool import Pools
 
-CLASSES = [ds_optim.AdamW, ds_optim.Lion, ds_optim.Adan, ds_optim.AdamMini, ds_optim.Shampoo, ds_optim.SWAN]
+CLASSES = list(optimizers().values())
 BACKENDS: list[kernels.Backend] = ["native", "compiled", "eager"]
-LION = {"decay": 0.999, "beta1": 0.9, "one_minus_beta1": 0.1, "beta2": 0.99, "one_minus_beta2": 0.01, "lr": 1e-3}
-NO_ROWS = torch.empty((0, 8), dtype=torch.int64)
-NO_COLUMNS = torch.empty((0, 11), dtype=torch.int64)
+LION = Formula("lion", lion_update, 1, 0)
+SCALARS = {"decay": 0.999, "beta1": 0.9, "one_minus_beta1": 0.1, "beta2": 0.99, "one_minus_beta2": 0.01, "lr": 1e-3}
+ADAM_MINI = Formula("adam_mini", adam_mini_update, 1, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -99,9 +101,15 @@ def lion(
 ) -> Tensor:
     """The parameter after a step; Lion has no roots, so that backends agree on fp32 results."""
     param = param.clone()
-    states = [[torch.zeros(param.numel())]]
-    kernels.elementwise(backend, "lion", lion_update, [param], [grad], states, torch.tensor(spans), LION, how)
+    kernels.elementwise(backend, LION, operands_of_lion(param, grad, torch.zeros(param.numel()), how, spans))
     return param
+
+
+def operands_of_lion(
+    param: Tensor, grad: Tensor, average: Tensor, how: kernels.Rounding | None, spans: list[list[int]]
+) -> Operands:
+    tables, no_sums = Tables(spans=torch.tensor(spans)), torch.zeros(0, dtype=torch.float64)
+    return Operands([param], [grad], [[average]], [], tables, SCALARS, how, no_sums)
 
 
 def same_bits(one: Tensor, two: Tensor) -> bool:
@@ -212,24 +220,21 @@ def test_blockwise_rules_round_parameters_by_their_place(backend: kernels.Backen
     numel, first = 60 * 47, 1000
     param, average = normal(numel, seed).bfloat16(), torch.zeros(numel)
     grad = (torch.randint(0, 2, (numel,), generator=generator) * 2.0 - 1).bfloat16() / 8
-    rows, columns = NO_ROWS, NO_COLUMNS
     cut_sums = torch.tensor([47 * 40 / 64], dtype=torch.float64)  # of the last run, which has a brother elsewhere
     if kind == "rows":
         runs = [(0, 940, 0, 1, 0, -1, -1), (940, 900, 0, 300, 940, -1, -1), (1840, 940, 0, 47, 943, -1, -1)]
         table = [(0, *run) for run in runs] + [(0, 2780, 40, 0, 47 * 40, 963, 0, 0)]
-        rows = torch.tensor(table)
-        blocks = 964
+        tables, blocks = Tables(row_runs=torch.tensor(table), num_cuts=1), 964
     else:
         spread = [(0, 15, 3, 0), (15, 45, 30, 5), (45, 47, 1, 6)]
         table = [(0, 0, numel, 0, 47, start, stop, width, slot, -1, width * 60) for start, stop, width, slot in spread]
-        columns, blocks = torch.tensor(table), 8
+        tables, blocks = Tables(column_runs=torch.tensor(table)), 8
     scalars = {"decay": 0.999, "beta1": 0.9, "one_minus_beta1": 0.1, "beta2": 0.0, "one_minus_beta2": 1.0}
     scalars |= {"step_size": 2**-10, "bias2_sqrt": 1.0, "eps": 0.0}
     found, squares = param.clone(), torch.zeros(blocks)
-    kernels.blockwise(
-        *(backend, "adam_mini", adam_mini_update, [found], [grad], [[average]], [[squares]]),
-        *(rows, columns, cut_sums, scalars, "all", rounding((0, 0, numel, "a", first))),
-    )
+    how = rounding((0, 0, numel, "a", first))
+    operands = Operands([found], [grad], [[average]], [[squares]], tables, scalars, how, cut_sums)
+    kernels.blockwise(backend, ADAM_MINI, operands)
     assert torch.equal(squares, torch.full((blocks,), 1 / 64))
     one_minus = torch.tensor(0.1)
     exact = param.float() * torch.tensor(0.999) - grad.float() * one_minus * (2**-10 * 8)
@@ -308,8 +313,7 @@ def test_rounding_needs_no_memory_of_the_tensors_size() -> None:
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
-        spans = torch.tensor([[0, 0, numel]])
-        kernels.elementwise("native", "lion", lion_update, [param], [grad], [[state]], spans, LION, how)
+        kernels.elementwise("native", LION, operands_of_lion(param, grad, state, how, [[0, 0, numel]]))
     assert resident("VmHWM") - before < 0.01 * 8 * numel
 
 
@@ -394,7 +398,7 @@ def bound_runs(kind: str, world_size: int, seed: int, steps: int) -> dict[str, l
         return tensors
 
     for cls in CLASSES:
-        roles = make(cls, first_values(seed).items())._roles_of_parameters()
+        roles = make(cls, first_values(seed).items()).shards.roles
         tensors = [nn.Parameter(flat) for flat in local(first_values(seed))]
         optimizer = make(cls, tensors, bf16_stochastic_round=True, seed=5)
         group = dist.group.WORLD

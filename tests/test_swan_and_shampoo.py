@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import ds_optim
+import ds_optim.checkpoint
 from ds_optim.linalg import inverse_roots as roots_module
 from ds_optim.optimizers import shampoo as shampoo_module
 from reference.shampoo import shampoo
@@ -893,7 +893,7 @@ def test_schedules_do_not_pile_up(seed: int) -> None:
     for _ in range(200):
         chosen = [name for name in shapes if torch.rand((), generator=generator) < 0.5]
         take(optimizer, params, {name: torch.ones(2, 2) for name in chosen})
-    assert len(optimizer._schedules) <= 64
+    assert len(optimizer.stepper.buffers()) <= 4 * 65
 
 
 @pytest.mark.parametrize("bucket_size", [1, 50])
@@ -919,3 +919,64 @@ def test_gradients_are_never_written_to(kind: str, seed: int) -> None:
         for name, one in params.items():
             assert one.grad is not None
             assert torch.equal(one.grad, grads[name])
+
+
+# -- parameters that are trained later, or no more --------------------------------------------------------------------
+
+JOINING = {"a": (6, 4), "m": (8, 8), "z": (5, 7)}
+
+
+def kept_for(params: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, name: str) -> Grads:
+    model = nn.ParameterDict(params)
+    return ds_optim.checkpoint.full_state(model, name, optimizer)
+
+
+def joined(seed: int, frozen: str, *, is_trained: bool = False) -> tuple[dict[str, nn.Parameter], ds_optim.Shampoo]:
+    """After three steps of all parameters but one, which is frozen or gets no gradient."""
+    params = parameters(JOINING, seed)
+    params[frozen].requires_grad_(is_trained)
+    settings = {"max_preconditioner_dim": 4, "precondition_frequency": 3, "start_preconditioning_step": 1}
+    optimizer = ds_optim.Shampoo(params.items(), roles=LINEAR, **settings)
+    for grads in gradients(JOINING, 3, seed):
+        take(optimizer, params, {name: grad for name, grad in grads.items() if name != frozen})
+    return params, optimizer
+
+
+@pytest.mark.parametrize("frozen", JOINING)
+def test_blocks_keep_their_own_state_when_a_parameter_joins_that_was_frozen(frozen: str, seed: int) -> None:
+    params, optimizer = joined(seed, frozen)
+    others = [name for name in JOINING if name != frozen]
+    before = {name: kept_for(params, optimizer, name) for name in others}
+    params[frozen].requires_grad_(True)
+    for step in range(2):
+        take(optimizer, params, {frozen: normal(JOINING[frozen], seed + step)})
+        for name in others:
+            assert same(kept_for(params, optimizer, name), before[name]), (step, name)
+
+
+def in_order(optimizer: ds_optim.Shampoo, parameter: nn.Parameter) -> bool:
+    """Whether every block of a parameter has its state where the plan looks for it."""
+    return not optimizer.stepper.kept.is_anothers(parameter, optimizer.state[parameter])
+
+
+@pytest.mark.parametrize("frozen", JOINING)
+def test_blocks_have_their_own_state_in_the_step_in_which_another_parameter_joins(frozen: str, seed: int) -> None:
+    params, optimizer = joined(seed, frozen)
+    params[frozen].requires_grad_(True)
+    take(optimizer, params, gradients(JOINING, 1, seed + 1)[0])
+    assert all(in_order(optimizer, params[name]) for name in JOINING)
+
+
+@pytest.mark.parametrize("frozen", JOINING)
+def test_a_copy_in_which_another_set_is_trained_has_the_same_state_for_every_block(frozen: str, seed: int) -> None:
+    params, optimizer = joined(seed, frozen, is_trained=True)
+    params[frozen].requires_grad_(False)  # it has a place in the plan, and no state
+    twins, twin = copy.deepcopy((params, optimizer))
+    for name in JOINING:
+        if name != frozen:
+            assert same(kept_for(twins, twin, name), kept_for(params, optimizer, name)), name
+
+    twins, twin = copy.deepcopy((params, optimizer))
+    grads = gradients(JOINING, 1, seed + 1)[0]
+    take(twin, twins, {name: grads[name] for name in JOINING if name != frozen})
+    assert all(in_order(twin, twins[name]) for name in JOINING if name != frozen)

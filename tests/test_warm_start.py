@@ -15,9 +15,9 @@ import ds_optim
 from ds_optim import checkpoint
 from ds_optim.checkpoint import ranges
 from ds_optim.checkpoint.warm_start import block_means, block_range, box_runs, warm_start
-from ds_optim.optimizers.logical import block_at
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box
+from ds_optim.stepping.logical_tensors import block_at
 from engines import Case, OddLlama, assembled, build_model, engine_for, learning_rate, masters, train
 from expected import block_labels, gradient, is_matrix, weight_decays
 
@@ -136,7 +136,7 @@ def test_swan_and_shampoo_keep_adam_where_there_is_no_matrix_and_shampoo_its_gra
             if optimizer_name == "SWAN":
                 continue
             begin, corner = 0, [0, 0]
-            plan, tensor = optimizer._plan_of(parameter)
+            plan, tensor = optimizer.stepper.plans.place_of(parameter)
             for block in plan.of_tensor(tensor):
                 box = plan.blocks[block].tile.box
                 inside = tuple(slice(a, b) for a, b in zip(box.start, box.stop, strict=True))

@@ -50,30 +50,14 @@ def advise(
             raise ValueError("how large is the batch? Give --batch, or --from a run")
         words = in_words(int(batch), estimate)
         if model is not None:
-            ranks, micro_batch = ranks or said.get("ranks"), micro_batch or said.get("micro_batch")
-            seq_length = seq_length or said.get("seq_length")
-            asked = {"--ranks": ranks, "--micro-batch": micro_batch, "--seq-length": seq_length}
-            asked |= {"--deepspeed": config, "--device-memory": device_memory}
-            missing = [option for option, value in asked.items() if value is None]
-            if missing:
-                raise ValueError(
-                    f"with --model, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed too"
-                )
-            assert ranks is not None
-            assert micro_batch is not None
-            assert seq_length is not None
-            assert config is not None
-            assert device_memory is not None
-            if batch % (micro_batch * ranks):
-                raise ValueError(f"a batch of {batch} is no multiple of {micro_batch} x {ranks} ranks")
-            now = Shares(micro_batch, batch // (micro_batch * ranks), ranks)
-            sizes = (ranks, 2 * ranks) if batch < estimate.sequences else (ranks, ranks // 2)
-            fits = [
-                (one, _largest(model, config, one, seq_length, device_memory, reserve, checkpointing))
-                for one in sizes
-                if one
-            ]
-            words += sharing_words(now, fits, estimate)
+            asked = {
+                "--ranks": ranks or said.get("ranks"),
+                "--micro-batch": micro_batch or said.get("micro_batch"),
+                "--seq-length": seq_length or said.get("seq_length"),
+                "--deepspeed": config,
+                "--device-memory": device_memory,
+            }
+            words += _sharing(batch, estimate, model, asked, reserve, checkpointing)
         elif config is not None or device_memory is not None:
             raise ValueError("--deepspeed and --device-memory need --model too")
     except (ValueError, OSError) as error:
@@ -81,6 +65,31 @@ def advise(
         raise typer.Exit(1) from error
     for line in words:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _sharing(
+    batch: int, estimate: Estimate, model: Path, asked: Mapping[str, Any], reserve: str, checkpointing: bool
+) -> list[str]:
+    """How micro-batch, accumulation and ranks should change.
+
+    Args:
+        asked: options that this needs, by name; None where one was not given.
+
+    Raises:
+        ValueError: one is missing, or the batch cannot be shared out so.
+    """
+    missing = [option for option, value in asked.items() if value is None]
+    if missing:
+        raise ValueError(f"with --model, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} needed too")
+    ranks, micro_batch, seq_length, config, device_memory = asked.values()
+    if batch % (micro_batch * ranks):
+        raise ValueError(f"a batch of {batch} is no multiple of {micro_batch} x {ranks} ranks")
+    now = Shares(micro_batch, batch // (micro_batch * ranks), ranks)
+    sizes = (ranks, 2 * ranks) if batch < estimate.sequences else (ranks, ranks // 2)
+    fits = [
+        (one, _largest(model, config, one, seq_length, device_memory, reserve, checkpointing)) for one in sizes if one
+    ]
+    return sharing_words(now, fits, estimate)
 
 
 def _summary(run: Path | None) -> Mapping[str, Any]:

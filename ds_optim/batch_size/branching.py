@@ -8,36 +8,25 @@ A branch is a process: the user's own training command, to which this adds
 
     --branch CHECKPOINT --batch B --steps N --lr-scale S --output DIRECTORY    [--skip-sequences N] [--noise-scale]
 
-and which must leave ``DIRECTORY/summary.json`` with ``held_out_loss_after`` (and, for a standard error,
-``held_out_losses_after``: one loss per held-out sequence). ``launcher/train.py`` does. A finished branch is one file,
-written when it ends, and is not run again; an interrupted one begins anew. This module plans and runs the branches,
-`ds_optim.batch_size.verdict` judges them.
+This module plans the branches, `ds_optim.batch_size.branch_runs` runs them, `ds_optim.batch_size.verdict` judges them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import os
 import pickle
-import re
-import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_optim.batch_size.learning_rate import Rule, rule_of, scale
-from ds_optim.checkpoint.directory import LATEST, MANIFEST, OBJECTS, folder_of, read_about, write_text
+from ds_optim.batch_size.learning_rate import ScalingRule, rule_of, scale
+from ds_optim.checkpoint.directory import LATEST, MANIFEST, OBJECTS, folder_of, read_about
 from ds_optim.json_file import read_object
 
 FINISHED = "finished.json"
-CONSOLE = "console.txt"
-DIVERGED = "it diverged"
+"""In a branch's folder when it has ended: its setting, and what the command wrote."""
+
 _OURS = ("--branch", "--batch", "--steps", "--tokens", "--lr-scale", "--output", "--skip-sequences", "--noise-scale")
 _ROUNDED_BY = 0.05  # how far the budget may move so that it is a whole number of steps at every batch
 
@@ -128,7 +117,7 @@ class Study:
     output: Path
     baseline: int
     seq_length: int
-    rule: Rule
+    rule: ScalingRule
     noise_scale: bool
     branches: tuple[Branch, ...]
 
@@ -172,26 +161,6 @@ class Study:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a branch ended.
-
-    Attributes:
-        loss: held-out loss, mean over the sequences; NaN if it diverged or failed.
-        losses: of each held-out sequence; empty if the command does not say.
-        failure: why there is no loss; empty if there is one.
-        seconds: that it took.
-        summary: what the command wrote.
-    """
-
-    branch: Branch
-    loss: float
-    losses: tuple[float, ...]
-    failure: str
-    seconds: float
-    summary: Mapping[str, Any]
-
-
 def plan(
     checkpoint: Checkpoint,
     command: Sequence[str],
@@ -201,7 +170,7 @@ def plan(
     *,
     baseline: int | None = None,
     seq_length: int | None = None,
-    rule: Rule | None = None,
+    rule: ScalingRule | None = None,
     repeats: int = 1,
     noise_scale: bool = True,
 ) -> Study:
@@ -223,37 +192,16 @@ def plan(
     Raises:
         BranchingError: every reason why these branches cannot be run, or are not those that are finished in ``output``.
     """
-    problems = []
     sizes = sorted(set(batches))
-    if len(sizes) < 2 or sizes[0] < 1:
-        problems.append(f"--batches is {', '.join(map(str, batches))}; two or more different sizes are needed")
-    if baseline is None:
-        baseline = checkpoint.batch if checkpoint.batch in sizes else batches[0] if batches else 0
-    elif baseline not in sizes:
-        problems.append(f"--baseline is {baseline}, which is not among --batches")
-    if baseline == sizes[-1] and len(sizes) > 1:
-        problems.append(f"the baseline, {baseline}, is the largest of --batches: add larger ones, or say --baseline")
-    if seq_length is not None and checkpoint.seq_length not in (None, seq_length):
-        problems.append(f"--seq-length is {seq_length} and the checkpoint's run had {checkpoint.seq_length}")
-    seq_length = seq_length or checkpoint.seq_length
-    if seq_length is None:
-        problems.append("the checkpoint does not say how long its sequences are: give --seq-length")
+    baseline, problems = _baseline_among(sizes, batches, baseline, checkpoint)
+    seq_length, wrong = _sequence_length(seq_length, checkpoint)
+    problems += wrong
     if rule is None:
         try:
             rule = rule_of(checkpoint.optimizer or "an optimizer that the checkpoint does not name")
         except ValueError as error:
             problems.append(str(error))
-    if repeats < 1:
-        problems.append(f"--repeats is {repeats}; it must be 1 or more")
-    if not command:
-        problems.append("no training command is given: put it after --")
-    ours = sorted({word.split("=")[0] for word in command} & set(_OURS))
-    if ours:
-        problems.append(f"the training command has {', '.join(ours)}: leave that out, each branch gets its own")
-    if not math.isfinite(tokens):
-        problems.append(f"--tokens is {tokens:g}; it must be a number of tokens")
-    elif seq_length and tokens < sizes[-1] * seq_length:
-        problems.append(f"--tokens is {tokens:g}; one step of {sizes[-1]} sequences takes {sizes[-1] * seq_length:,}")
+    problems += _run_problems(command, repeats, tokens, sizes[-1], seq_length)
     if problems:
         raise BranchingError(problems)
     assert seq_length is not None
@@ -273,55 +221,55 @@ def plan(
     return study
 
 
-def finished(study: Study, branch: Branch) -> Outcome | None:
-    """The outcome that an earlier run of this study left; None if the branch is still to be run."""
-    path = study.output / branch.name / FINISHED
-    if not path.is_file():
-        return None
-    content = read_object(path)
-    return _outcome(branch, content["summary"], content["seconds"])
-
-
-def run(study: Study, branch: Branch, watch: Callable[[int], object] = lambda _: None) -> Outcome:
-    """Run one branch to its end, whatever that is; a failure is an outcome.
-
-    Args:
-        study: that it belongs to.
-        branch: which is not finished; what an interrupted run of it left is removed.
-        watch: called every second or so with the tokens seen so far.
-    """
-    folder = study.output / branch.name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    started = time.monotonic()
-    with open(folder / CONSOLE, "wb") as console:
-        try:
-            # A process group of its own: if this process is stopped, everything that the command started is.
-            process = subprocess.Popen(
-                study.arguments(branch), stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        except OSError as error:
-            return Outcome(branch, math.nan, (), f"it cannot be started: {error}", 0.0, {})
-        try:
-            while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=1)
-                watch(_tokens_seen(folder))
-        finally:
-            if process.poll() is None:
-                _stop(process)
-    seconds = round(time.monotonic() - started, 1)
-    failure, summary = _read_summary(folder, branch, process.returncode)
-    if failure:
-        return Outcome(branch, math.nan, (), f"{failure} (see {folder / CONSOLE})", seconds, summary)
-    content = {"setting": study.setting(branch), "seconds": seconds, "summary": summary}
-    making = folder / f"{FINISHED}.writing"
-    write_text(making, json.dumps(content, indent=1) + "\n")
-    making.rename(folder / FINISHED)
-    return _outcome(branch, summary, seconds)
-
-
 # ----------------------------------------------------------------------------------------------------------- the parts
+
+
+def _baseline_among(
+    sizes: Sequence[int], batches: Sequence[int], asked: int | None, checkpoint: Checkpoint
+) -> tuple[int, list[str]]:
+    """The batch to hold the others against, and what is wrong with it or with them."""
+    problems = []
+    if len(sizes) < 2 or sizes[0] < 1:
+        problems.append(f"--batches is {', '.join(map(str, batches))}; two or more different sizes are needed")
+    own = checkpoint.batch
+    baseline = own if own is not None and own in sizes else batches[0] if batches else 0
+    if asked is not None:
+        baseline = asked
+        if asked not in sizes:
+            problems.append(f"--baseline is {asked}, which is not among --batches")
+    if baseline == sizes[-1] and len(sizes) > 1:
+        problems.append(f"the baseline, {baseline}, is the largest of --batches: add larger ones, or say --baseline")
+    return baseline, problems
+
+
+def _sequence_length(asked: int | None, checkpoint: Checkpoint) -> tuple[int | None, list[str]]:
+    """Tokens per sequence, if they are known, and what is wrong with that."""
+    problems = []
+    if asked is not None and checkpoint.seq_length not in (None, asked):
+        problems.append(f"--seq-length is {asked} and the checkpoint's run had {checkpoint.seq_length}")
+    known = asked or checkpoint.seq_length
+    if known is None:
+        problems.append("the checkpoint does not say how long its sequences are: give --seq-length")
+    return known, problems
+
+
+def _run_problems(
+    command: Sequence[str], repeats: int, tokens: float, largest: int, seq_length: int | None
+) -> list[str]:
+    """Why branches of these tokens, the largest batch of ``largest`` sequences, cannot be run with this command."""
+    problems = []
+    if repeats < 1:
+        problems.append(f"--repeats is {repeats}; it must be 1 or more")
+    if not command:
+        problems.append("no training command is given: put it after --")
+    ours = sorted({word.split("=")[0] for word in command} & set(_OURS))
+    if ours:
+        problems.append(f"the training command has {', '.join(ours)}: leave that out, each branch gets its own")
+    if not math.isfinite(tokens):
+        problems.append(f"--tokens is {tokens:g}; it must be a number of tokens")
+    elif seq_length and tokens < largest * seq_length:
+        problems.append(f"--tokens is {tokens:g}; one step of {largest} sequences takes {largest * seq_length:,}")
+    return problems
 
 
 def _steps(sizes: Sequence[int], sequences: float) -> dict[int, int]:
@@ -351,57 +299,3 @@ def _changes(study: Study, branch: Branch) -> list[str]:
 
 def _shown(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
-
-
-def _read_summary(folder: Path, branch: Branch, status: int) -> tuple[str, dict[str, Any]]:
-    """What went wrong, if anything did, and what the command wrote."""
-    if status != 0:
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        return f"{how}: {_last_line(folder / CONSOLE)}", {}
-    try:
-        summary = read_object(folder / "summary.json")
-        float(summary["held_out_loss_after"])
-    except (OSError, ValueError) as error:
-        return f"the command ended well but left no summary: {error}", {}
-    except (KeyError, TypeError):
-        return "summary.json has no number for held_out_loss_after", {}
-    if summary.get("batch", branch.batch) != branch.batch:
-        return f"summary.json says that the batch was {summary['batch']}", summary
-    return "", summary
-
-
-def _outcome(branch: Branch, summary: Mapping[str, Any], seconds: float) -> Outcome:
-    loss = float(summary["held_out_loss_after"])
-    if not math.isfinite(loss):
-        return Outcome(branch, math.nan, (), DIVERGED, seconds, summary)
-    return Outcome(branch, loss, tuple(summary.get("held_out_losses_after", ())), "", seconds, summary)
-
-
-def _last_line(path: Path) -> str:
-    """What the command said last, or its last error; without the log lines that DeepSpeed's launcher adds."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    own = [line for line in lines if not re.match(r"\[\d{4}-\d\d-\d\d", line)]
-    errors = [line for line in own if re.match(r"[\w.]*Error\b", line.removeprefix("[rank0]: "))]
-    return (errors or own or lines or ["it said nothing"])[-1].removeprefix("- ")[:300]
-
-
-def _tokens_seen(folder: Path) -> int:
-    """From the log that ``launcher/train.py`` writes; 0 of another command."""
-    path = folder / "log.jsonl"
-    if not path.is_file():
-        return 0
-    seen = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            seen += int(json.loads(line).get("tokens", 0))
-        except (ValueError, AttributeError):  # a line that is being written
-            continue
-    return seen
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the command and what it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):  # the second for what has outlived the first
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, number)
-            process.wait(timeout=10)

@@ -10,37 +10,39 @@ more (1812.06162), and for sign-like updates falls again (2405.14578).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Literal, TypeAlias, get_args
 
-Rule: TypeAlias = Literal["sqrt", "linear", "none"]
+from ds_optim.optimizers.registry import optimizers
+from ds_optim.rule import BatchScaling
 
-# The rule, and where it is from; "judgement" where no publication that we know states it for that optimizer.
-RULES: Mapping[str, tuple[Rule, str]] = {
-    "AdamW": ("sqrt", "2205.10287 (derived and tested for Adam and RMSprop); used for branching by 2505.23971"),
-    "Lion": ("sqrt", "2405.14578 (signs of gradients, below the noise scale; it names Lion)"),
-    "Adan": ("sqrt", "judgement: divided by a root mean square of gradients, as Adam is"),
-    "AdamMini": ("sqrt", "judgement: divided by a root mean square over each block, as Adam is element by element"),
-    "Shampoo": ("sqrt", "judgement: the direction is whitened and the default graft gives it Adam's length"),
-    "SWAN": ("sqrt", "judgement: whitened, of fixed length: a sign of the whole matrix; the rest is Adam"),
-    "SGD": ("linear", "1706.02677, 1812.06162"),
-}
+ScalingRule: TypeAlias = Literal["sqrt", "linear", "none"]
+
+_OTHERS = {"SGD": BatchScaling("linear", "1706.02677, 1812.06162")}
 
 
-def rule_of(optimizer: str) -> Rule:
+def scaling_rules() -> dict[str, BatchScaling]:
+    """The rule of every optimizer that is known, by class name, and where it is from.
+
+    The source is "judgement" where no publication that we know states it for that optimizer.
+    """
+    return {**{name: cls.rule.batch_scaling for name, cls in optimizers().items()}, **_OTHERS}
+
+
+def rule_of(optimizer: str) -> ScalingRule:
     """The rule of an optimizer, by class name.
 
     Raises:
-        ValueError: it is not in `RULES`.
+        ValueError: it is not in `scaling_rules`.
     """
-    if optimizer not in RULES:
+    known = scaling_rules()
+    if optimizer not in known:
         raise ValueError(
-            f"no learning-rate rule is known for {optimizer}, only for {', '.join(RULES)}: "
-            f"give --lr-rule {'|'.join(get_args(Rule))}"
+            f"no learning-rate rule is known for {optimizer}, only for {', '.join(known)}: "
+            f"give --lr-rule {'|'.join(get_args(ScalingRule))}"
         )
-    return RULES[optimizer][0]
+    return known[optimizer].law
 
 
-def scale(rule: Rule, ratio: float) -> float:
+def scale(rule: ScalingRule, ratio: float) -> float:
     """What to multiply the learning rate with when the batch is multiplied with ``ratio``."""
     return {"sqrt": math.sqrt(ratio), "linear": ratio, "none": 1.0}[rule]

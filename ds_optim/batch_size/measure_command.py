@@ -19,11 +19,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_optim.batch_size.advice import Estimate, estimate_of, in_words
-from ds_optim.batch_size.learning_rate import Rule
+from ds_optim.batch_size.learning_rate import ScalingRule
 
 if TYPE_CHECKING:
-    from ds_optim.batch_size.branching import Outcome, Study
-    from ds_optim.batch_size.verdict import Row, Verdict
+    from ds_optim.batch_size.branch_runs import BranchResult
+    from ds_optim.batch_size.branching import Study
+    from ds_optim.batch_size.verdict import CriticalBatch, Row
 
 
 def measure(
@@ -58,7 +59,7 @@ def measure(
     them). Finished branches are kept: the same command goes on after an interruption. Writes result.json and .png.
     Exit status 1 if nothing can be said.
     """
-    from ds_optim.batch_size import branching, verdict
+    from ds_optim.batch_size import branching
 
     console = Console(highlight=False)
     try:
@@ -80,20 +81,7 @@ def measure(
     except (branching.BranchingError, OSError) as error:
         console.print(Text.assemble(("problem:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(1) from error
-    table = verdict.rows(outcomes, study.baseline, tolerance)
-    found = verdict.judge(table, study.baseline, tolerance)
-    said = _noise_of(outcomes, study)
-    estimate, why = estimate_of(said)
-    _show_rows(console, table)
-    words = [found.words]
-    if estimate is not None:
-        words += [_in_short(estimate), *in_words(study.baseline, estimate)]
-    elif study.noise_scale and found.kind != "unknown":
-        words.append(f"No noise scale to hold it against: {why}.")
-    for line in words:
-        console.print(line, markup=False, soft_wrap=True)
-    _write(study, outcomes, table, found, said, tolerance, words)
-    _draw(console, study, table, found, estimate, tolerance)
+    found = _conclude(console, study, outcomes, tolerance)
     raise typer.Exit(1 if found.kind == "unknown" else 0)
 
 
@@ -112,8 +100,8 @@ def _stopping() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _rule(text: str | None) -> Rule | None:
-    known: dict[str, Rule] = {rule: rule for rule in get_args(Rule)}
+def _rule(text: str | None) -> ScalingRule | None:
+    known: dict[str, ScalingRule] = {rule: rule for rule in get_args(ScalingRule)}
     if text is not None and text not in known:
         raise typer.BadParameter(f"--lr-rule is {text!r}: {', '.join(known)}")
     return known[text] if text is not None else None
@@ -126,11 +114,11 @@ def _numbers(text: str) -> list[int]:
         raise typer.BadParameter(f"--batches is {text!r}: whole numbers with commas between them") from error
 
 
-def _run_all(console: Console, study: Study) -> list[Outcome]:
+def _run_all(console: Console, study: Study) -> list[BranchResult]:
     """Every branch's outcome, those included that were finished before."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from ds_optim.batch_size import branching
+    from ds_optim.batch_size import branch_runs, branching
 
     outcomes = []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -139,10 +127,10 @@ def _run_all(console: Console, study: Study) -> list[Outcome]:
         done = 0
         for branch in study.branches:
             progress.update(task, description=branch.name)
-            outcome = branching.finished(study, branch)
+            outcome = branch_runs.finished(study, branch)
             was_there = outcome is not None
             if outcome is None:
-                outcome = branching.run(
+                outcome = branch_runs.run(
                     study,
                     branch,
                     lambda seen, done=done: progress.update(task, completed=done + seen),  # type: ignore[misc]
@@ -197,7 +185,28 @@ def _show_rows(console: Console, table: Sequence[Row]) -> None:
     console.print(shown)
 
 
-def _noise_of(outcomes: Sequence[Outcome], study: Study) -> Mapping[str, Any]:
+def _conclude(console: Console, study: Study, outcomes: Sequence[BranchResult], tolerance: float) -> CriticalBatch:
+    """Judge the branches; say, write and draw what was found."""
+    from ds_optim.batch_size import verdict
+
+    table = verdict.rows(outcomes, study.baseline, tolerance)
+    found = verdict.judge(table, study.baseline, tolerance)
+    said = _noise_of(outcomes, study)
+    estimate, why = estimate_of(said)
+    _show_rows(console, table)
+    words = [found.words]
+    if estimate is not None:
+        words += [_in_short(estimate), *in_words(study.baseline, estimate)]
+    elif study.noise_scale and found.kind != "unknown":
+        words.append(f"No noise scale to hold it against: {why}.")
+    for line in words:
+        console.print(line, markup=False, soft_wrap=True)
+    _write(study, outcomes, table, found, said, tolerance, words)
+    _draw(console, study, table, found, estimate, tolerance)
+    return found
+
+
+def _noise_of(outcomes: Sequence[BranchResult], study: Study) -> Mapping[str, Any]:
     """What the baseline's summary says about the noise scale."""
     for outcome in outcomes:
         if study.measures_noise(outcome.branch):
@@ -213,9 +222,9 @@ def _in_short(estimate: Estimate) -> str:
 
 def _write(
     study: Study,
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[BranchResult],
     table: Sequence[Row],
-    found: Verdict,
+    found: CriticalBatch,
     noise: Mapping[str, Any],
     tolerance: float,
     words: Sequence[str],
@@ -261,7 +270,7 @@ def _draw(
     console: Console,
     study: Study,
     table: Sequence[Row],
-    found: Verdict,
+    found: CriticalBatch,
     estimate: Estimate | None,
     tolerance: float,
 ) -> None:

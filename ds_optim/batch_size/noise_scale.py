@@ -25,7 +25,13 @@ from torch import Tensor, nn
 
 from ds_optim.batch_size.estimator import Estimator, Reading
 from ds_optim.batch_size.gradient_hooks import GradientHooks, norms, square_sum
-from ds_optim.batch_size.strategies import EngineStrategy, NoiseScaleError, Piece, Strategy, TorchStrategy
+from ds_optim.batch_size.strategies import (
+    EngineStrategy,
+    GradientPiece,
+    NoiseScaleError,
+    Strategy,
+    TorchStrategy,
+)
 from ds_optim.instance_methods import after
 from ds_optim.roles import infer_roles
 from ds_optim.roles.role import Role
@@ -96,9 +102,9 @@ class NoiseScale:
         self._seq_length, self._batch_dim = seq_length, batch_dim
         self._strategy: Strategy
         if is_engine:
-            self._strategy = EngineStrategy(target, self._measured, self._finish)
+            self._strategy = EngineStrategy(target, self.part_measured, self.step_measured)
         else:
-            self._strategy = TorchStrategy(target, _basic(optimizer), self._measured, self._finish)
+            self._strategy = TorchStrategy(target, _basic(optimizer), self.part_measured, self.step_measured)
         try:
             if is_engine and target.gradient_accumulation_steps() * self._ranks < 2:
                 raise _nothing_to_compare()
@@ -113,7 +119,7 @@ class NoiseScale:
         self._counts = torch.zeros(1 + len(_LEFT_OUT), dtype=torch.float64)
         self._batch = 0
         self._start_step()
-        self._hooks = GradientHooks(self._strategy.module, self._strategy.parameters, self._arrived)
+        self._hooks = GradientHooks(self._strategy.module, self._strategy.parameters, self.gradient_arrived)
         self._forward = self._strategy.module.register_forward_pre_hook(self._called, with_kwargs=True)
         if is_engine:
             after(target, "destroy", self.detach)
@@ -208,8 +214,8 @@ class NoiseScale:
         if isinstance(labels, Tensor):
             self._tokens.append((labels != IGNORED_LABEL).sum().double())
 
-    def _arrived(self, name: str, gradient: Tensor) -> None:
-        """A parameter's gradient of one micro-batch."""
+    def gradient_arrived(self, name: str, gradient: Tensor) -> None:
+        """Called by hooks: a parameter's gradient of one micro-batch is there."""
         if self._forwards == 0 and self._strategy.starts_anew():
             self._start_step()
         self._strategy.gradient_arrives()
@@ -224,8 +230,13 @@ class NoiseScale:
             self._small[row].append(square_sum(found))
             found.clear()
 
-    def _measured(self, part: int, pieces: Iterator[Piece]) -> None:
-        """A part of the averaged gradient; measured again, it counts as it was last."""
+    def part_measured(self, part: int, pieces: Iterator[GradientPiece]) -> None:
+        """Called by hooks: a part of the averaged gradient can be measured; measured again, it counts as it was last.
+
+        Args:
+            part: its number.
+            pieces: of its gradients.
+        """
         found: dict[tuple[int, float], list[Tensor]] = {}
         for name, values, share in pieces:
             found.setdefault((self._row[name], share), []).extend(norms(values))
@@ -239,8 +250,8 @@ class NoiseScale:
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         return torch.stack([torch.stack([zero, *(one.to(zero) for one in row)]).sum() for row in sums])
 
-    def _finish(self) -> None:
-        """All parts of a step were measured: one all-reduce, then the averages."""
+    def step_measured(self) -> None:
+        """Called by hooks: all parts of a step were measured. One all-reduce, then the averages."""
         passes, ranks = max(self._passes.values(), default=0), self._ranks
         if passes == 0:  # a framework makes or loads optimizer state
             return

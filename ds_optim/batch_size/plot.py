@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ds_optim.batch_size.advice import Estimate
-from ds_optim.batch_size.verdict import Row, Verdict
+from ds_optim.batch_size.verdict import CriticalBatch, Row
 
 
 def draw(
     table: Sequence[Row],
-    verdict: Verdict,
+    verdict: CriticalBatch,
     estimate: Estimate | None,
     *,
     baseline: int,

@@ -1,10 +1,10 @@
 """Where each strategy has the averaged gradient of a whole batch: after the reduction, before clipping.
 
 A DeepSpeed wrapper has it in ``step()``, in flat partitions, right before it unscales and clips them; its own methods
-are wrapped there (of this engine, not of DeepSpeed's classes). `sharding.zero` says which elements of a partition are
-which parameter's, and which are padding or left over from an earlier step. torch's own strategies have it in ``.grad``
-when a backward pass has ended, and a user may clip right after that: it is measured in a callback of the autograd
-engine, queued behind DDP's and FSDP2's own.
+are wrapped there (of this engine, not of DeepSpeed's classes). `ds_optim.deepspeed.reader` says which elements of a
+partition are which parameter's, and which are padding or left over from an earlier step. torch's own strategies have
+it in ``.grad`` when a backward pass has ended, and a user may clip right after that: it is measured in a callback of
+the autograd engine, queued behind DDP's and FSDP2's own.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ds_optim.deepspeed import reader
+from ds_optim.deepspeed.gradient_window import GradientWindow, keeps_gradients
 from ds_optim.instance_methods import wrap
 from ds_optim.listing import first_of
-from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.dtensor import group_of
 from ds_optim.sharding.layout import Replicated
+from ds_optim.stepping.sharded import ShardedOptimizer
 
-Piece = tuple[str, Tensor, float]
+GradientPiece = tuple[str, Tensor, float]
 """Parameter's name, elements of its averaged gradient, and the share of their squares that this rank contributes."""
 
 
@@ -62,7 +64,7 @@ class Strategy(Protocol):
         """Leave everything as it was."""
 
 
-Measure = Callable[[int, Iterator[Piece]], None]
+Measure = Callable[[int, Iterator[GradientPiece]], None]
 """Takes a part of the averaged gradient, by number; measured again, it counts as it was last."""
 
 
@@ -112,8 +114,6 @@ class EngineStrategy:
         self._undo.clear()
 
     def _read(self) -> Mapping[Tensor, BoundTensor]:
-        from ds_optim.sharding import zero  # imports DeepSpeed, which is there if there is an engine
-
         engine = self._engine
         problems = [
             f"{name} is {getattr(engine, name)}: a rank's gradient is not one of whole sequences"
@@ -130,12 +130,12 @@ class EngineStrategy:
             problems.append("torch_autocast with float16 and without ZeRO: use bfloat16")
         tensors: Mapping[Tensor, BoundTensor] = {}
         if not problems:
-            binding = zero.read(engine)
+            binding = reader.read(engine)
             tensors = binding.tensors
             problems += binding.problems
             known = {spec.name for bound in tensors.values() for spec in bound.layout.parameters}
             problems += strays(name for name in trained(engine.module) if name not in known)
-        found = zero.ranks_of(engine).everyones(problems).values()
+        found = reader.ranks_of(engine).everyones(problems).values()
         everyones = dict.fromkeys(reason for of_rank in found for reason in of_rank)
         if everyones:
             raise NoiseScaleError(f"the noise scale is for data parallelism and ZeRO: {'; '.join(everyones)}")
@@ -143,8 +143,6 @@ class EngineStrategy:
 
     def _stale_gradients(self) -> Callable[[Tensor], bool]:
         """Tells whose gradient is left over from an earlier step. Our own optimizers are handed none of those."""
-        from ds_optim.sharding.gradient_window import GradientWindow, keeps_gradients
-
         if isinstance(self._engine.basic_optimizer, ShardedOptimizer) or not keeps_gradients(self._wrapper):
             return lambda _: False
         window = GradientWindow(self._engine, clears=False)
@@ -192,7 +190,7 @@ class EngineStrategy:
         gradients = getattr(self._wrapper, "fp32_groups_gradient_flat_partition", ())
         return dict(zip(self._wrapper.fp32_groups_flat_partition, gradients, strict=True)) if gradients else {}
 
-    def _pieces(self, bound: BoundTensor, gradient: Tensor) -> Iterator[Piece]:
+    def _pieces(self, bound: BoundTensor, gradient: Tensor) -> Iterator[GradientPiece]:
         """The gradient of one partition without padding, and without what is left over from an earlier step."""
         is_replicated = isinstance(bound.layout, Replicated)
         share = 1 / bound.layout.world_size if is_replicated else 1.0
@@ -261,7 +259,7 @@ class TorchStrategy:
             with torch.no_grad():
                 self._measure(0, self._pieces())
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self) -> Iterator[GradientPiece]:
         for name, parameter in self.parameters.items():
             gradient = parameter.grad
             if isinstance(gradient, DTensor):

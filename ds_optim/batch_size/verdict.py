@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ds_optim.batch_size.branching import DIVERGED, Outcome
+from ds_optim.batch_size.branch_runs import DIVERGED, BranchResult
 
-Kind = Literal["between", "at least", "none", "unknown"]
+Finding = Literal["between", "at least", "none", "unknown"]
 
 _DOUBT = (
     " A difference that decides this is less than two standard errors from the tolerance: repeat it (--repeats), "
@@ -43,7 +43,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CriticalBatch:
     """The critical batch size.
 
     Attributes:
@@ -55,13 +55,13 @@ class Verdict:
         words: one sentence.
     """
 
-    kind: Kind
+    kind: Finding
     largest: int | None
     first_outside: int | None
     words: str
 
 
-def rows(outcomes: Sequence[Outcome], baseline: int, tolerance: float) -> list[Row]:
+def rows(outcomes: Sequence[BranchResult], baseline: int, tolerance: float) -> list[Row]:
     """One row per batch size, ascending.
 
     Args:
@@ -69,13 +69,13 @@ def rows(outcomes: Sequence[Outcome], baseline: int, tolerance: float) -> list[R
         baseline: the batch that the others are held against.
         tolerance: nats per token by which a loss may be higher.
     """
-    by_batch: dict[int, list[Outcome]] = {}
+    by_batch: dict[int, list[BranchResult]] = {}
     for outcome in sorted(outcomes, key=lambda one: (one.branch.batch, one.branch.repeat)):
         by_batch.setdefault(outcome.branch.batch, []).append(outcome)
     return [_row(batch, by_batch, baseline, tolerance) for batch in by_batch]
 
 
-def judge(table: Sequence[Row], baseline: int, tolerance: float) -> Verdict:
+def judge(table: Sequence[Row], baseline: int, tolerance: float) -> CriticalBatch:
     """Go up from the baseline and stop at the first batch that is not within the tolerance.
 
     A branch that diverged is not. What failed otherwise says nothing, and nothing beyond it is looked at.
@@ -83,7 +83,7 @@ def judge(table: Sequence[Row], baseline: int, tolerance: float) -> Verdict:
     start = next((row for row in table if row.batch == baseline), None)
     if start is None or start.failure:
         why = f": {start.failure}" if start else ""
-        return Verdict("unknown", None, None, f"The baseline of {baseline:,} sequences has no loss{why}.")
+        return CriticalBatch("unknown", None, None, f"The baseline of {baseline:,} sequences has no loss{why}.")
     largest, missing = start, None
     for row in (row for row in table if row.batch > baseline):
         if row.within is None:
@@ -96,19 +96,19 @@ def judge(table: Sequence[Row], baseline: int, tolerance: float) -> Verdict:
                     f"No larger batch stays within {tolerance:g} of the baseline's loss: the critical batch size is "
                 )
                 words += f"below {row.batch:,} sequences.{doubt}"
-                return Verdict("none", baseline, row.batch, words)
+                return CriticalBatch("none", baseline, row.batch, words)
             words = f"The critical batch size is {largest.batch:,} sequences or more, and less than {row.batch:,}."
-            return Verdict("between", largest.batch, row.batch, words + doubt)
+            return CriticalBatch("between", largest.batch, row.batch, words + doubt)
         largest = row
     because = f" {missing.batch:,} cannot be judged: {missing.failure}." if missing else " Nothing larger was tried."
     if largest is start:
-        return Verdict("unknown", None, None, f"Nothing can be said.{because}")
+        return CriticalBatch("unknown", None, None, f"Nothing can be said.{because}")
     doubt = _DOUBT if largest.clear is False else ""
     words = f"The critical batch size is at least {largest.batch:,} sequences.{because}{doubt}"
-    return Verdict("at least", largest.batch, None, words)
+    return CriticalBatch("at least", largest.batch, None, words)
 
 
-def _row(batch: int, by_batch: Mapping[int, Sequence[Outcome]], baseline: int, tolerance: float) -> Row:
+def _row(batch: int, by_batch: Mapping[int, Sequence[BranchResult]], baseline: int, tolerance: float) -> Row:
     own, base = by_batch[batch], by_batch.get(baseline, [])
     failures = [outcome.failure for outcome in own if outcome.failure]
     if failures:
@@ -130,7 +130,7 @@ def _row(batch: int, by_batch: Mapping[int, Sequence[Outcome]], baseline: int, t
     return Row(batch, loss, difference, error, within, clear, "")
 
 
-def _standard_error(pairs: Sequence[tuple[Outcome, Outcome]], differences: Sequence[float]) -> float:
+def _standard_error(pairs: Sequence[tuple[BranchResult, BranchResult]], differences: Sequence[float]) -> float:
     """Of two independent sources: which sequences were held out, and which were trained on."""
     squares = []
     counts = {len(outcome.losses) for pair in pairs for outcome in pair}

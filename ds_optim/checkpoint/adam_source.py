@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ds_optim.checkpoint import ranges
-from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles
 from ds_optim.checkpoint.directory import ABOUT, read_about, whole_checkpoint
+from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles
 from ds_optim.errors import CheckpointError, on_every_rank
-from ds_optim.optimizers.sharded import saved_names
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.exchange import Ranks
+from ds_optim.stepping.names import saved_names
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
 

@@ -52,8 +52,8 @@ def convert(
 
     One process, no engine, no accelerator. Exit status 1, and nothing is written, if it cannot be done exactly.
     """
+    from ds_optim.blueprint import meta_model
     from ds_optim.checkpoint.convert import convert as convert_files
-    from ds_optim.subject import meta_model
 
     try:
         made = convert_files(
@@ -126,7 +126,7 @@ def _folder(directory: Path, tag: str | None, about_deepspeeds: Callable[[Path],
 
 def _about_deepspeeds(folder: Path) -> str:
     """Whose it is and what it is good for; empty if that cannot be read, which ``convert`` explains."""
-    from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles, universal_conversion
+    from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles, universal_conversion
     from ds_optim.errors import CheckpointError
 
     try:

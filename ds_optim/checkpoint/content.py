@@ -17,22 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_optim.checkpoint import engine as engines
 from ds_optim.checkpoint.ranges import CHUNK_ELEMENTS, Ranges
-from ds_optim.optimizers.launch import row_major
-from ds_optim.optimizers.logical import Logical, LogicalParameter, Piece, slices
-from ds_optim.optimizers.sharded import BLOCKS_OF_GROUP, ShardedOptimizer
+from ds_optim.deepspeed import engine_state
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.exchange import ALONE, Ranks
 from ds_optim.sharding.layout import Scattered
+from ds_optim.stepping.kernel_calls import row_major
+from ds_optim.stepping.logical_tensors import Logical, LogicalParameter, LogicalRange, slices
+from ds_optim.stepping.sharded import ShardedOptimizer
+from ds_optim.stepping.state_dict import BLOCKS_OF_GROUP
 
 _NOT_SETTINGS = ("params", "param_names", BLOCKS_OF_GROUP)
 
 
 @dataclass(slots=True)
-class Subject:
+class TrainingState:
     """What is saved or loaded.
 
     Attributes:
@@ -62,13 +63,13 @@ class Subject:
         return max((_step_of(self.optimizer, tensor) or 0 for tensor in self.parameters), default=0)
 
 
-def subject_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple[Subject | None, list[str]]:
+def training_state_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple[TrainingState | None, list[str]]:
     """What a call names, or why it cannot be saved or loaded.
 
     Args:
         ranks: that save or load it together, see `ds_optim.ranks.ranks_of`.
     """
-    engine = model if engines.is_engine(model) else None
+    engine = model if engine_state.is_engine(model) else None
     if engine is not None:
         if optimizer is not None and optimizer not in (engine.optimizer, engine.basic_optimizer):
             return None, ["give the engine alone: it knows its optimizer"]
@@ -79,28 +80,28 @@ def subject_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple[Subjec
         return None, [f"{type(optimizer).__name__} is not an optimizer of ds_optim: use its own checkpoint"]
     if engine is None and isinstance(optimizer, ShardedOptimizer) and optimizer.is_bound:
         return None, ["this optimizer belongs to a DeepSpeed engine: give the engine instead"]
-    found = engines.problems(engine) if engine is not None else []
+    found = engine_state.problems(engine) if engine is not None else []
     if found:
         return None, found
-    subject = Subject(model, optimizer, engine, ranks=ranks)
+    training = TrainingState(model, optimizer, engine, ranks=ranks)
     names: dict[Tensor, str] = {parameter: canonical_name(name) for name, parameter in model.named_parameters()}
     for tensor, parameters in (optimizer.logical() if optimizer is not None else {}).items():
         called = names.get(tensor)  # an optimizer without an engine may not have been told names
-        subject.parameters[tensor] = [replace(one, name=called) if called else one for one in parameters]
-    trained = {one.name for _, one in subject.listed()}
+        training.parameters[tensor] = [replace(one, name=called) if called else one for one in parameters]
+    trained = {one.name for _, one in training.listed()}
     scattered = []
     for parameter, name in names.items():
         if isinstance(dtensor.read(name, parameter).layout, Scattered):
             scattered.append(name)
         elif name not in trained:
-            subject.untrained[name] = (logical_shape(parameter), *engines.local_weight(parameter))
+            training.untrained[name] = (logical_shape(parameter), *engine_state.local_weight(parameter))
     if scattered:
         return None, [
             f"{', '.join(scattered[:5])}{' ...' if len(scattered) > 5 else ''}: not sharded along dimension 0 (tensor "
             "parallelism); use torch.distributed.checkpoint with torch's get_optimizer_state_dict"
         ]
-    subject.untrained.update({name: (tuple(buffer.shape), 0, buffer) for name, buffer in _buffers(model)})
-    return subject, []
+    training.untrained.update({name: (tuple(buffer.shape), 0, buffer) for name, buffer in _buffers(model)})
+    return training, []
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -113,13 +114,13 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 # -- description ------------------------------------------------------------------------------------------------------
 
 
-def described(subject: Subject) -> dict[str, Any]:
+def described(training: TrainingState) -> dict[str, Any]:
     """The part of ``about.json`` that says what the tensors are."""
-    optimizer = subject.optimizer
+    optimizer = training.optimizer
     return {
         "optimizer": type(optimizer).__name__ if optimizer is not None else None,
-        "structure": optimizer.structural_settings() if optimizer is not None else {},
-        "groups": _groups(subject),
+        "structure": optimizer.stepper.structure() if optimizer is not None else {},
+        "groups": _groups(training),
         "parameters": {
             one.name: {
                 "shape": list(one.shape),
@@ -132,11 +133,11 @@ def described(subject: Subject) -> dict[str, Any]:
                     if _step_of(optimizer, tensor) is not None
                 },
             }
-            for tensor, one in subject.listed()
+            for tensor, one in training.listed()
         },
         "module": {
             name: {"shape": list(shape), "dtype": _dtype(values.dtype)}
-            for name, (shape, _, values) in subject.untrained.items()
+            for name, (shape, _, values) in training.untrained.items()
         },
     }
 
@@ -151,24 +152,25 @@ def _step_of(optimizer: ShardedOptimizer | None, tensor: Tensor) -> int | None:
     return int(state["step"]) if state else None
 
 
-def _groups(subject: Subject) -> list[dict[str, Any]]:
+def _groups(training: TrainingState) -> list[dict[str, Any]]:
     """The parameter groups: the names in each and its settings, those that JSON can hold."""
-    if subject.optimizer is None:
+    if training.optimizer is None:
         return []
     listed: list[dict[str, Any]] = [
         {"parameters": [], "settings": {key: _plain(value) for key, value in group.items() if _is_setting(key, value)}}
-        for group in subject.optimizer.param_groups
+        for group in training.optimizer.param_groups
     ]
-    for tensor, index in _group_indices(subject).items():
-        listed[index]["parameters"] += [one.name for one in subject.parameters.get(tensor, [])]
+    for tensor, index in group_indices(training).items():
+        listed[index]["parameters"] += [one.name for one in training.parameters.get(tensor, [])]
     return listed
 
 
-def _group_indices(subject: Subject) -> dict[Tensor, int]:
-    if subject.engine is not None:
-        return engines.group_indices(subject.engine)
-    assert subject.optimizer is not None
-    return {t: index for index, group in enumerate(subject.optimizer.param_groups) for t in group["params"]}
+def group_indices(training: TrainingState) -> dict[Tensor, int]:
+    """The parameter group of every tensor that the optimizer steps."""
+    if training.engine is not None:
+        return engine_state.group_indices(training.engine)
+    assert training.optimizer is not None
+    return {t: index for index, group in enumerate(training.optimizer.param_groups) for t in group["params"]}
 
 
 def _is_setting(key: str, value: Any) -> bool:
@@ -184,102 +186,15 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-# -- does it fit? -----------------------------------------------------------------------------------------------------
-
-
-def misfits(subject: Subject, about: Mapping[str, Any], *, states: bool, strict: bool = True) -> list[str]:
-    """Every difference that keeps a checkpoint from being loaded, as sentences.
-
-    Args:
-        about: the checkpoint's description.
-        states: whether the optimizer's state is wanted, not weights alone.
-        strict: whether the same parameters must be trained. What has no elements has no state and is never missed.
-    """
-    saved = about["parameters"]
-    stored = {**about["module"], **saved}
-    here = {one.name: one.shape for _, one in subject.listed()}
-    here.update({name: shape for name, (shape, _, _) in subject.untrained.items()})
-    found = [f"{name} is not in the checkpoint" for name in here if name not in stored]
-    found += [f"the checkpoint has {name}, which is not here" for name in stored if name not in here]
-    for name, shape in here.items():
-        if name in stored and tuple(stored[name]["shape"]) != shape:
-            found.append(f"{name} has shape {tuple(stored[name]['shape'])} in the checkpoint, {shape} here")
-    optimizer = subject.optimizer
-    if not states or optimizer is None:
-        return found
-    if about["optimizer"] != type(optimizer).__name__:
-        return [
-            *found,
-            f"it is of {about['optimizer'] or 'a model without optimizer'}, not of {type(optimizer).__name__}",
-        ]
-    for key, value in optimizer.structural_settings().items():
-        if about["structure"].get(key) != value:
-            found.append(f"{key} is {about['structure'].get(key)!r} in the checkpoint, {value!r} here")
-    for parameters in subject.parameters.values():
-        steps: dict[int, str] = {}
-        new = [one.name for one in parameters if one.name in stored and one.name not in saved and one.weight.numel]
-        if strict:
-            found += [f"{name} was not trained when the checkpoint was saved and has no state there" for name in new]
-        for one in parameters:
-            entry = saved.get(one.name)
-            if entry is None:
-                continue
-            if entry["blocks"] != one.blocks:
-                found.append(
-                    f"{one.name}: blocks are {entry['blocks']} in the checkpoint, {one.blocks} here (roles differ)"
-                )
-            if entry["step"] is not None:
-                steps.setdefault(entry["step"], one.name)
-        if len(steps) > 1:
-            listed = ", ".join(f"{name} {step}" for step, name in steps.items())
-            found.append(f"these are stepped together here and took different numbers of steps: {listed}")
-        if steps and new and not strict:
-            count, other = next(iter(steps.items()))
-            found += [
-                f"{name} has no state in the checkpoint and is stepped together here with {other}, which took {count} "
-                "steps: give it a parameter group of its own"
-                for name in new
-            ]
-    trained = {one.name for _, one in subject.listed()}
-    if strict:
-        frozen = [name for name in saved if name in here and name not in trained and math.prod(here[name]) > 0]
-        found += [f"{name} was trained and is not trained here" for name in frozen]
-    return found + _misfit_groups(subject, about)
-
-
-def _saved_settings(subject: Subject, about: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
-    """For every parameter group here, the different settings that its parameters were saved with."""
-    by_name = {name: group["settings"] for group in about["groups"] for name in group["parameters"]}
-    found: dict[int, list[dict[str, Any]]] = {}
-    for tensor, index in _group_indices(subject).items():
-        for one in subject.parameters.get(tensor, []):
-            settings, known = by_name.get(one.name), found.setdefault(index, [])
-            if settings is not None and settings not in known:
-                known.append(settings)
-    return found
-
-
-def _misfit_groups(subject: Subject, about: Mapping[str, Any]) -> list[str]:
-    found = []
-    for index, settings in _saved_settings(subject, about).items():
-        if len(settings) > 1:
-            keys = {key for one in settings for key in one if one[key] != settings[0].get(key)}
-            values = "; ".join(f"{key} " + " and ".join(str(one.get(key)) for one in settings) for key in sorted(keys))
-            found.append(
-                f"parameters of group {index} were in groups with different settings ({values}): make them again"
-            )
-    return found
-
-
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def held_parts(pieces: list[Piece], values: Tensor | None) -> list[tuple[int, Tensor]]:
+def held_parts(pieces: list[LogicalRange], values: Tensor | None) -> list[tuple[int, Tensor]]:
     """The ranges and where their values lie, in a local tensor or a DTensor of any shape."""
     return slices(pieces, None if values is None else local_of(values).view(-1))
 
 
-def to_write(subject: Subject) -> dict[str, Ranges]:
+def to_write(training: TrainingState) -> dict[str, Ranges]:
     """What this rank stores, by name."""
     found: dict[str, Ranges] = {}
 
@@ -287,23 +202,23 @@ def to_write(subject: Subject) -> dict[str, Ranges]:
         if logical.numel:
             found[name] = Ranges(logical.numel, logical.dtype, held_parts(logical.written, values), CHUNK_ELEMENTS)
 
-    for tensor, one in subject.listed():
+    for tensor, one in training.listed():
         add(f"weights.{one.name}", one.weight, row_major(local_of(tensor)))
-        state = subject.optimizer.state.get(tensor) if subject.optimizer is not None else None
+        state = training.optimizer.state.get(tensor) if training.optimizer is not None else None
         if state:
             for key, logical in one.state.items():
                 add(f"state.{one.name}.{key}", logical, state.get(key))
-    for name, (shape, begin, values) in subject.untrained.items():
+    for name, (shape, begin, values) in training.untrained.items():
         # Ranks may have different statistics in their buffers; those of the first are stored, as DeepSpeed does.
         sliced = values.numel() != math.prod(shape)
-        parts = [(begin, row_major(values))] if sliced or subject.ranks.index == 0 else []
+        parts = [(begin, row_major(values))] if sliced or training.ranks.index == 0 else []
         if math.prod(shape):
             found[f"module.{name}"] = Ranges(math.prod(shape), values.dtype, parts, CHUNK_ELEMENTS)
     return found
 
 
 @dataclass(slots=True)
-class Reading:
+class PlannedRead:
     """What this rank reads, and what is to be put back where it belongs afterwards.
 
     Attributes:
@@ -331,71 +246,42 @@ class Reading:
             tensor.copy_(flat.view(tensor.shape))
 
 
-def to_read(subject: Subject, about: Mapping[str, Any], *, states: bool) -> Reading:
+def to_read(training: TrainingState, about: Mapping[str, Any], *, states: bool) -> PlannedRead:
     """What this rank needs, by name. With ``states``, the optimizer's state is made first, with its step counts."""
-    reading = Reading()
+    planned = PlannedRead()
 
     def stored_as(name: str) -> str:
         return f"{'weights' if name in about['parameters'] else 'module'}.{name}"
 
-    for tensor, parameters in subject.parameters.items():
-        flat = reading.flat(tensor)
-        state = _make_state(subject, tensor, parameters, about) if states else None
+    for tensor, parameters in training.parameters.items():
+        flat = planned.flat(tensor)
+        state = _make_state(training, tensor, parameters, about) if states else None
         for one in parameters:
-            reading.add(stored_as(one.name), one.weight.numel, held_parts(one.weight.read, flat))
+            planned.add(stored_as(one.name), one.weight.numel, held_parts(one.weight.read, flat))
             for key, logical in one.state.items() if state is not None else ():
                 assert state is not None
                 parts = held_parts(logical.read, state.get(key))
                 if key in about["parameters"].get(one.name, {"state": {}})["state"]:
-                    reading.add(f"state.{one.name}.{key}", logical.numel, parts)
+                    planned.add(f"state.{one.name}.{key}", logical.numel, parts)
                 else:  # never used: its gradients were zero
                     for _, values in parts:
                         values.zero_()
-    for name, (shape, begin, values) in subject.untrained.items():
+    for name, (shape, begin, values) in training.untrained.items():
         if values.numel():
-            reading.add(stored_as(name), math.prod(shape), [(begin, reading.flat(values))])
-    return reading
+            planned.add(stored_as(name), math.prod(shape), [(begin, planned.flat(values))])
+    return planned
 
 
 def _make_state(
-    subject: Subject, tensor: Tensor, parameters: list[LogicalParameter], about: Mapping[str, Any]
+    training: TrainingState, tensor: Tensor, parameters: list[LogicalParameter], about: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """State to read into, its step count set; None, and none left, if the checkpoint has none for this tensor."""
-    assert subject.optimizer is not None
+    assert training.optimizer is not None
     saved = about["parameters"]
     steps = {saved[one.name]["step"] for one in parameters if one.name in saved} - {None}
     if not steps:
-        subject.optimizer.state.pop(tensor, None)
+        training.optimizer.state.pop(tensor, None)
         return None
-    state = subject.optimizer.state_of(tensor)
+    state = training.optimizer.state_of(tensor)
     state["step"].fill_(steps.pop())
     return state
-
-
-def restore_settings(subject: Subject, about: Mapping[str, Any]) -> None:
-    """Put the parameter groups' settings back; a learning rate that is a tensor stays the same tensor."""
-    assert subject.optimizer is not None
-    for index, settings in _saved_settings(subject, about).items():
-        group = subject.optimizer.param_groups[index]
-        for key, value in settings[0].items() if settings else ():
-            if isinstance(group.get(key), Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = tuple(value) if isinstance(value, list) else value
-
-
-def follow_schedule(subject: Subject, about: Mapping[str, Any], scheduler: Any) -> None:
-    """Give parameter groups that the checkpoint knows nothing of the rate that a loaded schedule has reached."""
-    assert subject.optimizer is not None
-    is_torchs = isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
-    # DeepSpeed's schedules know a last rate only after a step; other people's may tell none.
-    rates_of = getattr(scheduler, "get_last_lr" if is_torchs else "get_lr", None)
-    if rates_of is None:
-        return
-    rates = rates_of()
-    for index, settings in _saved_settings(subject, about).items():
-        group = subject.optimizer.param_groups[index]
-        if not settings and isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rates[index])
-        elif not settings:
-            group["lr"] = rates[index]

@@ -18,16 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from ds_optim.checkpoint import content, ranges
-from ds_optim.checkpoint import engine as engines
-from ds_optim.checkpoint.deepspeed_files import DeepSpeedFiles, RankStates
 from ds_optim.checkpoint.directory import heading, new_checkpoint, write_small
+from ds_optim.deepspeed import engine_state
+from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles, RankStates
+from ds_optim.deepspeed.configuration import DsOptimObject
+from ds_optim.deepspeed.names import names
+from ds_optim.deepspeed.versions import MINOR_RELEASE
 from ds_optim.errors import CheckpointError, in_one
-from ds_optim.optimizers.sharded import ShardedOptimizer
-from ds_optim.roles import canonical_name, exempt_names, shapes_and_roles
+from ds_optim.roles import canonical_name, decayed_then_exempt, exempt_names, shapes_and_roles
 from ds_optim.roles.role import Role
-from ds_optim.sharding.binding import BoundTensor
+from ds_optim.rule import WholeMatrix
 from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated
+from ds_optim.stepping.in_place import InPlace
+from ds_optim.stepping.owned_blocks import OwnedBlocks
+from ds_optim.stepping.sharded import ShardedOptimizer
+from ds_optim.stepping.stepper import logical_of
 
 
 def convert(
@@ -71,7 +77,8 @@ def convert(
     _require_fit(files, cls, model, shapes, layouts)
 
     states = files.rank(0, [[spec.name for spec in group] for group in groups])
-    optimizer, tensors = _made(files, cls, layouts, states, roles)
+    optimizer = _made(files, cls, layouts, states)
+    first = optimizer.predicted(layouts, 0, roles)
     trained = {spec.name for layout in layouts for spec in layout.parameters}
     missing = sorted(set(shapes) - trained - set(files.untrained(0, trained)))
     if missing:
@@ -80,24 +87,19 @@ def convert(
     about: dict[str, Any] = {}
     merged: dict[str, list[ranges.Ranges]] = {}
     for rank in range(files.world_size if files.is_zero else 1):
-        if rank:
-            states = files.rank(rank, [])
-        subject = _subject_of(files, rank, optimizer, tensors, layouts, states)
-        for name, stored in content.to_write(subject).items():
+        states = files.rank(rank, []) if rank else states
+        training = _training_state_of(files, rank, optimizer, first.at_rank(rank), layouts, states)
+        for name, stored in content.to_write(training).items():
             merged.setdefault(name, []).append(stored)
-        if rank == 0:
-            about = {**_about(files, states, config or {}), **content.described(subject)}
-
+        about = about or {**_about(files, states, config or {}), **content.described(training)}
     with new_checkpoint(ALONE, Path(directory), files.tag) as folder:
         write_small(folder, about, files.client_state or None, files.main.get("lr_scheduler"))
-        ranges.write(folder, {name: _together(parts) for name, parts in merged.items()})
+        ranges.write(folder, {name: parts[0].joined_with(parts[1:]) for name, parts in merged.items()})
     return Path(directory) / files.tag
 
 
 def _optimizer_of(config: Mapping[str, Any] | None) -> tuple[type[ShardedOptimizer], Any]:
     """The optimizer's class and the ``roles`` that it was given."""
-    from ds_optim.deepspeed_plugin import Settings, names
-
     name = str(((config or {}).get("optimizer") or {}).get("type"))
     if name not in names():
         if config is None or "optimizer" not in config:
@@ -105,7 +107,7 @@ def _optimizer_of(config: Mapping[str, Any] | None) -> tuple[type[ShardedOptimiz
         else:
             found = f"the optimizer was {name}, which is none of {', '.join(names())}"
         raise CheckpointError(f'{found}: give a DeepSpeed JSON whose "optimizer" names it (--deepspeed)')
-    return names()[name], Settings.of(config or {}).all_options(config or {}).get("roles")
+    return names()[name], DsOptimObject.of(config or {}).all_options(config or {}).get("roles")
 
 
 def _groups_at_zero_0(
@@ -123,11 +125,9 @@ def _groups_at_zero_0(
             f"{files.folder} is of ZeRO stage 0, where DeepSpeed saves no names with the optimizer's state: "
             "give the model (--model config.json)"
         )
-    from ds_optim.deepspeed_plugin import Settings
-
     named = [canonical_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    exempt = exempt_names(named, roles, Settings.of(config).no_decay)
-    split = [[name for name in named if name not in exempt], exempt]
+    exempt = set(exempt_names(named, roles, DsOptimObject.of(config).no_decay))
+    split = decayed_then_exempt(named, exempt.__contains__)
     saved = files.main["optimizer"].get("optimizer_state_dict", files.main["optimizer"])["param_groups"]
     candidates = ([group for group in split if group], [named])
     sizes = [len(group["params"]) for group in saved]
@@ -153,7 +153,7 @@ def _require_fit(
 ) -> None:
     """Refuse a model that is not the run's, and none where the optimizer has blocks."""
     if model is None:
-        if cls.rule.block_state or not cls.is_elementwise:
+        if not cls.rule.is_elementwise:
             raise CheckpointError(
                 f"the blocks of {cls.__name__} depend on what each parameter is, which DeepSpeed does not save: "
                 "give the model (--model config.json)"
@@ -184,52 +184,39 @@ def _made(
     cls: type[ShardedOptimizer],
     layouts: Sequence[Layout],
     states: RankStates,
-    roles: Mapping[str, Role],
-) -> tuple[ShardedOptimizer, list[Tensor]]:
-    """The optimizer that was saved, over meta tensors that stand for those of any rank."""
-    tensors = [
-        torch.empty(layout.parameter.shape if isinstance(layout, Replicated) else layout.local_numel(0), device="meta")
-        for layout in layouts
-    ]
+) -> ShardedOptimizer:
+    """The optimizer that was saved, over tensors of no size that stand for those of any rank."""
     saved = states.optimizer["param_groups"]
     sizes = [len(group["params"]) for group in saved]
-    if sum(sizes) != len(tensors) or len(states.masters) != len(tensors):
+    if sum(sizes) != len(layouts) or len(states.masters) != len(layouts):
         raise CheckpointError(
             f"{files.folder}: the optimizer stepped {sum(sizes)} tensors, {len(states.masters)} were saved, its "
-            f"parameters make {len(tensors)}: DeepSpeed 0.19 did not write it"
+            f"parameters make {len(layouts)}: {MINOR_RELEASE} did not write it"
         )
     options = {key: saved[0][key] for key in inspect.signature(cls).parameters if key in saved[0] and key != "params"}
-    kept = [
-        state[key].dtype
-        for state in states.optimizer["state"].values()
-        for key in cls.rule.element_state
-        if key in state
-    ]
-    waiting = iter(tensors)
-    groups = [{"params": [next(waiting) for _ in range(size)]} for size in sizes]
+    elements = (cls.rule.others if isinstance(cls.rule, WholeMatrix) else cls.rule).element_state
+    kept = [state[key].dtype for state in states.optimizer["state"].values() for key in elements if key in state]
+    groups = [{"params": [torch.empty(0, device="meta") for _ in range(size)]} for size in sizes]
     try:
         optimizer = cls(groups, state_dtype=kept[0] if kept else torch.float32, **options)
     except ValueError as error:
         raise CheckpointError(f"{files.folder} was not saved by {error}") from error
     for group, its in zip(optimizer.param_groups, saved, strict=True):
         group.update({key: value for key, value in its.items() if key != "params"})
-    optimizer._roles = dict(roles)
-    optimizer._bound = {tensor: BoundTensor(layout) for tensor, layout in zip(tensors, layouts, strict=True)}
-    return optimizer, tensors
+    return optimizer
 
 
-def _subject_of(
+def _training_state_of(
     files: DeepSpeedFiles,
     rank: int,
     optimizer: ShardedOptimizer,
-    tensors: Sequence[Tensor],
+    stepper: InPlace | OwnedBlocks,
     layouts: Sequence[Layout],
     states: RankStates,
-) -> content.Subject:
+) -> content.TrainingState:
     """What a rank would have handed to `ds_optim.checkpoint.save`."""
-    optimizer._bound = {tensor: BoundTensor(layout, rank) for tensor, layout in zip(tensors, layouts, strict=True)}
-    optimizer._runs.clear()
-    _step_over(optimizer, tensors)
+    optimizer.take_over(stepper)
+    _step_over(optimizer, stepper.shards.tensors)
     problems = []
     module = files.module
     for layout, master in zip(layouts, states.masters, strict=True):
@@ -241,20 +228,20 @@ def _subject_of(
                 f"the tensor of {layout.parameters[0].name} ... has {master.numel()} elements, its shapes make "
                 f"{layout.local_numel(rank)}"
             )
-    problems += optimizer.state_problems(states.optimizer)
+    problems += optimizer.state_form.problems(states.optimizer)
     if problems:
         raise _misfit(files, [f"rank {rank}: {problem}" for problem in problems])
-    logical = optimizer.logical()
+    logical = logical_of(stepper)
     _step_over(optimizer, states.masters)
     saved = states.optimizer["state"]
     optimizer.state = defaultdict(
-        dict, {master: saved[key] for key, master in optimizer.keyed(states.optimizer) if key in saved}
+        dict, {master: saved[key] for key, master in optimizer.state_form.keyed(states.optimizer) if key in saved}
     )
-    return content.Subject(
+    return content.TrainingState(
         nn.Module(),
         optimizer,
         None,
-        {master: logical[tensor] for master, tensor in zip(states.masters, tensors, strict=True)},
+        {master: logical[tensor] for master, tensor in zip(states.masters, stepper.shards.tensors, strict=True)},
         files.untrained(rank, {spec.name for layout in layouts for spec in layout.parameters}),
     )
 
@@ -283,16 +270,4 @@ def _about(files: DeepSpeedFiles, states: RankStates, config: Mapping[str, Any])
         micro_steps=steps * (window if isinstance(window, int) else 1),  # DeepSpeed does not save it
         optimizer=SimpleNamespace(loss_scaler=states.scaler),
     )
-    return heading(files.world_size, engines.counters(engine))
-
-
-def _together(parts: Sequence[ranges.Ranges]) -> ranges.Ranges:
-    """One tensor of what all ranks hold of it."""
-    pieces = []
-    for one in parts:
-        for begin, values in one._chunks.items():
-            at = begin
-            for piece in values:
-                pieces.append((at, piece))
-                at += piece.numel()
-    return ranges.Ranges(parts[0]._size, parts[0].dtype, pieces, ranges.CHUNK_ELEMENTS)
+    return heading(files.world_size, engine_state.counters(engine))

@@ -52,24 +52,29 @@ def new_checkpoint(ranks: Ranks, directory: Path, tag: str) -> Iterator[Path]:
     """
     subject = f"cannot save checkpoint {tag!r} in {directory}, nothing there was changed"
     folder = directory / f".{tag}.tmp"
-    on_first_rank(ranks, lambda: _prepare(directory, tag, folder), subject)
+    on_first_rank(ranks, lambda: make_folder(directory, tag, folder), subject)
     try:
         try:
             yield folder
         except OSError as error:  # raised on every rank alike
             raise CheckpointError(in_one(str(error).split("\n- "), subject)) from error
         sums = on_every_rank(
-            ranks, lambda: {path.name: _described(path) for path in _share(ranks, _files(folder))}, subject
+            ranks, lambda: {path.name: described(path) for path in _share(ranks, _files(folder))}, subject
         )
         files = {name: found for of_rank in ranks.everyones(sums).values() for name, found in of_rank.items()}
-        on_first_rank(ranks, lambda: _publish(directory, tag, folder, files), subject)
+        on_first_rank(ranks, lambda: publish(directory, tag, folder, files), subject)
     except BaseException:
         if ranks.index == 0:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _prepare(directory: Path, tag: str, folder: Path) -> None:
+def make_folder(directory: Path, tag: str, folder: Path) -> None:
+    """Make ``folder`` for the checkpoint ``tag``, and remove what killed runs left beside it. One rank calls it.
+
+    Raises:
+        CheckpointError: something else stands where the checkpoint would.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / tag
     if target.exists() and not (target / MANIFEST).exists() and not (target / ABOUT).exists():
@@ -84,8 +89,15 @@ def _prepare(directory: Path, tag: str, folder: Path) -> None:
     folder.mkdir()
 
 
-def _publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any]) -> None:
-    """Make a written checkpoint whole, name it, and point ``latest`` to it."""
+def publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any]) -> None:
+    """Make a written checkpoint whole, name it, and point ``latest`` to it. One rank calls it.
+
+    Args:
+        directory: of the run's checkpoints.
+        tag: the checkpoint's name.
+        folder: where it was written.
+        files: `described` of every file in it, by name.
+    """
     ordered = dict(sorted(files.items()))
     manifest = {"format": FORMAT, "saved": now(), "files": ordered}
     write_text(folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
@@ -253,7 +265,7 @@ def _damage(path: Path, written: Mapping[str, Any]) -> list[str]:
         size = path.stat().st_size
         if size != written["bytes"]:
             return [f"{path.name} has {size} bytes, {written['bytes']} were written"]
-        return [] if _described(path) == dict(written) else [f"{path.name} was changed: its checksum differs"]
+        return [] if described(path) == dict(written) else [f"{path.name} was changed: its checksum differs"]
     except FileNotFoundError:
         return [f"{path.name} is missing"]
     except OSError as error:
@@ -304,7 +316,8 @@ def _share(ranks: Ranks, listed: Sequence[Path]) -> Sequence[Path]:
     return listed[ranks.index :: ranks.size]
 
 
-def _described(path: Path) -> dict[str, Any]:
+def described(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file, as the manifest has them."""
     hashed, size = hashlib.sha256(), 0
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):

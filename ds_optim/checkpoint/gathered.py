@@ -10,6 +10,7 @@ from torch import Tensor
 from ds_optim.checkpoint import content
 from ds_optim.errors import raise_everywhere
 from ds_optim.ranks import ranks_of
+from ds_optim.stepping.state_moves import StateMoves
 
 
 def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor]:
@@ -30,26 +31,23 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
         CheckpointError: on every rank: no such parameter is trained, or the optimizer is none of ours.
     """
     ranks = ranks_of(model, optimizer)
-    subject, problems = content.subject_of(model, optimizer, ranks)
-    found = [] if subject is None else [entry for entry in subject.listed() if entry[1].name == name]
-    if subject is not None and not found:
+    training, problems = content.training_state_of(model, optimizer, ranks)
+    found = [] if training is None else [entry for entry in training.listed() if entry[1].name == name]
+    if training is not None and not found:
         problems = [f"no parameter called {name!r} is trained here"]
     raise_everywhere(ranks, problems, "there is no state to gather")
-    assert subject is not None
-    assert subject.optimizer is not None
+    assert training is not None
+    assert training.optimizer is not None
     tensor, one = found[0]
-    state = subject.optimizer.state.get(tensor) or {}
-    mine = {key: content.held_parts(of.written, state.get(key)) for key, of in one.state.items()} if state else {}
-    on_host = {key: [(start, part.cpu()) for start, part in parts] for key, parts in mine.items()}
-    everyones = ranks.everyones(on_host).values()
-    gathered = {}
+    state = training.optimizer.state.get(tensor)
+    if not any(ranks.everyones(bool(state)).values()):
+        return {}
+    moves, gathered = StateMoves(), dict[str, Tensor]()
     for key, logical in one.state.items():
-        parts = [part for of_rank in everyones for part in of_rank.get(key, [])]
-        if not parts:
-            continue
-        whole = torch.zeros(logical.numel, dtype=logical.dtype)
-        for start, values in parts:
-            whole[start : start + len(values)] = values
-        per_element = key in subject.optimizer.rule.element_state
-        gathered[key] = whole.view(one.shape) if per_element else whole
-    return gathered
+        if logical.numel:
+            gathered[key] = torch.zeros(logical.numel, dtype=logical.dtype)
+            have = content.held_parts(logical.written, state.get(key)) if state else []
+            moves.add([(start, part.to("cpu", logical.dtype)) for start, part in have], [(0, gathered[key])])
+    moves.run(ranks.group, torch.device("cpu"))
+    per_element = training.optimizer.stepper.element_state
+    return {key: values.view(one.shape) if key in per_element else values for key, values in gathered.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import queue
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,6 +72,18 @@ class Ranges(torch.Tensor):
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
+
+    def held(self) -> Iterator[tuple[int, Tensor]]:
+        """The ranges that are here: where each begins, and its values."""
+        for begin, values in self._chunks.items():
+            start = begin
+            for part in values:
+                yield start, part
+                start += part.numel()
+
+    def joined_with(self, others: Iterable[Ranges]) -> Ranges:
+        """The same tensor with what others hold of it, for writing."""
+        return Ranges(self._size, self.dtype, [part for one in (self, *others) for part in one.held()], CHUNK_ELEMENTS)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Ranges({self._size}, {self.dtype}, {len(self._chunks)} chunks here)"

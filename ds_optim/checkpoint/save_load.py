@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_optim.checkpoint import content, ranges
-from ds_optim.checkpoint import engine as engines
+from ds_optim.checkpoint import content, fit, ranges
 from ds_optim.checkpoint.directory import (
     OBJECTS,
     heading,
@@ -20,6 +20,7 @@ from ds_optim.checkpoint.directory import (
     whole_checkpoint,
     write_small,
 )
+from ds_optim.deepspeed import engine_state
 from ds_optim.errors import CheckpointError, on_every_rank, on_first_rank, raise_everywhere
 from ds_optim.ranks import ranks_of
 from ds_optim.sharding.exchange import Ranks
@@ -59,22 +60,22 @@ def save(
     """
     directory = Path(directory)
     ranks = ranks_of(model, optimizer)
-    subject, problems = content.subject_of(model, optimizer, ranks)
+    training, problems = content.training_state_of(model, optimizer, ranks)
     raise_everywhere(ranks, problems, "this cannot be saved")
-    assert subject is not None
-    engine = subject.engine
-    name = tag or (f"global_step{engine.global_steps}" if engine is not None else f"step{subject.step}")
+    assert training is not None
+    engine = training.engine
+    name = tag or (f"global_step{engine.global_steps}" if engine is not None else f"step{training.step}")
     raise_everywhere(ranks, [*_tag_problems(ranks, name), *_keep_problems(keep)], "this cannot be saved")
     about = {
-        **heading(ranks.size, engines.counters(engine) if engine is not None else None),
-        **content.described(subject),
+        **heading(ranks.size, engine_state.counters(engine) if engine is not None else None),
+        **content.described(training),
     }
     scheduler = getattr(engine, "lr_scheduler", None)
     schedule = scheduler.state_dict() if scheduler is not None else None
     failed = f"cannot save checkpoint {name!r} in {directory}"
     with new_checkpoint(ranks, directory, name) as folder:
         on_first_rank(ranks, partial(write_small, folder, about, client_state, schedule), failed)
-        written = on_every_rank(ranks, lambda: content.to_write(subject), failed)
+        written = on_every_rank(ranks, lambda: content.to_write(training), failed)
         ranges.write(folder, written, ranks.group)
     if keep is not None and ranks.index == 0:
         remove_older(directory, name, keep)
@@ -116,55 +117,84 @@ def load(
     """
     directory = Path(directory)
     ranks = ranks_of(model, optimizer)
-    subject, problems = content.subject_of(model, optimizer, ranks)
+    training, problems = content.training_state_of(model, optimizer, ranks)
     raise_everywhere(ranks, problems, "nothing can be loaded into this")
-    assert subject is not None
+    assert training is not None
     folder = whole_checkpoint(ranks, directory, tag, fallback=fallback)
     about, objects = on_every_rank(
         ranks,
         lambda: (read_about(folder), torch.load(folder / OBJECTS, map_location="cpu", weights_only=False)),
         f"cannot load checkpoint {folder}, nothing was changed",
     )
-    states = load_optimizer_states and subject.optimizer is not None
+    states = load_optimizer_states and training.optimizer is not None
+    _refuse_misfits(folder, training, about, objects, states=states, strict=strict)
+    _read_tensors(folder, training, about, states=states)
+    if states:
+        assert training.optimizer is not None
+        fit.restore_settings(training, about)
+        training.optimizer.stepper.forget_past()
+    if training.engine is not None:
+        _restore_engine(training, about, objects["lr_scheduler"], follows=states and not strict)
+    return objects["client_state"]
+
+
+def _refuse_misfits(
+    folder: Path,
+    training: content.TrainingState,
+    about: Mapping[str, Any],
+    objects: Mapping[str, Any],
+    *,
+    states: bool,
+    strict: bool,
+) -> None:
+    """Raise on every rank what keeps a checkpoint from being loaded; nothing was changed yet."""
     raise_everywhere(
-        ranks,
-        content.misfits(subject, about, states=states, strict=strict)
-        + _schedule_problems(subject, objects["lr_scheduler"]),
+        training.ranks,
+        fit.misfits(training, about, states=states, strict=strict)
+        + _schedule_problems(training, objects["lr_scheduler"]),
         f"checkpoint {folder} does not fit, nothing was changed",
         "Load it with what it was saved with; if other parameters are trained now: strict=False; weights alone: "
         "load_optimizer_states=False."
         if states
         else "",
     )
-    reading = on_every_rank(
-        ranks, lambda: content.to_read(subject, about, states=states), f"cannot load {folder}, no weight was changed"
+
+
+def _read_tensors(folder: Path, training: content.TrainingState, about: Mapping[str, Any], *, states: bool) -> None:
+    """Weights and, if they are wanted, the optimizer's state, into the tensors of this rank."""
+    ranks = training.ranks
+    planned = on_every_rank(
+        ranks, lambda: content.to_read(training, about, states=states), f"cannot load {folder}, no weight was changed"
     )
     try:
-        ranges.read(folder, reading.tensors, ranks.group)
+        ranges.read(folder, planned.tensors, ranks.group)
     except OSError as error:  # raised on every rank alike
         raise CheckpointError(f"reading {folder} failed half-way, load again before you go on:\n- {error}") from error
-    reading.finish()
-    if states:
-        assert subject.optimizer is not None
-        content.restore_settings(subject, about)
-        subject.optimizer.forget_past()
-    engine = subject.engine
-    if engine is not None:
-        engines.publish_weights(engine, subject.optimizer.bound_tensors if subject.optimizer is not None else {})
-        if about["engine"] is not None:
-            engines.restore_counters(engine, about["engine"])
-        if engine.lr_scheduler is not None and objects["lr_scheduler"] is not None:
-            engine.lr_scheduler.load_state_dict(objects["lr_scheduler"])
-            if states and not strict:
-                content.follow_schedule(subject, about, engine.lr_scheduler)
-    return objects["client_state"]
+    planned.finish()
 
 
-def _schedule_problems(subject: content.Subject, saved: Any) -> list[str]:
+def _restore_engine(training: content.TrainingState, about: Mapping[str, Any], schedule: Any, *, follows: bool) -> None:
+    """Have an engine compute with the weights that were read, and go on counting; its schedule too, if one was saved.
+
+    Args:
+        schedule: state of the saved one, or None.
+        follows: whether parameter groups that the checkpoint knows nothing of take the rate that it has reached.
+    """
+    engine = training.engine
+    engine_state.publish_weights(engine, training.optimizer.bound_tensors if training.optimizer is not None else {})
+    if about["engine"] is not None:
+        engine_state.restore_counters(engine, about["engine"])
+    if engine.lr_scheduler is not None and schedule is not None:
+        engine.lr_scheduler.load_state_dict(schedule)
+        if follows:
+            fit.follow_schedule(training, about, engine.lr_scheduler)
+
+
+def _schedule_problems(training: content.TrainingState, saved: Any) -> list[str]:
     """Why a learning-rate schedule cannot go on here: it has one rate for each parameter group."""
-    groups = len(subject.optimizer.param_groups) if subject.optimizer is not None else 0
+    groups = len(training.optimizer.param_groups) if training.optimizer is not None else 0
     rates = saved.get("base_lrs") if isinstance(saved, dict) else None
-    if getattr(subject.engine, "lr_scheduler", None) is None or rates is None or len(rates) == groups:
+    if getattr(training.engine, "lr_scheduler", None) is None or rates is None or len(rates) == groups:
         return []
     return [f"the learning-rate schedule was saved for {len(rates)} parameter groups, there are {groups} here"]
 

@@ -57,67 +57,22 @@ from ds_optim.checkpoint.adam_source import (
 )
 from ds_optim.checkpoint.save_load import load
 from ds_optim.errors import raise_everywhere
-from ds_optim.optimizers.adam_mini import AdamMini
-from ds_optim.optimizers.adan import Adan
-from ds_optim.optimizers.lion import Lion
-from ds_optim.optimizers.logical import LogicalParameter, Piece
-from ds_optim.optimizers.owner_state import state_begins
-from ds_optim.optimizers.shampoo import Shampoo
-from ds_optim.optimizers.sharded import ShardedOptimizer
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.ranks import ranks_of
 from ds_optim.roles import canonical_name
+from ds_optim.rule import AdamMoments, Blockwise, Elementwise
 from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box, strides_of
+from ds_optim.stepping.in_place import InPlace
+from ds_optim.stepping.logical_tensors import LogicalParameter, LogicalRange
+from ds_optim.stepping.owned_blocks import OwnedBlocks
+from ds_optim.stepping.owner_state import state_begins
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 _BATCH_ELEMENTS = 1 << 24  # parameters are read together up to this size: what is needed beside the shards
 
 
-# -- the mapping ------------------------------------------------------------------------------------------------------
-
-
-def _debiased(average: Tensor, old: float, new: float, step: int) -> Tensor:
-    """An average of decay ``old`` as one of decay ``new`` after as many steps that estimates the same."""
-    return average if old == new else average * ((1 - new**step) / (1 - old**step))
-
-
-def _shortened(old: float, new: float) -> float:
-    """The weight of the gradients that an average of decay ``old`` remembers in one of decay ``new``."""
-    return min(1.0, (1 - new) / (1 - old))
-
-
-def _betas(optimizer: ShardedOptimizer, group: Mapping[str, Any]) -> tuple[float, float]:
-    """Of the target's Adam: in Shampoo the second is the graft's."""
-    constants = optimizer.scalars(dict(group), 1)
-    return constants["beta1"], constants["beta2"]
-
-
-def element_state(
-    optimizer: ShardedOptimizer, group: Mapping[str, Any], entry: Entry, first: Tensor, second: Tensor
-) -> dict[str, Tensor]:
-    """What a target keeps per element, from AdamW's moments (fp32, any shape) of the same elements.
-
-    Args:
-        group: the target's settings.
-        entry: AdamW's step count and betas.
-    """
-    (old1, old2), step = entry.betas, entry.step
-    assert step is not None
-    if isinstance(optimizer, Lion):
-        beta = group["betas"][1]
-        return {FIRST: first * (_shortened(old1, beta) / (1 - old1**step))}
-    if isinstance(optimizer, Adan):
-        beta1, beta2, beta3 = group["betas"]
-        noise = (1 + beta2) ** 2 + beta2**2
-        return {
-            FIRST: _debiased(first, old1, beta1, step) * _shortened(old1, beta1),
-            SECOND: _debiased(second, old2, beta3, step) * noise,
-            "exp_avg_diff": torch.zeros_like(first),
-            "previous_grad": first / (1 - old1**step),
-        }
-    beta1, beta2 = _betas(optimizer, group)
-    return {FIRST: _debiased(first, old1, beta1, step), SECOND: _debiased(second, old2, beta2, step)}
+# -- where blocks lie in a parameter ----------------------------------------------------------------------------------
 
 
 def block_means(grid: BlockGrid, first: int, values: Tensor) -> Tensor:
@@ -178,7 +133,7 @@ def box_runs(shape: Sequence[int], box: Box) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Filling:
     """One parameter in the target: its ``index`` in the local tensor's layout, its group's settings, its source."""
 
     optimizer: ShardedOptimizer
@@ -189,83 +144,81 @@ class _Place:
     entry: Entry
 
     def fill(self) -> Iterator[list[Want]]:
-        if isinstance(self.optimizer, WholeMatrixOptimizer) and FIRST not in self.one.state:
-            return self._fill_blocks(self.optimizer) if isinstance(self.optimizer, Shampoo) else iter(([],))
-        return self._fill_mini(self.optimizer) if isinstance(self.optimizer, AdamMini) else self._fill_elements()
+        """What is wanted, once; then the state is filled."""
+        rule, stepper = self.optimizer.rule, self.optimizer.stepper
+        if isinstance(stepper, OwnedBlocks):
+            is_block = not set(stepper.element_state) & set(self.one.state)
+            return self._fill_owned(stepper) if is_block else self._fill_elements(stepper.rule.others)
+        return self._fill_blocks(rule, stepper) if isinstance(rule, Blockwise) else self._fill_elements(stepper.rule)
 
-    def _moment(self, key: str, pieces: Sequence[Piece]) -> tuple[Tensor, list[Want]]:
-        """Room for ranges of a moment, one behind the other, and the wish to have it filled."""
-        room = torch.empty(sum(stop - start for start, stop, _ in pieces), device=self.tensor.device)
-        begins = accumulate((stop - start for start, stop, _ in pieces), initial=0)
-        return room, [
+    def _moments(self, first: Tensor, second: Tensor) -> AdamMoments:
+        assert self.entry.step is not None
+        return AdamMoments(first, second, self.entry.betas, self.entry.step)
+
+    def _room(self, ranges: Sequence[LogicalRange]) -> tuple[Tensor, Tensor, list[Want]]:
+        """Room for ranges of both moments, one behind the other, and the wish to have it filled."""
+        numel = sum(stop - start for start, stop, _ in ranges)
+        first, second = (torch.empty(numel, device=self.tensor.device) for _ in range(2))
+        begins = list(accumulate((stop - start for start, stop, _ in ranges), initial=0))
+        wants = [
             Want(self.one.name, key, start, room[begin : begin + stop - start])
-            for (start, stop, _), begin in zip(pieces, begins, strict=False)
+            for key, room in ((FIRST, first), (SECOND, second))
+            for (start, stop, _), begin in zip(ranges, begins, strict=False)
             if stop > start
         ]
+        return first, second, wants
 
-    def _put(self, key: str, pieces: Sequence[Piece], values: Tensor) -> None:
-        """Put values, one piece behind the other, where the pieces lie in the target's state."""
+    def _put(self, key: str, ranges: Sequence[LogicalRange], values: Tensor) -> None:
+        """Put values, one range behind the other, where the ranges lie in the target's state."""
         target = local_of(self.optimizer.state[self.tensor][key]).view(-1)
         begin = 0
-        for start, stop, offset in pieces:
+        for start, stop, offset in ranges:
             target[offset : offset + stop - start] = values[begin : begin + stop - start]
             begin += stop - start
 
-    def _fill_elements(self) -> Iterator[list[Want]]:
-        pieces = self.one.state[FIRST].read
-        first, wants_first = self._moment(FIRST, pieces)
-        second, wants_second = self._moment(SECOND, pieces)
-        yield [*wants_first, *wants_second]
-        for key, values in element_state(self.optimizer, self.group, self.entry, first, second).items():
-            self._put(key, pieces, values)
+    def _fill_elements(self, rule: Elementwise | Blockwise) -> Iterator[list[Want]]:
+        ranges = self.one.state[rule.element_state[0]].read
+        first, second, wants = self._room(ranges)
+        yield wants
+        for key, values in rule.from_adam.state(self._moments(first, second), self.group).items():
+            self._put(key, ranges, values)
 
-    def _fill_mini(self, optimizer: AdamMini) -> Iterator[list[Want]]:
-        pieces, blocks = self.one.state[FIRST].read, self.one.state[SECOND].read
-        first, wants = self._moment(FIRST, pieces)
-        layout = optimizer._bound_tensor(self.tensor).layout
-        grid = optimizer._grids(layout)[layout.parameters[self.index].name]
-        begin_block = min((piece.start for piece in blocks), default=0)
-        last_block = max((piece.stop for piece in blocks), default=0)
-        start, stop, begin_block = block_range(grid, begin_block, last_block)
-        second, wants_second = self._moment(SECOND, [Piece(start, stop, 0)])
-        yield [*wants, *wants_second]
-        assert self.entry.step is not None
-        beta1, beta2 = _betas(optimizer, self.group)
-        self._put(FIRST, pieces, _debiased(first, self.entry.betas[0], beta1, self.entry.step))
-        means = _debiased(block_means(grid, begin_block, second), self.entry.betas[1], beta2, self.entry.step)
-        for piece in blocks:
-            self._put(SECOND, [piece], means[piece.start - begin_block :])
+    def _fill_blocks(self, rule: Blockwise, stepper: InPlace) -> Iterator[list[Want]]:
+        """Elements from moments, blocks from their means over whole blocks, of which others may hold a part."""
+        elements, blocks = (self.one.state[keys[0]].read for keys in (rule.element_state, rule.block_state))
+        layout = stepper.shards.of(self.tensor).layout
+        grid = stepper.grids_of(layout)[layout.parameters[self.index].name]
+        first_block = min((its.start for its in blocks), default=0)
+        last_block = max((its.stop for its in blocks), default=0)
+        start, stop, first_block = block_range(grid, first_block, last_block)
+        first, second, wants = self._room([LogicalRange(start, stop, 0)])
+        yield wants
+        for its in elements:
+            held = slice(its.start - start, its.stop - start)
+            found = rule.from_adam.state(self._moments(first[held], second[held]), self.group)
+            for key in rule.element_state:
+                self._put(key, [its], found[key])
+        means = self._moments(block_means(grid, first_block, first), block_means(grid, first_block, second))
+        found = rule.from_adam.state(means, self.group)
+        for its in blocks:
+            for key in rule.block_state:
+                self._put(key, [its], found[key][its.start - first_block :])
 
-    def _fill_blocks(self, optimizer: Shampoo) -> Iterator[list[Want]]:
-        plan, _ = optimizer._plan_of(self.tensor)
-        mine = [block for block in optimizer._owned(self.tensor) if plan.blocks[block].parameter == self.index]
-        begins = state_begins(plan, optimizer._owned(self.tensor), optimizer.block_state)
-        runs = {
-            block: [Piece(start, stop, 0) for start, stop in box_runs(self.one.shape, plan.blocks[block].tile.box)]
-            for block in mine
-        }
-        firsts, seconds = ({block: self._moment(key, runs[block]) for block in mine} for key in (FIRST, SECOND))
-        yield [want for moments in (firsts, seconds) for _, wants in moments.values() for want in wants]
-        step, decay = self.entry.step, self.entry.betas[1]
-        assert step is not None
-        for block in mine:
-            averages = element_state(optimizer, self.group, self.entry, firsts[block][0], seconds[block][0])
+    def _fill_owned(self, stepper: OwnedBlocks) -> Iterator[list[Want]]:
+        plan, _ = stepper.plans.place_of(self.tensor)
+        owned = stepper.plans.owned(self.tensor)
+        begins = state_begins(plan, owned, stepper.plans.state_of_block)
+        rooms = {}
+        for block in owned:
+            if plan.blocks[block].parameter == self.index and begins[block]:
+                box = plan.blocks[block].tile.box
+                rooms[block] = self._room([LogicalRange(*ends, 0) for ends in box_runs(self.one.shape, box)])
+        yield [want for _, _, wants in rooms.values() for want in wants]
+        for block, (first, second, _) in rooms.items():
             shape = plan.blocks[block].tile.shape
-            named = {"momentum": averages[FIRST], "graft": averages[SECOND]}
-            unbiased = seconds[block][0].view(shape) / (1 - decay**step)
-            named |= factors(unbiased, self.group["betas"][1], step)
-            for key, values in named.items():
-                offset = begins[block][key]
-                self._put(key, [Piece(0, values.numel(), offset)], values.view(-1))
-
-
-def factors(mean_square: Tensor, beta: float, step: int) -> dict[str, Tensor]:
-    """Shampoo's factors of a block after ``step`` steps as far as they follow from the gradient's mean square."""
-    weight = 1 - beta**step if beta < 1 else float(step)
-    return {
-        f"factor_{axis}": torch.diag(weight * mean_square.movedim(axis, 0).reshape(size, -1).sum(1))
-        for axis, size in enumerate(mean_square.shape)
-    }
+            moments = self._moments(first.view(shape), second.view(shape))
+            for key, values in stepper.rule.from_adam.state(moments, self.group).items():
+                self._put(key, [LogicalRange(0, values.numel(), begins[block][key])], values.view(-1))
 
 
 # -- the call ---------------------------------------------------------------------------------------------------------
@@ -303,16 +256,16 @@ def warm_start(
             that do not match (each is named), or a Shampoo without a graft.
     """
     ranks = ranks_of(model, optimizer)
-    subject, problems = content.subject_of(model, optimizer, ranks)
-    if subject is not None and subject.optimizer is None:
+    training, problems = content.training_state_of(model, optimizer, ranks)
+    if training is not None and training.optimizer is None:
         problems = ["give the optimizer too: warm_start(source, model, optimizer)"]
     raise_everywhere(ranks, problems, "nothing can be started here")
-    assert subject is not None
-    assert subject.optimizer is not None
+    assert training is not None
+    assert training.optimizer is not None
     found: AdamSource
     if isinstance(source, Mapping):
-        trained = {one.name for _, one in subject.listed()}
-        in_order = [name for name, _ in subject.model.named_parameters() if canonical_name(name) in trained]
+        trained = {one.name for _, one in training.listed()}
+        in_order = [name for name, _ in training.model.named_parameters() if canonical_name(name) in trained]
         found, problems = state_dict_source(source, names, in_order)
         raise_everywhere(ranks, problems, "this is not the state of an AdamW")
     else:
@@ -320,26 +273,34 @@ def warm_start(
     if weights and not isinstance(found, CanonicalSource):
         problems.append("weights=True needs a directory of ds_optim.checkpoint.save: load others as usual before")
     raise_everywhere(
-        ranks, problems + _misfits(subject, found.entries), "this AdamW's state does not fit, nothing was changed"
+        ranks, problems + _misfits(training, found.entries), "this AdamW's state does not fit, nothing was changed"
     )
     if weights:
         assert not isinstance(source, Mapping)
         load(source, model, optimizer, tag=tag, load_optimizer_states=False)
-    batches = list(_batches(subject, found.entries))
-    for batch in [*batches, *[[]] * (max(ranks.everyones(len(batches)).values()) - len(batches))]:
-        fillers = [place.fill() for place in batch]
-        found.read([want for filler in fillers for want in next(filler)])
+    _fill(training, found)
+    training.optimizer.stepper.forget_past()
+
+
+def _fill(training: content.TrainingState, source: AdamSource) -> None:
+    """Make the state of every parameter from the source, batch by batch: all ranks read together."""
+    batches = list(_batches(training, source.entries))
+    everyones = max(training.ranks.everyones(len(batches)).values())
+    for batch in [*batches, *[[]] * (everyones - len(batches))]:
+        fillers = [one.fill() for one in batch]
+        source.read([want for filler in fillers for want in next(filler)])
         for filler in fillers:
             next(filler, None)
-    subject.optimizer.forget_past()
 
 
-def _misfits(subject: content.Subject, entries: Mapping[str, Entry]) -> list[str]:
+def _misfits(training: content.TrainingState, entries: Mapping[str, Entry]) -> list[str]:
     """Every reason why the moments are not those of these parameters, as sentences."""
-    optimizer, problems = subject.optimizer, list[str]()
-    if isinstance(optimizer, Shampoo) and not optimizer.defaults["graft"]:
-        problems.append('Shampoo without a graft has no AdamW step to go on with: use graft "adam", or start cold')
-    for parameters in subject.parameters.values():
+    optimizer, problems = training.optimizer, list[str]()
+    assert optimizer is not None
+    reason = optimizer.rule.from_adam.problem(optimizer.defaults)
+    if reason:
+        problems.append(reason)
+    for parameters in training.parameters.values():
         steps: dict[int, str] = {}
         for one in parameters:
             entry = entries.get(one.name)
@@ -352,16 +313,16 @@ def _misfits(subject: content.Subject, entries: Mapping[str, Entry]) -> list[str
         if len(steps) > 1:
             listed = ", ".join(f"{name} {step}" for step, name in steps.items())
             problems.append(f"these are stepped together here and took different numbers of steps: {listed}")
-    here = {one.name for _, one in subject.listed()} | set(subject.untrained)
+    here = {one.name for _, one in training.listed()} | set(training.untrained)
     return [*problems, *(f"the source has {name}, which is not here" for name in entries if name not in here)]
 
 
-def _batches(subject: content.Subject, entries: Mapping[str, Entry]) -> Iterator[list[_Place]]:
+def _batches(training: content.TrainingState, entries: Mapping[str, Entry]) -> Iterator[list[_Filling]]:
     """Parameters to be read together, alike on every rank; their tensors' state is made first, zero at AdamW's step."""
-    optimizer, indices = subject.optimizer, content._group_indices(subject)
+    optimizer, indices = training.optimizer, content.group_indices(training)
     assert optimizer is not None
-    batch, size = list[_Place](), 0
-    for tensor, parameters in subject.parameters.items():
+    batch, size = list[_Filling](), 0
+    for tensor, parameters in training.parameters.items():
         optimizer.state.pop(tensor, None)
         steps = {entries[one.name].step for one in parameters} - {None}
         if not steps:
@@ -375,7 +336,7 @@ def _batches(subject: content.Subject, entries: Mapping[str, Entry]) -> Iterator
             if batch and size + math.prod(one.shape) > _BATCH_ELEMENTS:
                 yield batch
                 batch, size = [], 0
-            batch.append(_Place(optimizer, tensor, index, one, group, entry))
+            batch.append(_Filling(optimizer, tensor, index, one, group, entry))
             size += math.prod(one.shape)
     if batch:
         yield batch

@@ -6,7 +6,9 @@ schedule nor a new length is a new program. What does make one, each once: anoth
 a size of exactly one, and an offset in memory of zero, or one that is not a multiple of 16 bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -14,37 +16,23 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels import eager
-from ds_optim.kernels.rounding import Rounding, store
-from ds_optim.kernels.tables import (
-    ColumnPiece,
-    ColumnRun,
-    Formula,
-    Select,
-    iterate_column_runs,
-    iterate_row_runs,
-)
+from ds_optim.kernels.operands import Arithmetic, Formula, Operands
+from ds_optim.kernels.rounding import store
+from ds_optim.kernels.tables import ColumnPiece, ColumnRun, RowPiece, Select, iterate_column_runs, iterate_row_runs
 
 ALIGNMENT = 16
 """Bytes. Inductor expects of every input what the first one had, and copies an input that is aligned less."""
 
 
 @torch.no_grad()
-def elementwise(
-    formula: Formula,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    states: Sequence[Sequence[Tensor]],
-    spans: Tensor,
-    scalars: Mapping[str, float | Tensor],
-    rounding: Rounding | None,
-) -> None:
+def elementwise(formula: Formula, operands: Operands) -> None:
     """`ds_optim.kernels.elementwise`."""
-    constants, words = _on_device(scalars, params), _Words(rounding, params)
-    for tensor, start, length in eager.placed_spans(spans, params, rounding):
-        local = [params[tensor], *(state[tensor] for state in states)]
-        grad = grads[tensor]
+    params, constants, words = operands.params, _on_device(operands), _Words(operands)
+    for tensor, start, length in eager.placed_spans(operands):
+        local = [params[tensor], *(state[tensor] for state in operands.states)]
+        grad = _part(operands.grads[tensor], start, (length,))
         targets = [_part(target, start, (length,)) for target in local]
-        _call(_apply, formula, targets, _part(grad, start, (length,)), [], constants, words.at(tensor, start))
+        _call(_apply, formula.update, targets, grad, [], constants, words.at(tensor, start))
     torch.autograd.graph.increment_version(params)
 
 
@@ -60,69 +48,69 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
 
 
 @torch.no_grad()
-def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor) -> None:
+def partial_sums(operands: Operands) -> None:
     """`ds_optim.kernels.partial_sums`."""
-    for piece in iterate_row_runs(row_runs, "cut"):
-        grad = grads[piece.tensor]
+    cut_sums = operands.cut_sums
+    for piece in iterate_row_runs(operands.tables.row_runs, "cut"):
+        grad = operands.grads[piece.tensor]
         if grad is not None:
             row = _part(grad, piece.start, (piece.length,))
             cut_sums[piece.cut] += _call(_sum_squares, row, 0, cut_sums.dtype)
-    for run in iterate_column_runs(column_runs, "cut"):
-        grad = grads[run.tensor]
+    for run in iterate_column_runs(operands.tables.column_runs, "cut"):
+        grad = operands.grads[run.tensor]
         if grad is not None:
             cut_sums[run.cut : run.cut + run.blocks] += _column_sums(grad, run, cut_sums)
 
 
 @torch.no_grad()
-def blockwise(
-    formula: Formula,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    states: Sequence[Sequence[Tensor]],
-    block_states: Sequence[Sequence[Tensor]],
-    row_runs: Tensor,
-    column_runs: Tensor,
-    cut_sums: Tensor,
-    scalars: Mapping[str, float | Tensor],
-    select: Select,
-    rounding: Rounding | None,
-) -> None:
+def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     """`ds_optim.kernels.blockwise`."""
-    constants, words = _on_device(scalars, params), _Words(rounding, params)
-    for piece in iterate_row_runs(row_runs, select):
-        local = [params[piece.tensor], *(state[piece.tensor] for state in states)]
-        grad = grads[piece.tensor]
-        blocks = [_part(state[piece.tensor], piece.slot, (piece.blocks,)) for state in block_states]
-        here = words.at(piece.tensor, piece.start)
-        if piece.cut < 0:
-            shape = (piece.blocks, piece.length)
-            targets = [_part(target, piece.start, shape) for target in local]
-            grad_BE = _part(grad, piece.start, shape)
-            _call(_apply_rows, formula, targets, grad_BE, blocks, cut_sums.dtype, constants, here)
-        else:
-            targets = [_part(target, piece.start, (piece.length,)) for target in local]
-            mean_squares = (cut_sums[piece.cut : piece.cut + 1] / piece.numel).float()
-            values = [mean_squares, *blocks]
-            _call(_apply, formula, targets, _part(grad, piece.start, (piece.length,)), values, constants, here)
-            eager.advance_blocks(formula, len(states), blocks, mean_squares, constants)
-    for run in iterate_column_runs(column_runs, select):
-        local = [params[run.tensor], *(state[run.tensor] for state in states)]
-        grad = grads[run.tensor]
-        blocks = [_part(state[run.tensor], run.slot, (run.blocks,)) for state in block_states]
-        sums = _column_sums(grad, run, cut_sums) if run.cut < 0 else cut_sums[run.cut : run.cut + run.blocks]
-        mean_squares = (sums / run.block_numel).float()
-        by_column = [value.repeat_interleave(run.width) for value in (mean_squares, *blocks)]
-        for part in run.pieces():
-            targets = [_columns(target, run, part) for target in local]
-            values = [_part(value, part.first, (part.last - part.first,)) for value in by_column]
-            here = words.at(run.tensor, part.start)
-            _call(_apply, formula, targets, _columns(grad, run, part), values, constants, here)
-        eager.advance_blocks(formula, len(states), blocks, mean_squares, constants)
-    torch.autograd.graph.increment_version(params)
+    constants, words = _on_device(operands), _Words(operands)
+    for piece in iterate_row_runs(operands.tables.row_runs, select):
+        _update_rows(formula.update, operands, piece, constants, words.at(piece.tensor, piece.start))
+    for run in iterate_column_runs(operands.tables.column_runs, select):
+        _update_columns(formula.update, operands, run, constants, words)
+    torch.autograd.graph.increment_version(operands.params)
+
+
+def _update_rows(
+    update: Arithmetic, operands: Operands, piece: RowPiece, constants: dict[str, Tensor], words: list[Tensor]
+) -> None:
+    local = [operands.params[piece.tensor], *(state[piece.tensor] for state in operands.states)]
+    grad, cut_sums = operands.grads[piece.tensor], operands.cut_sums
+    blocks = [_part(state[piece.tensor], piece.slot, (piece.blocks,)) for state in operands.block_states]
+    if piece.cut < 0:
+        shape = (piece.blocks, piece.length)
+        targets = [_part(target, piece.start, shape) for target in local]
+        grad_BE = _part(grad, piece.start, shape)
+        _call(_apply_rows, update, targets, grad_BE, blocks, cut_sums.dtype, constants, words)
+    else:
+        targets = [_part(target, piece.start, (piece.length,)) for target in local]
+        mean_squares = (cut_sums[piece.cut : piece.cut + 1] / piece.numel).float()
+        values = [mean_squares, *blocks]
+        _call(_apply, update, targets, _part(grad, piece.start, (piece.length,)), values, constants, words)
+        eager.advance_blocks(update, len(operands.states), blocks, mean_squares, constants)
+
+
+def _update_columns(
+    update: Arithmetic, operands: Operands, run: ColumnRun, constants: dict[str, Tensor], words: _Words
+) -> None:
+    local = [operands.params[run.tensor], *(state[run.tensor] for state in operands.states)]
+    grad, cut_sums = operands.grads[run.tensor], operands.cut_sums
+    blocks = [_part(state[run.tensor], run.slot, (run.blocks,)) for state in operands.block_states]
+    sums = _column_sums(grad, run, cut_sums) if run.cut < 0 else cut_sums[run.cut : run.cut + run.blocks]
+    mean_squares = (sums / run.block_numel).float()
+    by_column = [value.repeat_interleave(run.width) for value in (mean_squares, *blocks)]
+    for part in run.pieces():
+        targets = [_columns(target, run, part) for target in local]
+        values = [_part(value, part.first, (part.last - part.first,)) for value in by_column]
+        here = words.at(run.tensor, part.start)
+        _call(_apply, update, targets, _columns(grad, run, part), values, constants, here)
+    eager.advance_blocks(update, len(operands.states), blocks, mean_squares, constants)
 
 
 def _apply(
-    formula: Formula,
+    update: Arithmetic,
     targets: list[Tensor],
     grad: Tensor | None,
     block_values: list[Tensor],
@@ -131,7 +119,7 @@ def _apply(
 ) -> None:
     """Elements whose block values, if any, are known."""
     known_grad = torch.zeros_like(targets[0]).float() if grad is None else grad.float()
-    eager.apply(formula, targets, known_grad, block_values, scalars, words)
+    eager.apply(update, targets, known_grad, block_values, scalars, words)
 
 
 def _descend(target: list[Tensor], update: list[Tensor], decay: Tensor, words: list[Tensor]) -> None:
@@ -139,7 +127,7 @@ def _descend(target: list[Tensor], update: list[Tensor], decay: Tensor, words: l
 
 
 def _apply_rows(
-    formula: Formula,
+    update: Arithmetic,
     targets: list[Tensor],
     grad: Tensor | None,
     block_states: list[Tensor],
@@ -152,7 +140,7 @@ def _apply_rows(
     mean_square_B1 = ((grad_BE * grad_BE).sum(1, keepdim=True, dtype=dtype) / grad_BE.shape[1]).float()
     param_BE, *state_BE = [target.float() for target in targets]
     block_state_B1 = [state[:, None] for state in block_states]
-    results = formula(param_BE, grad_BE, mean_square_B1, *state_BE, *block_state_B1, **scalars)
+    results = update(param_BE, grad_BE, mean_square_B1, *state_BE, *block_state_B1, **scalars)
     store(targets[0], results[0], words)
     for target, result in zip(targets[1:], results[1:], strict=False):
         target.copy_(result)
@@ -188,16 +176,16 @@ def _columns(tensor: Any, run: ColumnRun, piece: ColumnPiece) -> Any:
     return _part(tensor, piece.start, (piece.rows, piece.last - piece.first), (run.row_length, 1))
 
 
-def _on_device(scalars: Mapping[str, float | Tensor], params: Sequence[Tensor]) -> dict[str, Tensor]:
+def _on_device(operands: Operands) -> dict[str, Tensor]:
     """The scalars as 0-dim tensors where the parameters are; a call works on one device."""
-    if not params:
+    if not operands.params:
         return {}
-    device = params[0].device
+    device = operands.params[0].device
     return {
         name: value.to(device=device, dtype=torch.float32)
         if isinstance(value, Tensor)
         else _scalar(name, value, device)
-        for name, value in scalars.items()
+        for name, value in operands.scalars.items()
     }
 
 
@@ -210,8 +198,8 @@ def _scalar(name: str, value: float, device: torch.device) -> Tensor:
 class _Words:
     """What parameters are rounded by, as 0-dim tensors where they are: neither a step nor a place is a new program."""
 
-    def __init__(self, rounding: Rounding | None, params: Sequence[Tensor]) -> None:
-        self._rounding, self._params = rounding, params
+    def __init__(self, operands: Operands) -> None:
+        rounding, params = self._rounding, self._params = operands.rounding, operands.params
         self._key = _key(rounding.key, params[0].device) if rounding is not None and params else None
 
     def at(self, tensor: int, start: int) -> list[Tensor]:
@@ -238,12 +226,12 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
         if isinstance(argument, list):
             tensors += argument
     aligned = all(tensor.storage_offset() * tensor.element_size() % ALIGNMENT == 0 for tensor in tensors)
-    formula = arguments[0] if callable(arguments[0]) else None
-    return _program(function, formula, aligned)(*arguments)
+    update = arguments[0] if callable(arguments[0]) else None
+    return _program(function, update, aligned)(*arguments)
 
 
 @cache
-def _program(function: Callable[..., Any], formula: Formula | None, aligned: bool) -> Callable[..., Any]:
+def _program(function: Callable[..., Any], update: Arithmetic | None, aligned: bool) -> Callable[..., Any]:
     """Looked up by what must not be mixed in one program; its other variants are dynamo's business."""
     compile_function: Any = torch.compile  # its overloads know nothing of the last two options
     program: Callable[..., Any] = compile_function(

@@ -5,15 +5,16 @@ Works on any device. Nothing of the tensor's size is allocated: the formula sees
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ds_optim.kernels.operands import Arithmetic, Formula, Operands
 from ds_optim.kernels.rounding import Rounding, store
 from ds_optim.kernels.tables import (
     ColumnPiece,
     ColumnRun,
-    Formula,
     RowPiece,
     Select,
     iterate_column_runs,
@@ -32,26 +33,18 @@ def chunk_of(device: torch.device) -> int:
 
 
 @torch.no_grad()
-def elementwise(
-    formula: Formula,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    states: Sequence[Sequence[Tensor]],
-    spans: Tensor,
-    scalars: Mapping[str, float | Tensor],
-    rounding: Rounding | None,
-) -> None:
+def elementwise(formula: Formula, operands: Operands) -> None:
     """`ds_optim.kernels.elementwise`."""
-    scalars = rounded(scalars)
-    for tensor, start, length in placed_spans(spans, params, rounding):
-        param, grad = params[tensor], grads[tensor]
-        local = [state[tensor] for state in states]
+    scalars, rounding = rounded(operands.scalars), operands.rounding
+    for tensor, start, length in placed_spans(operands):
+        param, grad = operands.params[tensor], operands.grads[tensor]
+        local = [state[tensor] for state in operands.states]
         chunk = chunk_of(param.device)
         for first in range(start, start + length, chunk):
             here = slice(first, min(first + chunk, start + length))
             targets = [param[here], *(state[here] for state in local)]
             words = words_at(rounding, param, tensor, first)
-            apply(formula, targets, gradient(grad, here, targets[0]), [], scalars, words)
+            apply(formula.update, targets, gradient(grad, here, targets[0]), [], scalars, words)
 
 
 @torch.no_grad()
@@ -61,53 +54,35 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
 
 
 @torch.no_grad()
-def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor) -> None:
+def partial_sums(operands: Operands) -> None:
     """`ds_optim.kernels.partial_sums`."""
-    for piece in iterate_row_runs(row_runs, "cut"):
-        grad = grads[piece.tensor]
+    cut_sums = operands.cut_sums
+    for piece in iterate_row_runs(operands.tables.row_runs, "cut"):
+        grad = operands.grads[piece.tensor]
         if grad is not None:
             cut_sums[piece.cut] += _row_sums(grad, piece, cut_sums.dtype)[0]
-    for run in iterate_column_runs(column_runs, "cut"):
-        grad = grads[run.tensor]
+    for run in iterate_column_runs(operands.tables.column_runs, "cut"):
+        grad = operands.grads[run.tensor]
         if grad is not None:
             cut_sums[run.cut : run.cut + run.blocks] += _column_sums(grad, run, cut_sums.dtype)
 
 
 @torch.no_grad()
-def blockwise(
-    formula: Formula,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    states: Sequence[Sequence[Tensor]],
-    block_states: Sequence[Sequence[Tensor]],
-    row_runs: Tensor,
-    column_runs: Tensor,
-    cut_sums: Tensor,
-    scalars: Mapping[str, float | Tensor],
-    select: Select,
-    rounding: Rounding | None,
-) -> None:
+def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     """`ds_optim.kernels.blockwise`."""
-    scalars = rounded(scalars)
-    for piece in iterate_row_runs(row_runs, select):
-        param, grad = params[piece.tensor], grads[piece.tensor]
-        local = [state[piece.tensor] for state in states]
-        local_blocks = [state[piece.tensor][piece.slot : piece.slot + piece.blocks] for state in block_states]
-        for part, first, last in _parts(piece, chunk_of(param.device)):
+    operands = replace(operands, scalars=rounded(operands.scalars))
+    cut_sums = operands.cut_sums
+    for piece in iterate_row_runs(operands.tables.row_runs, select):
+        param, grad = operands.params[piece.tensor], operands.grads[piece.tensor]
+        for part in _parts(piece, chunk_of(param.device)):
             sums = _row_sums(grad, part, cut_sums.dtype, like=param) if piece.cut < 0 else cut_sums[piece.cut, None]
-            mean_squares = (sums / piece.numel).float()
-            part_blocks = [s[first:last] for s in local_blocks]
-            _update_rows(formula, param, grad, local, part_blocks, part, mean_squares, scalars, rounding)
-    for run in iterate_column_runs(column_runs, select):
-        param, grad = params[run.tensor], grads[run.tensor]
-        local = [state[run.tensor] for state in states]
-        local_blocks = [state[run.tensor][run.slot : run.slot + run.blocks] for state in block_states]
+            _update_rows(formula, operands, part, (sums / piece.numel).float())
+    for run in iterate_column_runs(operands.tables.column_runs, select):
         if run.cut < 0:
-            sums = _column_sums(grad, run, cut_sums.dtype, like=param)
+            sums = _column_sums(operands.grads[run.tensor], run, cut_sums.dtype, like=operands.params[run.tensor])
         else:
             sums = cut_sums[run.cut : run.cut + run.blocks]
-        mean_squares = (sums / run.block_numel).float()
-        _update_columns(formula, param, grad, local, local_blocks, run, mean_squares, scalars, rounding)
+        _update_columns(formula, operands, run, (sums / run.block_numel).float())
 
 
 def rounded(scalars: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
@@ -118,10 +93,11 @@ def rounded(scalars: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:
     return {**dict(zip(numbers, values, strict=True)), **tensors}
 
 
-def placed_spans(spans: Tensor, params: Sequence[Tensor], rounding: Rounding | None) -> Iterator[tuple[int, int, int]]:
+def placed_spans(operands: Operands) -> Iterator[tuple[int, int, int]]:
     """As `iterate_spans`; where elements are rounded by their places, no span reaches over the end of a parameter."""
-    for tensor, start, length in iterate_spans(spans):
-        if rounding is None or params[tensor].dtype != torch.bfloat16:
+    rounding = operands.rounding
+    for tensor, start, length in iterate_spans(operands.tables.spans):
+        if rounding is None or operands.params[tensor].dtype != torch.bfloat16:
             yield tensor, start, length
         else:
             for place in rounding.places.within(tensor, start, length):
@@ -142,32 +118,32 @@ def gradient(grad: Tensor | None, here: slice, like: Tensor) -> Tensor:
 
 
 def apply(
-    formula: Formula,
+    update: Arithmetic,
     targets: Sequence[Tensor],
     grad: Tensor,
     block_values: Sequence[Tensor],
     scalars: Mapping[str, float | Tensor],
     words: Sequence[int | Tensor] = (),
 ) -> None:
-    """Evaluate the formula on parameter and element states (``targets``) and store what it returns for them.
+    """Evaluate a formula on parameter and element states (``targets``) and store what it returns for them.
 
     ``block_values``, the mean square and the block states, broadcast against the targets and are only read. The
     parameter is rounded by ``words``, see `ds_optim.kernels.rounding.store`.
     """
     if block_values:
         mean_square, *block_states = block_values
-        results = formula(
+        results = update(
             targets[0].float(), grad, mean_square, *(t.float() for t in targets[1:]), *block_states, **scalars
         )
     else:
-        results = formula(targets[0].float(), grad, *(t.float() for t in targets[1:]), **scalars)
+        results = update(targets[0].float(), grad, *(t.float() for t in targets[1:]), **scalars)
     store(targets[0], results[0], words)
     for target, result in zip(targets[1:], results[1:], strict=False):
         target.copy_(result)
 
 
 def advance_blocks(
-    formula: Formula,
+    update: Arithmetic,
     num_states: int,
     block_states: Sequence[Tensor],
     mean_squares: Tensor,
@@ -175,19 +151,18 @@ def advance_blocks(
 ) -> None:
     """Store the formula's new block states, given as many mean squares; no block value sees the made-up elements."""
     nothing = torch.zeros_like(mean_squares)
-    results = formula(nothing, nothing, mean_squares, *([nothing] * num_states), *block_states, **scalars)
+    results = update(nothing, nothing, mean_squares, *([nothing] * num_states), *block_states, **scalars)
     for state, result in zip(block_states, results[1 + num_states :], strict=True):
         state.copy_(result)
 
 
-def _parts(piece: RowPiece, chunk: int) -> Iterator[tuple[RowPiece, int, int]]:
-    """The piece in parts of at most ``chunk`` elements (at least one block), each with its range of blocks."""
+def _parts(piece: RowPiece, chunk: int) -> Iterator[RowPiece]:
+    """The piece in parts of at most ``chunk`` elements (at least one block)."""
     step = max(1, chunk // piece.length)
     for first in range(0, piece.blocks, step):
         blocks = min(step, piece.blocks - first)
         start = piece.start + first * piece.length
-        part = RowPiece(piece.tensor, start, blocks, piece.length, piece.numel, piece.slot + first, piece.cut)
-        yield part, first, first + blocks
+        yield RowPiece(piece.tensor, start, blocks, piece.length, piece.numel, piece.slot + first, piece.cut)
 
 
 def _row_sums(grad: Tensor | None, piece: RowPiece, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
@@ -205,17 +180,10 @@ def _row_sums(grad: Tensor | None, piece: RowPiece, dtype: torch.dtype, like: Te
     return block_BL.float().square().sum(1, dtype=dtype)
 
 
-def _update_rows(
-    formula: Formula,
-    param: Tensor,
-    grad: Tensor | None,
-    states: Sequence[Tensor],
-    block_states: Sequence[Tensor],
-    piece: RowPiece,
-    mean_squares: Tensor,
-    scalars: Mapping[str, float | Tensor],
-    rounding: Rounding | None,
-) -> None:
+def _update_rows(formula: Formula, operands: Operands, piece: RowPiece, mean_squares: Tensor) -> None:
+    param, grad = operands.params[piece.tensor], operands.grads[piece.tensor]
+    states = [state[piece.tensor] for state in operands.states]
+    block_states = [state[piece.tensor][piece.slot : piece.slot + piece.blocks] for state in operands.block_states]
     block_values = [mean_squares[:, None], *(state[:, None] for state in block_states)]
     width = chunk_of(param.device) if piece.blocks == 1 else piece.length
     stop = piece.start + piece.blocks * piece.length
@@ -223,8 +191,9 @@ def _update_rows(
         here = slice(first, min(first + piece.blocks * width, stop))
         targets = [tensor[here].view(piece.blocks, -1) for tensor in (param, *states)]
         grad_BE = gradient(grad, here, param[here]).view(piece.blocks, -1)
-        apply(formula, targets, grad_BE, block_values, scalars, words_at(rounding, param, piece.tensor, first))
-    advance_blocks(formula, len(states), block_states, mean_squares, scalars)
+        words = words_at(operands.rounding, param, piece.tensor, first)
+        apply(formula.update, targets, grad_BE, block_values, operands.scalars, words)
+    advance_blocks(formula.update, len(states), block_states, mean_squares, operands.scalars)
 
 
 def _column_parts(run: ColumnRun, chunk: int) -> Iterator[ColumnPiece]:
@@ -253,22 +222,15 @@ def _column_sums(grad: Tensor | None, run: ColumnRun, dtype: torch.dtype, like: 
     return columns.view(run.blocks, run.width).sum(1)
 
 
-def _update_columns(
-    formula: Formula,
-    param: Tensor,
-    grad: Tensor | None,
-    states: Sequence[Tensor],
-    block_states: Sequence[Tensor],
-    run: ColumnRun,
-    mean_squares: Tensor,
-    scalars: Mapping[str, float | Tensor],
-    rounding: Rounding | None,
-) -> None:
+def _update_columns(formula: Formula, operands: Operands, run: ColumnRun, mean_squares: Tensor) -> None:
+    param, grad = operands.params[run.tensor], operands.grads[run.tensor]
+    states = [state[run.tensor] for state in operands.states]
+    block_states = [state[run.tensor][run.slot : run.slot + run.blocks] for state in operands.block_states]
     block_values = [value.repeat_interleave(run.width) for value in (mean_squares, *block_states)]
     for part in _column_parts(run, chunk_of(param.device)):
         targets = [column_view(tensor, run, part) for tensor in (param, *states)]
         grad_RC = torch.zeros_like(targets[0], dtype=torch.float32) if grad is None else column_view(grad, run, part)
-        here = slice(part.first, part.last)
-        words = words_at(rounding, param, run.tensor, part.start)
-        apply(formula, targets, grad_RC.float(), [value[here] for value in block_values], scalars, words)
-    advance_blocks(formula, len(states), block_states, mean_squares, scalars)
+        values = [value[part.first : part.last] for value in block_values]
+        words = words_at(operands.rounding, param, run.tensor, part.start)
+        apply(formula.update, targets, grad_RC.float(), values, operands.scalars, words)
+    advance_blocks(formula.update, len(states), block_states, mean_squares, operands.scalars)

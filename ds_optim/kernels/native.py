@@ -15,32 +15,57 @@ from functools import cache
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ds_optim.kernels.build import UnavailableError, built_library
+from ds_optim.kernels.operands import Formula, FormulaKind, Operands
 from ds_optim.kernels.rounding import Place, Places, Rounding
 from ds_optim.kernels.tables import Select
 
-SCALARS = {
-    "adamw": ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "bias2_sqrt", "eps"),
-    "lion": ("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "lr"),
-    "adan": (
-        *("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "beta3", "one_minus_beta3"),
-        *("step_size", "step_size_diff", "bias3_sqrt", "eps", "shrink", "has_previous"),
-    ),
-    "adam_mini": ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "bias2_sqrt", "eps"),
-}
-"""The scalars of every rule, in the order of the fields of the C++ structs."""
 
-STATES = {"adamw": 2, "lion": 1, "adan": 4}
-"""Element states of the elementwise rules."""
+class CppKernel(NamedTuple):
+    """What a C++ kernel computes, as far as it can be told from outside.
+
+    Attributes:
+        states: element states, as in `Formula`.
+        block_states: block states, as in `Formula`.
+        scalars: their names, in the order of the fields of the C++ struct.
+    """
+
+    states: int
+    block_states: int
+    scalars: tuple[str, ...]
+
+
+_ADAM = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "bias2_sqrt", "eps")
+_LION = ("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "lr")
+_ADAN = (
+    *("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "beta3", "one_minus_beta3"),
+    *("step_size", "step_size_diff", "bias3_sqrt", "eps", "shrink", "has_previous"),
+)
+
+KERNELS = {
+    "adamw": CppKernel(states=2, block_states=0, scalars=_ADAM),
+    "lion": CppKernel(states=1, block_states=0, scalars=_LION),
+    "adan": CppKernel(states=4, block_states=0, scalars=_ADAN),
+    "adam_mini": CppKernel(states=1, block_states=1, scalars=_ADAM),
+}
+"""All C++ kernels of formulas, by name: what this table has, `library` has."""
 
 _dtype_of = attrgetter("dtype")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SELECT: dict[Select, int] = {"all": 0, "uncut": 1, "cut": 2}
+
+
+def has(formula: Formula) -> bool:
+    """Whether there is a C++ kernel for a formula: one of its name, kind and numbers of states."""
+    kernel = KERNELS.get(formula.name)
+    if kernel is None:
+        return False
+    return (kernel.states, kernel.block_states) == (formula.states, formula.block_states)
 
 
 @cache
@@ -58,17 +83,15 @@ def library() -> ctypes.CDLL:
     loaded.ds_optim_use_threads.restype = None
     loaded.ds_optim_use_threads.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     word, pointer = ctypes.c_int64, ctypes.c_void_p
-    for name in ("adamw", "lion", "adan"):
+    spans = [pointer, pointer, pointer, word, pointer, pointer, word]
+    blocks = [pointer, pointer, pointer, pointer, word, pointer, word, pointer, word, word, pointer, pointer, word]
+    for name, kernel in KERNELS.items():
         function = getattr(loaded, f"ds_optim_{name}")
         function.restype = word
-        function.argtypes = [word, pointer, pointer, pointer, word, pointer, pointer, word]
+        function.argtypes = [word, *(blocks if kernel.block_states else spans)]
     loaded.ds_optim_partial_sums.restype = word
     loaded.ds_optim_partial_sums.argtypes = [
         *(word, pointer, pointer, pointer, word, pointer, word, pointer, word, word)
-    ]
-    loaded.ds_optim_adam_mini.restype = word
-    loaded.ds_optim_adam_mini.argtypes = [
-        *(word, pointer, pointer, pointer, pointer, word, pointer, word, pointer, word, word, pointer, pointer, word)
     ]
     loaded.ds_optim_descend.restype = None
     loaded.ds_optim_descend.argtypes = [pointer, pointer, word, word, word, ctypes.c_float, pointer, word]
@@ -91,27 +114,17 @@ def _lend_threads(loaded: ctypes.CDLL) -> None:
     loaded.ds_optim_use_threads(region, number)
 
 
-def elementwise(
-    name: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    states: Sequence[Sequence[Tensor]],
-    spans: Tensor,
-    scalars: Mapping[str, float | Tensor],
-    rounding: Rounding | None,
-) -> None:
+def elementwise(formula: Formula, operands: Operands) -> None:
     """`ds_optim.kernels.elementwise`.
 
     Raises:
-        ValueError: a tensor or a table is not what the kernels can work on.
+        ValueError: there is no kernel for the formula, or a tensor or a table is not what it can work on.
     """
-    if STATES.get(name) != len(states):
-        raise ValueError(f"no C++ kernel named {name!r} with {len(states)} states; there are {STATES}")
-    call = _Streams([("param", params), ("grad", grads), *((f"state {i}", state) for i, state in enumerate(states))])
+    call, spans = _streams(formula, operands, "elementwise"), operands.tables.spans
     _check_table("spans", spans, 3)
-    constants, how = _scalars(name, scalars), _rounding(rounding)
-    bad = getattr(library(), f"ds_optim_{name}")(
-        len(params),
+    constants, how = _scalars(formula, operands.scalars), _rounding(operands.rounding)
+    bad = getattr(library(), f"ds_optim_{formula.name}")(
+        len(operands.params),
         call.address,
         call.numels,
         spans.data_ptr(),
@@ -121,61 +134,43 @@ def elementwise(
         torch.get_num_threads(),
     )
     _raise_if_bad(bad, spans, None)
-    torch.autograd.graph.increment_version(params)
+    torch.autograd.graph.increment_version(operands.params)
 
 
-def partial_sums(grads: Sequence[Tensor | None], row_runs: Tensor, column_runs: Tensor, cut_sums: Tensor) -> None:
+def partial_sums(operands: Operands) -> None:
     """`ds_optim.kernels.partial_sums`.
 
     Raises:
         ValueError: a tensor or a table is not what the kernels can work on.
     """
-    call = _Streams([("grad", grads)])
-    _check_table("row_runs", row_runs, 8)
-    _check_table("column_runs", column_runs, 11)
-    _check_sums(cut_sums)
+    call = _Streams([("grad", operands.grads)])
+    row_runs, column_runs = _runs(operands)
     bad = library().ds_optim_partial_sums(
-        len(grads),
+        len(operands.grads),
         call.address,
         call.numels,
         row_runs.data_ptr(),
         len(row_runs),
         column_runs.data_ptr(),
         len(column_runs),
-        cut_sums.data_ptr(),
-        cut_sums.numel(),
+        operands.cut_sums.data_ptr(),
+        operands.cut_sums.numel(),
         torch.get_num_threads(),
     )
     _raise_if_bad(bad, row_runs, column_runs)
 
 
-def blockwise(
-    name: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    states: Sequence[Sequence[Tensor]],
-    block_states: Sequence[Sequence[Tensor]],
-    row_runs: Tensor,
-    column_runs: Tensor,
-    cut_sums: Tensor,
-    scalars: Mapping[str, float | Tensor],
-    select: Select,
-    rounding: Rounding | None,
-) -> None:
+def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     """`ds_optim.kernels.blockwise`.
 
     Raises:
-        ValueError: a tensor or a table is not what the kernels can work on.
+        ValueError: there is no kernel for the formula, or a tensor or a table is not what it can work on.
     """
-    if (name, len(states), len(block_states)) != ("adam_mini", 1, 1):
-        raise ValueError(f"no C++ kernel named {name!r} with {len(states)} and {len(block_states)} (block) states")
-    call = _Streams([("param", params), ("grad", grads), ("state 0", states[0])], [("block state", block_states[0])])
-    _check_table("row_runs", row_runs, 8)
-    _check_table("column_runs", column_runs, 11)
-    _check_sums(cut_sums)
-    constants, how = _scalars(name, scalars), _rounding(rounding)
-    bad = library().ds_optim_adam_mini(
-        len(params),
+    call = _streams(formula, operands, "blockwise")
+    row_runs, column_runs = _runs(operands)
+    constants, how = _scalars(formula, operands.scalars), _rounding(operands.rounding)
+    bad = getattr(library(), f"ds_optim_{formula.name}")(
+        len(operands.params),
         call.address,
         call.numels,
         call.slots,
@@ -183,15 +178,15 @@ def blockwise(
         len(row_runs),
         column_runs.data_ptr(),
         len(column_runs),
-        cut_sums.data_ptr(),
-        cut_sums.numel(),
+        operands.cut_sums.data_ptr(),
+        operands.cut_sums.numel(),
         _SELECT[select],
         constants.buffer_info()[0],
         how and how.buffer_info()[0],
         torch.get_num_threads(),
     )
     _raise_if_bad(bad, row_runs, column_runs)
-    torch.autograd.graph.increment_version(params)
+    torch.autograd.graph.increment_version(operands.params)
 
 
 def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
@@ -242,7 +237,7 @@ _ABSENT = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
-class _Table:
+class _Stream:
     """One stream: addresses, dtypes and sizes of all its tensors, also in the layout that the C++ side reads."""
 
     addresses: list[int]
@@ -251,13 +246,13 @@ class _Table:
     words: array[int]
 
 
-_recent: dict[tuple[str, int, int], _Table] = {}
+_recent: dict[tuple[str, int, int], _Stream] = {}
 """Streams of recent calls: hundreds of parameters keep their memory from step to step."""
 _RECENT_LIMIT = 256
 
 
-def _table(label: str, tensors: Sequence[Tensor | None]) -> _Table:
-    """The stream's table, checked unless it equals a recent one."""
+def _stream(label: str, tensors: Sequence[Tensor | None]) -> _Stream:
+    """The tensors as a stream, checked unless it equals a recent one."""
     try:
         addresses = list(map(Tensor.data_ptr, cast("Sequence[Tensor]", tensors)))
         dtypes = list(map(_dtype_of, tensors))
@@ -274,8 +269,8 @@ def _table(label: str, tensors: Sequence[Tensor | None]) -> _Table:
     codes = [_DTYPES[dtype] for dtype in dtypes]
     if len(_recent) >= _RECENT_LIMIT:
         _recent.clear()
-    table = _recent[key] = _Table(addresses, dtypes, numels, array("q", [*addresses, *codes, *numels]))
-    return table
+    stream = _recent[key] = _Stream(addresses, dtypes, numels, array("q", [*addresses, *codes, *numels]))
+    return stream
 
 
 class _Streams:
@@ -292,7 +287,7 @@ class _Streams:
         streams: Sequence[tuple[str, Sequence[Tensor | None]]],
         blocks: Sequence[tuple[str, Sequence[Tensor]]] = (),
     ) -> None:
-        tables = [_table(label, tensors) for label, tensors in (*streams, *blocks)]
+        tables = [_stream(label, tensors) for label, tensors in (*streams, *blocks)]
         first = tables[0]
         for (label, _), table in zip((*streams, *blocks), tables, strict=True):
             if len(table.numels) != len(first.numels):
@@ -311,6 +306,28 @@ class _Streams:
         sizes_at = 2 * len(first.numels) * first.words.itemsize
         self.numels = tables[0].words.buffer_info()[0] + sizes_at
         self.slots = tables[-1].words.buffer_info()[0] + sizes_at
+
+
+def _streams(formula: Formula, operands: Operands, kind: FormulaKind) -> _Streams:
+    """The streams of a formula's kernel, as many as that reads."""
+    states, block_states = operands.states, operands.block_states
+    given = len(states), len(block_states)
+    if not has(formula) or formula.kind != kind or given != (formula.states, formula.block_states):
+        raise ValueError(f"no {kind} C++ kernel named {formula.name!r} with {given[0]} and {given[1]} (block) states")
+    elements = (("param", operands.params), ("grad", operands.grads))
+    return _Streams(
+        [*elements, *((f"state {index}", state) for index, state in enumerate(states))],
+        [("block state", state) for state in block_states],
+    )
+
+
+def _runs(operands: Operands) -> tuple[Tensor, Tensor]:
+    """The tables of blocks, checked as well as the sums that they point into."""
+    tables = operands.tables
+    _check_table("row_runs", tables.row_runs, 8)
+    _check_table("column_runs", tables.column_runs, 11)
+    _check_sums(operands.cut_sums)
+    return tables.row_runs, tables.column_runs
 
 
 def _check_tensors(label: str, tensors: Sequence[Tensor | None]) -> None:
@@ -358,5 +375,5 @@ def _rounding(rounding: Rounding | None) -> array[int] | None:
     return array("q", [table.data_ptr(), len(table), rounding.key])
 
 
-def _scalars(name: str, scalars: Mapping[str, Any]) -> array[float]:
-    return array("f", [float(scalars[key]) for key in SCALARS[name]])
+def _scalars(formula: Formula, scalars: Mapping[str, Any]) -> array[float]:
+    return array("f", [float(scalars[key]) for key in KERNELS[formula.name].scalars])

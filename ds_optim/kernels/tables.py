@@ -25,17 +25,37 @@ shard boundary cuts has a place in ``cut_sums`` (``cut_first``, ``cut_last``; ``
 This file knows how to read tables; what a row should say is the layout's business.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
-
-Formula = Callable[..., tuple[Tensor, ...]]
-"""A rule's arithmetic on fp32 tensors: see `ds_optim.kernels`."""
 
 Select = Literal["all", "uncut", "cut"]
 """Which blocks a blockwise call updates: every block, only whole ones, only those that a shard boundary cuts."""
+
+
+def table_of(rows: Sequence[Sequence[int]], columns: int) -> Tensor:
+    """Rows of numbers as a table, int64 (n, columns), also if there are none."""
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, columns)
+
+
+@dataclass(slots=True)
+class Tables:
+    """What a call walks: spans under an elementwise formula, runs of blocks under a blockwise one.
+
+    Attributes:
+        spans: int64 (n, 3).
+        row_runs: int64 (n, 8).
+        column_runs: int64 (n, 11).
+        num_cuts: blocks of these tensors' layouts that a shard boundary cuts, the same on every rank.
+    """
+
+    spans: Tensor = field(default_factory=lambda: table_of([], 3))
+    row_runs: Tensor = field(default_factory=lambda: table_of([], 8))
+    column_runs: Tensor = field(default_factory=lambda: table_of([], 11))
+    num_cuts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import socket
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ds_optim.memory import cross_checks
 from ds_optim.memory.known_torch import MemoryAccountError
 from ds_optim.memory.labels import (
-    Claim,
+    Labelled,
     Labels,
     basic_optimizer,
     claims,
@@ -42,14 +42,13 @@ from ds_optim.memory.labels import (
     tensors_in,
     wrapper_of,
 )
+from ds_optim.memory.phase_hooks import PhaseCalls, Undo, hook_engine, hook_model, hook_optimizer
 from ds_optim.memory.provenance import describe
-from ds_optim.memory.record import Category, Check, Moment, Phase, RankRecord, Record, StateEntry, human, merge
-from ds_optim.memory.steps import StepAccount, StepLog, balance, named, resolve
-from ds_optim.memory.tracker import Storage, StorageTracker, in_backward
+from ds_optim.memory.record import Category, Check, Moment, Phase, RankRecord, Record, StateEntry, merge
+from ds_optim.memory.steps import StepAccount, StepLog, balance, judge_unaccounted, named, resolve
+from ds_optim.memory.tracker import Storage, StorageTracker
 from ds_optim.ranks import ranks_of
 from ds_optim.sharding.exchange import Ranks
-
-_LARGEST_NAMED = 5  # unaccounted storages in a message
 
 
 class MemoryAccountant:
@@ -81,7 +80,7 @@ class MemoryAccountant:
         *,
         strict: bool = True,
         timeline: bool = True,
-        cross_check: cross_checks.Kind | None = None,
+        cross_check: cross_checks.Witness | None = None,
         os_tolerance: float | None = None,
         os_allowance: int = cross_checks.LIBRARIES,
         extra: Mapping[str, tuple[Category, Any]] | None = None,
@@ -97,7 +96,7 @@ class MemoryAccountant:
         self._model: nn.Module | None = None
         self._ranks = Ranks.of_job()
         self._optimizer: Any = None
-        self._restore: list[Callable[[], None]] = []
+        self._restore: list[Undo] = []
         self._at_init: dict[Storage, int] | None = None
         self._init_moment: Moment | None = None
         self._init_nobodys: dict[Storage, int] = {}
@@ -105,7 +104,7 @@ class MemoryAccountant:
         self._phase: Phase | None = None
         self._last: StepAccount | None = None
         self._state: list[StateEntry] = []  # as of the last moment
-        self._checks: dict[cross_checks.Kind, list[Check]] = {}
+        self._checks: dict[cross_checks.Witness, list[Check]] = {}
         self._allocator: list[Check] = []
         self._probe: cross_checks.Probe | None = None
         self._before: cross_checks.ProcessView | None = None
@@ -170,69 +169,16 @@ class MemoryAccountant:
         self._claim()
         self._at_init = {storage: storage.bytes for storage in self._tracker.live}
         self._state = state_entries(self._tracker, basic_optimizer(self._optimizer))
-        self._hook_model(model)
-        if is_engine:
-            self._wrap_engine(model)
-            hook = basic_optimizer(self._optimizer).register_step_pre_hook(lambda *_: self._claim_gradients())
-            self._restore.append(hook.remove)
-        else:
-            basic = basic_optimizer(optimizer)
-            before = basic.register_step_pre_hook(self._before_optimizer)
-            after = basic.register_step_post_hook(lambda *_: self.step_done())
-            self._restore += [before.remove, after.remove]
-
-    def _hook_model(self, model: nn.Module) -> None:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if torch.is_grad_enabled() and not in_backward():
-                self._begin_forward()
-                self._hint((args, kwargs), Category.BUFFERS)
-
-        def after(_: nn.Module, args: Any, output: Any) -> None:
-            if self._log is not None and not in_backward():
-                self._hint(output, Category.ACTIVATIONS)
-
-        def arriving(gradient: Tensor) -> None:
-            if self._log is not None:
-                self._labels.hint(gradient, Category.GRADIENTS)
-
-        # Before everyone else's: FSDP's hook gathers parameters already.
-        self._restore.append(model.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
-        self._restore.append(model.register_forward_hook(after).remove)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                self._restore.append(parameter.register_hook(arriving).remove)
-
-    def _wrap_engine(self, engine: Any) -> None:
-        original = engine.step
-
-        def step(*args: Any, **kwargs: Any) -> Any:
-            is_last = engine.is_gradient_accumulation_boundary()
-            if is_last:
-                self._begin_optimizer_step()
-            result = original(*args, **kwargs)
-            if is_last:
-                self.step_done()
-            return result
-
-        engine.step = step
-        self._restore.append(lambda: vars(engine).pop("step", None))
-
-    def _before_optimizer(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A closure holds the passes; the step itself begins each time that it returns."""
-        named = "closure" in kwargs
-        closure = kwargs.get("closure") if named else next(iter(args[1:]), None)
-        if closure is None:
-            self._begin_optimizer_step()
-            return None
-
-        def passes() -> Any:
-            result = closure()
-            self._begin_optimizer_step()
-            return result
-
-        if named:
-            return args, {**kwargs, "closure": passes}
-        return (args[0], passes, *args[2:]), kwargs
+        calls = PhaseCalls(
+            forward=self._begin_forward,
+            optimizer_step=self._begin_optimizer_step,
+            handed=self._claim_gradients,
+            step_done=self.step_done,
+            passing=self._hint,
+        )
+        self._restore.extend(hook_model(model, calls))
+        basic = basic_optimizer(self._optimizer)
+        self._restore.extend(hook_engine(model, basic, calls) if is_engine else hook_optimizer(basic, calls))
 
     def _hint(self, values: Any, category: Category) -> None:
         if self._log is not None:
@@ -242,7 +188,7 @@ class MemoryAccountant:
     def _claim(self) -> None:
         assert self._model is not None
         given = [
-            Claim(category, f"extra {name!r}", tensor)
+            Labelled(category, f"extra {name!r}", tensor)
             for name, (category, tensors) in self.extra.items()
             for tensor in ([tensors] if isinstance(tensors, Tensor) else tensors)
         ]
@@ -253,7 +199,7 @@ class MemoryAccountant:
         if self._log is not None:
             tensors = stepped(self._optimizer)
             found = [
-                Claim(Category.GRADIENTS, "gradient of the optimizer", t.grad) for t in tensors if t.grad is not None
+                Labelled(Category.GRADIENTS, "gradient of the optimizer", t.grad) for t in tensors if t.grad is not None
             ]
             self._labels.claim(found)
 
@@ -395,9 +341,9 @@ class MemoryAccountant:
             self._settle_init()
         assert self._init_moment is not None
         if self.strict:
-            self._judge(self._init_moment, self._init_nobodys)
+            judge_unaccounted(self._init_moment, self._init_nobodys, self.tolerance)
             if self._last is not None:
-                self._judge(self._last.moments[-1], self._last.nobodys)
+                judge_unaccounted(self._last.moments[-1], self._last.nobodys, self.tolerance)
         slack = cross_checks.allocator_slack(self._device)
         moments = [self._init_moment, *(self._last.moments if self._last else [])]
         if slack is not None and self._last is not None:
@@ -433,16 +379,3 @@ class MemoryAccountant:
         if problems:
             raise MemoryAccountError("\n".join(problems))
         return merge([one for one in everyones.values() if isinstance(one, Record)])
-
-    def _judge(self, moment: Moment, nobodys: Mapping[Storage, int]) -> None:
-        unaccounted = moment.bytes_of(Category.UNACCOUNTED)
-        if unaccounted <= self.tolerance * moment.total:
-            return
-        largest = sorted(nobodys, key=lambda storage: nobodys[storage], reverse=True)[:_LARGEST_NAMED]
-        listed = [f"{nobodys[s]:,} bytes, made in phase {s.born!r} by {s.origin or 'unknown code'}" for s in largest]
-        raise MemoryAccountError(
-            f"{moment.name}: {human(unaccounted)} of {human(moment.total)} are nobody's "
-            f"({100 * unaccounted / moment.total:.2f} %, tolerance {100 * self.tolerance:g} %). Drop what is kept by "
-            "mistake, or name it: MemoryAccountant(extra={name: (category, tensor)}). The largest:\n- "
-            + "\n- ".join(listed)
-        )

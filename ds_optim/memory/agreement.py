@@ -12,7 +12,7 @@ peaks. Optimizer state must agree to the byte."""
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ComparedFigure:
     """One figure of one rank.
 
     Attributes:
@@ -39,7 +39,7 @@ class Line:
         return abs(self.difference) <= self.tolerance
 
 
-def agreement(measured: Record, predicted: Record) -> list[Line]:
+def agreement(measured: Record, predicted: Record) -> list[ComparedFigure]:
     """Every figure that both records have, of every rank that both have.
 
     Raises:
@@ -52,18 +52,18 @@ def agreement(measured: Record, predicted: Record) -> list[Line]:
     return lines
 
 
-def _of_rank(measured: RankRecord, predicted: RankRecord) -> list[Line]:
+def _of_rank(measured: RankRecord, predicted: RankRecord) -> list[ComparedFigure]:
     rank = measured.rank
-    lines = [Line(rank, "optimizer state, bytes", measured.state_bytes, predicted.state_bytes, 0.0)]
+    lines = [ComparedFigure(rank, "optimizer state, bytes", measured.state_bytes, predicted.state_bytes, 0.0)]
     ours, theirs = measured.model_states, predicted.model_states
     for category in MODEL_STATES:
         if category is not Category.OPTIMIZER and (ours[category] or theirs[category]):
-            lines.append(Line(rank, category.value, ours[category], theirs[category], STATES))
+            lines.append(ComparedFigure(rank, category.value, ours[category], theirs[category], STATES))
 
     def both(name: str, one: Moment | None, other: Moment | None, *categories: Category) -> None:
         if one is not None and other is not None:
             pair = (one.bytes_of(*categories), other.bytes_of(*categories)) if categories else (one.total, other.total)
-            lines.append(Line(rank, name, *pair, PASSING))
+            lines.append(ComparedFigure(rank, name, *pair, PASSING))
 
     kept = measured.moment("after forward"), predicted.moment("after forward")
     both("activations after forward", *kept, Category.ACTIVATIONS)

@@ -13,7 +13,7 @@ from itertools import groupby
 from math import ceil, floor, log10
 
 from ds_optim.memory.record import Category, Sample, human
-from ds_optim.memory.report import Bar, Panel, Timeline
+from ds_optim.memory.report_data import Bar, Panel, StepCourse
 from ds_optim.memory.report_provenance import STACK
 
 WIDE, NARROW = 880, 328
@@ -207,7 +207,7 @@ def _capacity_line(
 # Timeline.
 
 
-def timeline(line: Timeline, scale: Axis, capacity: int | None, width: int) -> str:
+def timeline(line: StepCourse, scale: Axis, capacity: int | None, width: int) -> str:
     """Stacked areas over one step, its phases as bands, the highest point marked."""
     wide = width == WIDE
     left, right = (52.0, 8.0) if wide else (34.0, 2.0)

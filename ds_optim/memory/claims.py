@@ -12,9 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from ds_optim.memory.record import MODEL_STATES, Category, MomentName, RankRecord, Record, human
+from ds_optim.memory.record import MODEL_STATES, Category, MomentName, RankRecord, Record, StrictModel, human
 
 Outcome = Literal["PASS", "FAIL", "NOT APPLICABLE"]
 
@@ -29,7 +27,7 @@ class ClaimError(ValueError):
     """Two records cannot be compared at all; the message says why."""
 
 
-class Verdict(BaseModel):
+class Verdict(StrictModel):
     """One claim, judged.
 
     Attributes:
@@ -43,8 +41,6 @@ class Verdict(BaseModel):
         reason: of the outcome, with bytes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     claim: str
     who: str
     counted: str
@@ -55,7 +51,7 @@ class Verdict(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class PublishedClaim:
     """What somebody said an optimizer saves against AdamW.
 
     Attributes:
@@ -95,8 +91,8 @@ _MIXED = {Category.PARAMETERS: 2.0, Category.MASTER: 4.0, Category.GRADIENTS: 2.
 _PURE_BF16 = {Category.PARAMETERS: 2.0, Category.MASTER: 0.0, Category.GRADIENTS: 2.0, Category.OPTIMIZER: 4.0}
 _SWAN = "Ma et al. 2024, SWAN, arXiv 2412.13148"
 
-CLAIMS: tuple[Claim, ...] = (
-    Claim(
+CLAIMS: tuple[PublishedClaim, ...] = (
+    PublishedClaim(
         title="Adam-mini saves 45 to 50 % of the optimizer state",
         who="Zhang et al. 2024, Adam-mini, arXiv 2406.16793",
         optimizer="AdamMini",
@@ -106,7 +102,7 @@ CLAIMS: tuple[Claim, ...] = (
         state_dtype="float32",
         saves=(0.45, 0.50),
     ),
-    Claim(
+    PublishedClaim(
         title="Adam-mini saves a quarter of all model states",
         who="follows from Zhang et al. 2024: 4 of 16 bytes",
         optimizer="AdamMini",
@@ -116,7 +112,7 @@ CLAIMS: tuple[Claim, ...] = (
         state_dtype="float32",
         saves=(0.24, 0.251),
     ),
-    Claim(
+    PublishedClaim(
         title="SWAN saves about half of weights, gradients and state",
         who=_SWAN,
         optimizer="SWAN",
@@ -126,7 +122,7 @@ CLAIMS: tuple[Claim, ...] = (
         state_dtype="bfloat16",
         saves=(0.45, 0.55),
     ),
-    Claim(
+    PublishedClaim(
         title="SWAN saves what its table implies for the model's size",
         who=f"{_SWAN}, table as in the SCALE repository; bf16 gradients added here",
         optimizer="SWAN",
@@ -136,7 +132,7 @@ CLAIMS: tuple[Claim, ...] = (
         state_dtype="bfloat16",
         by_size={58_073_600: 0.218, 134_105_856: 0.317, 367_969_280: 0.411, 1_339_082_752: 0.451, 6_738_415_616: 0.481},
     ),
-    Claim(
+    PublishedClaim(
         title="SWAN with fp32 state saves less, and costs more at 60M",
         who="this package: the state that SWAN keeps for embeddings, head and norms, at 8 bytes instead of 4",
         optimizer="SWAN",
@@ -152,7 +148,7 @@ CLAIMS: tuple[Claim, ...] = (
             6_738_415_616: 0.461,
         },
     ),
-    Claim(
+    PublishedClaim(
         title="Lion keeps half of AdamW's state",
         who="Chen et al. 2023, Lion, arXiv 2302.06675",
         optimizer="Lion",
@@ -160,7 +156,7 @@ CLAIMS: tuple[Claim, ...] = (
         counted="optimizer state",
         saves=(0.495, 0.505),
     ),
-    Claim(
+    PublishedClaim(
         title="Adan keeps twice AdamW's state",
         who="its official code: four values per element; Xie et al. 2022, arXiv 2208.06677",
         optimizer="Adan",
@@ -168,7 +164,7 @@ CLAIMS: tuple[Claim, ...] = (
         counted="optimizer state",
         saves=(-1.005, -0.995),
     ),
-    Claim(
+    PublishedClaim(
         title="Shampoo costs more state than AdamW",
         who="Gupta et al. 2018, arXiv 1802.09568: factors and roots; momentum and Adam graft as in Anil et al. 2020",
         optimizer="Shampoo",
@@ -207,7 +203,7 @@ def class_name(optimizer: str) -> str:
     return optimizer.partition(" ")[0].rpartition(".")[2]
 
 
-def _judged(claim: Claim, record: Record, baseline: Record) -> Verdict:
+def _judged(claim: PublishedClaim, record: Record, baseline: Record) -> Verdict:
     expected = claim.range_for(record.provenance.parameters)
     ranks, base, whose = _same_ranks(record, baseline)
     obstacles = _obstacles(claim, record, baseline, ranks, base)
@@ -247,7 +243,7 @@ def _bytes(rank: RankRecord, category: Category) -> int:
     return rank.state_bytes if category is Category.OPTIMIZER else rank.model_states[category]
 
 
-def _missing(claim: Claim, ranks: Sequence[RankRecord]) -> str | None:
+def _missing(claim: PublishedClaim, ranks: Sequence[RankRecord]) -> str | None:
     """What the claim needs and what was not recorded, in words: a moment, or state that a step has made."""
     names: list[MomentName] = ["after step"] if claim.categories == _STATE else ["after backward", "after step"]
     moment = next((name for name in names for rank in ranks if rank.moment(name) is None), None)
@@ -263,7 +259,7 @@ def _dtypes(ranks: Sequence[RankRecord]) -> set[str]:
 
 
 def _obstacles(
-    claim: Claim, record: Record, baseline: Record, ranks: Sequence[RankRecord], base: Sequence[RankRecord]
+    claim: PublishedClaim, record: Record, baseline: Record, ranks: Sequence[RankRecord], base: Sequence[RankRecord]
 ) -> list[str]:
     """Why the claim does not apply, as clauses; empty if it does."""
     ours, theirs = record.provenance, baseline.provenance
@@ -290,7 +286,7 @@ def _obstacles(
     return found or [*_state_obstacles(claim, ranks, base), *_byte_obstacles(claim, base)]
 
 
-def _state_obstacles(claim: Claim, ranks: Sequence[RankRecord], base: Sequence[RankRecord]) -> list[str]:
+def _state_obstacles(claim: PublishedClaim, ranks: Sequence[RankRecord], base: Sequence[RankRecord]) -> list[str]:
     elements = sum(rank.elements for rank in base)
     kept = sum(entry.elements for rank in base for entry in rank.state if entry.shape_rule == "element")
     found = []
@@ -303,7 +299,7 @@ def _state_obstacles(claim: Claim, ranks: Sequence[RankRecord], base: Sequence[R
     return found
 
 
-def _byte_obstacles(claim: Claim, base: Sequence[RankRecord]) -> list[str]:
+def _byte_obstacles(claim: PublishedClaim, base: Sequence[RankRecord]) -> list[str]:
     """Where AdamW is not what the claim takes it for: other dtypes, or something that every rank keeps whole."""
     elements = max(sum(rank.elements for rank in base), 1)
     found = {category: sum(_bytes(rank, category) for rank in base) / elements for category in claim.adamw}
@@ -315,7 +311,7 @@ def _byte_obstacles(claim: Claim, base: Sequence[RankRecord]) -> list[str]:
     return [f"the baseline's bytes per parameter, by dtype or by copies, are {', '.join(other)}"] if other else []
 
 
-def _in_words(claim: Claim, expected: tuple[float, float] | None) -> str:
+def _in_words(claim: PublishedClaim, expected: tuple[float, float] | None) -> str:
     if expected is None:
         return "nothing for a model of this size"
     low, high = (100 * share for share in expected)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ds_optim.memory.claims import CLAIMS, ClaimError, Verdict, judge
-from ds_optim.memory.paper_cases import Judged, judged_cases
+from ds_optim.memory.paper_cases import JudgedCase, judged_cases
 from ds_optim.memory.record import RecordError
 from ds_optim.memory.report_runs import ReportError, read_runs
 
@@ -111,7 +111,7 @@ def _judge_papers(as_json: bool) -> bool:
     return bool(wrong)
 
 
-def _verdict_table(judged: Sequence[Judged]) -> Table:
+def _verdict_table(judged: Sequence[JudgedCase]) -> Table:
     """The cases claim by claim; what a claim does not apply to is in the JSON, unless it deviates."""
     table = Table("case", "expected", "found", "outcome", title="Claims, predicted from shapes")
     for claim in CLAIMS:

@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from ds_optim.memory.known_torch import MemoryAccountError, unknown_torch
-from ds_optim.memory.record import Amount, Check, Method, Moment
+from ds_optim.memory.record import Amount, Check, CountedBy, Moment
 from ds_optim.memory.steps import StepLog, own_allocations
 
-Kind = Literal["events", "process"]
+Witness = Literal["events", "process"]
 
 EVENTS_TOLERANCE = 0.001
 """Of the profiler's sum, relative to all bytes alive: its few bytes of difference are scalars that torch caches."""
@@ -72,7 +72,7 @@ class ProcessView:
 class Probe(Protocol):
     """Watches one training step from outside: made at its start, asked at its end."""
 
-    kind: Kind
+    kind: Witness
 
     def checks(self, log: StepLog, closing: int, peak: int) -> list[Check]:
         """What was found, against the bytes of storages that are alive now and at the highest point."""
@@ -80,7 +80,7 @@ class Probe(Protocol):
 
 
 def start(
-    kind: Kind, opening: int, before: ProcessView | None, os_tolerance: float | None, os_allowance: int = LIBRARIES
+    kind: Witness, opening: int, before: ProcessView | None, os_tolerance: float | None, os_allowance: int = LIBRARIES
 ) -> Probe:
     """Begin to watch a step.
 
@@ -111,7 +111,7 @@ class EventProbe:
     show; so the highest point is shown and not judged.
     """
 
-    kind: Kind = "events"
+    kind: Witness = "events"
 
     def __init__(self, opening: int) -> None:
         self._opening = opening
@@ -135,14 +135,14 @@ class EventProbe:
                 name="alive after the step, against what was alive before it and each allocation that the step left",
                 ours=closing,
                 theirs=self._opening - freed + running,
-                method=Method.EVENTS,
+                method=CountedBy.EVENTS,
                 tolerance=None if dist.is_initialized() else EVENTS_TOLERANCE,
             ),
             Check(
                 name="highest point of what the step itself allocated",
                 ours=our_highest,
                 theirs=highest,
-                method=Method.EVENTS,
+                method=CountedBy.EVENTS,
             ),
         ]
 
@@ -150,7 +150,7 @@ class EventProbe:
 class ProcessProbe:
     """The process as the kernel sees it; growth since the accountant was entered, libraries loaded since included."""
 
-    kind: Kind = "process"
+    kind: Witness = "process"
 
     def __init__(self, before: ProcessView, tolerance: float | None, allowance: int) -> None:
         self._before, self._tolerance, self._allowance = before, tolerance, allowance
@@ -164,7 +164,7 @@ class ProcessProbe:
                 name="alive after the step, against the growth of the process since the accountant was entered",
                 ours=closing,
                 theirs=view.unique - before.unique,
-                method=Method.PROCESS,
+                method=CountedBy.PROCESS,
                 tolerance=self._tolerance,
                 allowance=self._allowance,
             )
@@ -175,7 +175,7 @@ class ProcessProbe:
                     name="highest point of the step, against the process's peak in it",
                     ours=peak,
                     theirs=view.peak - before.resident,
-                    method=Method.KERNEL,
+                    method=CountedBy.KERNEL,
                     tolerance=self._tolerance,
                     allowance=self._allowance,
                 )
@@ -203,7 +203,7 @@ def allocator_slack(device: torch.device) -> Amount | None:
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Amount(bytes=unused, method=Method.ALLOCATOR)
+    return Amount(bytes=unused, method=CountedBy.ALLOCATOR)
 
 
 def allocator_checks(device: torch.device, moments: Sequence[Moment]) -> list[Check]:
@@ -218,7 +218,7 @@ def allocator_checks(device: torch.device, moments: Sequence[Moment]) -> list[Ch
     found = torch.cuda.memory_stats(device)
     peak = max(moment.on_device for moment in moments)
     return [
-        Check(name=name, ours=ours, theirs=int(found[f"allocated_bytes.all.{kind}"]), method=Method.ALLOCATOR)
+        Check(name=name, ours=ours, theirs=int(found[f"allocated_bytes.all.{kind}"]), method=CountedBy.ALLOCATOR)
         for name, ours, kind in (
             ("alive after the step, on the device", moments[-1].on_device, "current"),
             ("highest point of the step, on the device", peak, "peak"),

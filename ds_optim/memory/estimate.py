@@ -2,7 +2,7 @@
 
 Model states are layout arithmetic and exact. Activations come from a simulated pass over three layers
 (`ds_optim.memory.simulate`), what a strategy adds from `ds_optim.memory.strategies`. A peak is the highest sum of the
-three along the pass.
+three along the pass (`ds_optim.memory.predicted_rank`).
 """
 
 from __future__ import annotations
@@ -14,34 +14,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 
+from ds_optim.blueprint import Blueprint, BlueprintError, blueprint, meta_model
+from ds_optim.deepspeed.facts import zero_settings
+from ds_optim.deepspeed.predict import predicted_layouts
+from ds_optim.deepspeed.refusals import judge
+from ds_optim.memory.predicted_rank import RankHoldings, rank_record
 from ds_optim.memory.provenance import installed
-from ds_optim.memory.record import (
-    Amount,
-    Category,
-    Method,
-    Moment,
-    Phase,
-    Provenance,
-    RankRecord,
-    Record,
-    Sample,
-    StateEntry,
-)
+from ds_optim.memory.record import Category, Provenance, Record, StateEntry
 from ds_optim.memory.simulate import Timeline, simulate
-from ds_optim.memory.strategies import Bytes, Ints, Partition, Terms, plain, total, zero_0, zero_1_and_2, zero_3
+from ds_optim.memory.strategies import Bytes, Partition, Terms, plain, zero_0, zero_1_and_2, zero_3
 from ds_optim.memory.training import Precision, Training, in_words, without_auto
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.sharding.layout import Layout
-from ds_optim.sharding.predict import predicted_layouts
-from ds_optim.subject import Subject, SubjectError, meta_model, subject
+from ds_optim.stepping.owned_blocks import OwnedBlocks
+from ds_optim.stepping.stepper import Stepper
 
-_SAMPLES = 200  # points of a timeline that are kept
 _RANKS_LOOKED_AT = 16
 _RANKS_OF_MANY = 4  # and the last one
 
@@ -96,7 +87,7 @@ def request_of(
     """What a DeepSpeed JSON says about a training, as a request.
 
     Raises:
-        SubjectError: a value of the JSON has the wrong type.
+        BlueprintError: a value of the JSON has the wrong type.
     """
     training = Training.of(deepspeed)
     return Request(
@@ -119,7 +110,7 @@ def predict(request: Request) -> Record:
     a partition's fullest rank depends on where parameters are cut.
 
     Raises:
-        SubjectError: the model, the optimizer, the strategy or the number of ranks cannot be predicted.
+        BlueprintError: the model, the optimizer, the strategy or the number of ranks cannot be predicted.
         ValueError: options that the optimizer refuses.
     """
     return _record(request, _prepare(request))
@@ -128,7 +119,7 @@ def predict(request: Request) -> Record:
 def largest_micro_batch(request: Request, limit: int = 4096) -> int:
     """The largest micro-batch whose highest peak fits the device, reserve taken off; 0 if none does."""
     if request.device_memory is None:
-        raise SubjectError("how much fits depends on the device: give --device-memory")
+        raise BlueprintError("how much fits depends on the device: give --device-memory")
     capacity = request.device_memory - request.reserve
     prepared = _prepare(request)  # nothing in it depends on the micro-batch
 
@@ -146,10 +137,10 @@ def largest_micro_batch(request: Request, limit: int = 4096) -> int:
     return low
 
 
-def planned(request: Request) -> WholeMatrixOptimizer | None:
-    """The optimizer with the plan that a prediction rests on; None where no block travels."""
-    made = _prepare(request).about.optimizer
-    return made if isinstance(made, WholeMatrixOptimizer) else None
+def planned(request: Request) -> OwnedBlocks | None:
+    """The steps, with their plan, that a prediction rests on; None where no block travels."""
+    made = _prepare(request).stepper
+    return made if isinstance(made, OwnedBlocks) else None
 
 
 def highest(record: Record) -> int:
@@ -158,23 +149,13 @@ def highest(record: Record) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rank:
-    """What one rank holds, activations apart."""
-
-    rank: int
-    elements: int
-    terms: Terms
-    entries: list[StateEntry]
-    workspaces: list[Bytes]
-
-
-@dataclass(frozen=True, slots=True)
 class _Prepared:
     """What does not depend on the batch."""
 
-    about: Subject
+    about: Blueprint
+    stepper: Stepper
     offloads: bool
-    ranks: list[_Rank]
+    ranks: list[RankHoldings]
 
 
 def _prepare(request: Request) -> _Prepared:
@@ -200,19 +181,21 @@ def _prepared(asked: _Asked) -> _Prepared:
     settings = dict(request.settings)
     if request.precision == "pure bf16":
         settings.setdefault("state_dtype", torch.bfloat16)
-    about = subject(meta_model(request.model), without_auto(request.deepspeed), request.optimizer, settings)
+    about = blueprint(meta_model(request.model), without_auto(request.deepspeed), request.optimizer, settings)
     config = _zero_config(request, training)
     stage = 0 if request.stage is None else request.stage
     sub_groups = int(config.sub_group_size) if stage == 3 else None
     layouts = predicted_layouts(about.groups, stage, request.world_size, sub_groups)
     offloads = stage > 0 and training.offloads
     ranks = _ranks_to_look_at(request.world_size)
+    first = about.optimizer.predicted(layouts, ranks[0])
     found = []
-    for rank, specs in zip(ranks, about.optimizer.predicted_state(layouts, ranks), strict=True):
+    for rank in ranks:
+        stepper = first.at_rank(rank)
         terms = _terms(request, about, layouts, rank, config, offloads)
         elements = sum(layout.local_numel(rank) for layout in layouts)
-        found.append(_Rank(rank, elements, terms, _entries(about, specs), _workspaces(request, about, rank)))
-    return _Prepared(about, offloads, found)
+        found.append(RankHoldings(rank, elements, terms, _entries(stepper), _workspaces(request, stepper)))
+    return _Prepared(about, first, offloads, found)
 
 
 def _record(request: Request, prepared: _Prepared) -> Record:
@@ -221,7 +204,7 @@ def _record(request: Request, prepared: _Prepared) -> Record:
         dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(request.precision, torch.bfloat16)
         model = _Frozen(request.model)
         timeline = _timeline(model, dtype, request.micro_batch, request.seq_length, request.checkpointing)
-    ranks = [_rank_record(rank, prepared.offloads, timeline) for rank in prepared.ranks]
+    ranks = [rank_record(rank, prepared.offloads, timeline) for rank in prepared.ranks]
     provenance = _provenance(request, prepared)
     return Record(kind="predicted", provenance=provenance, ranks=ranks)
 
@@ -230,7 +213,7 @@ def _record(request: Request, prepared: _Prepared) -> Record:
 
 
 def _judge(request: Request) -> None:
-    """Refuse a request with everything that is wrong with it, in one `SubjectError`."""
+    """Refuse a request with everything that is wrong with it, in one `BlueprintError`."""
     training = Training.of(request.deepspeed)
     problems = training.problems()
     if request.world_size < 1:
@@ -248,11 +231,9 @@ def _judge(request: Request) -> None:
             f"--seq-length is {longest} at most"
         )
     if not problems and request.deepspeed and request.stage is not None:
-        from ds_optim.deepspeed_plugin import judge
-
         problems = judge(without_auto(request.deepspeed))[1]
     if problems:
-        raise SubjectError("; ".join(problems))
+        raise BlueprintError("; ".join(problems))
 
 
 def positions_of(model: Mapping[str, Any]) -> int | None:
@@ -265,16 +246,14 @@ def _zero_config(request: Request, training: Training) -> Any:
     """``zero_optimization`` with DeepSpeed's defaults; None for plain PyTorch, which has none."""
     if request.stage is None:
         return None
-    from ds_optim.sharding.zero import zero_settings
-
     try:
         return zero_settings({**training.zero_values, "stage": request.stage})
     except ValidationError as error:
-        raise SubjectError(f"DeepSpeed refuses zero_optimization: {in_words(error)}") from error
+        raise BlueprintError(f"DeepSpeed refuses zero_optimization: {in_words(error)}") from error
 
 
 def _terms(
-    request: Request, about: Subject, layouts: Sequence[Layout], rank: int, config: Any, offloads: bool
+    request: Request, about: Blueprint, layouts: Sequence[Layout], rank: int, config: Any, offloads: bool
 ) -> Terms:
     width = 4 if request.precision == "fp32" else 2
     has_master = request.stage is not None and (request.stage > 0 or request.precision != "fp32")
@@ -307,135 +286,31 @@ def _ranks_to_look_at(world_size: int) -> list[int]:
 # --------------------------------------------------------------------------------------------------------- the record
 
 
-def _entries(about: Subject, specs: Sequence[Mapping[str, Any]]) -> list[StateEntry]:
-    rule = about.optimizer.rule
+def _entries(stepper: Stepper) -> list[StateEntry]:
     sizes: Counter[tuple[str, torch.dtype]] = Counter()
-    for spec in specs:
+    for spec in map(stepper.spec, stepper.shards.tensors):
         sizes[("step", torch.float32)] += 1
         for key, (shape, dtype) in spec.items():
             sizes[(key, dtype)] += math.prod(shape)
     entries = []
     for (key, dtype), elements in sorted(sizes.items(), key=lambda item: item[0][0]):
-        shape_rule: Literal["element", "block", "owned block", "count"] = "owned block"
-        if key == "step" or not dtype.is_floating_point:
-            shape_rule = "count"
-        elif key in rule.element_state:
-            shape_rule = "element"
-        elif key in rule.block_state:
-            shape_rule = "block"
+        is_count = key == "step" or not dtype.is_floating_point
+        kept_for = "count" if is_count else stepper.shape_rule(key)
         name = str(dtype).removeprefix("torch.")
-        entry = StateEntry(
-            key=key, dtype=name, shape_rule=shape_rule, elements=elements, bytes=elements * dtype.itemsize
-        )
+        entry = StateEntry(key=key, dtype=name, shape_rule=kept_for, elements=elements, bytes=elements * dtype.itemsize)
         if entry.bytes:
             entries.append(entry)
     return entries
 
 
-def _rank_record(one: _Rank, offloads: bool, timeline: Timeline | None) -> RankRecord:
-    terms, entries = one.terms, one.entries
-    state = sum(entry.bytes for entry in entries)
-    offloaded = dict(terms.offloaded)
-    if offloads:
-        offloaded[Category.OPTIMIZER] = state
-    on_host = sum(offloaded.values())
-    steady = {**terms.steady, Category.OPTIMIZER: state}
-
-    def moment(amounts: Mapping[Category, int], **named: Any) -> Moment:
-        return Moment(amounts=_amounts(amounts), on_host=on_host, **named)
-
-    at_init = _added(steady, {Category.PARAMETERS: -terms.persistent, Category.OPTIMIZER: -state})
-    moments = [
-        Moment(name="after init", amounts=_amounts(at_init), on_host=on_host - offloaded.get(Category.OPTIMIZER, 0))
-    ]
-    samples: list[Sample] = []
-    after_backward = _added(steady, terms.after_backward)
-    if timeline is not None:
-        held = {category: np.full(len(timeline.forward), size) for category, size in terms.held.items()}
-        forward = _curves(steady, timeline.forward, {**held, **terms.forward(timeline)})
-        extra = terms.backward(timeline)
-        length = max([len(timeline.backward), *(len(curve) for curve in extra.values())])
-        left = np.append(timeline.backward, np.full(length - len(timeline.backward), timeline.backward[-1]))
-        backward = _curves(steady, left, extra)
-        moments += [
-            moment(_at(forward, _top(forward)), peak_of="forward"),
-            moment(_at(forward, -1), name="after forward"),
-            moment(_at(backward, _top(backward)), peak_of="backward"),
-        ]
-        samples = [*_sampled(forward, "forward", 0.0, 0.35), *_sampled(backward, "backward", 0.35, 0.8)]
-    moments.append(moment(after_backward, name="after backward"))
-    inside = _added(steady, {Category.PARAMETERS: -terms.persistent})
-    during = _added(inside, terms.step)
-    candidates = [_added(during, workspace) for workspace in one.workspaces] + [_added(inside, terms.before_optimizer)]
-    moments += [moment(max(candidates, key=total), peak_of="step"), moment(steady, name="after step")]
-    if samples:
-        rows = [after_backward, *reversed(candidates), steady]
-        samples += [
-            Sample(at=0.8 + 0.2 * (index + 1) / len(rows), phase="step", bytes=_present(row))
-            for index, row in enumerate(rows)
-        ]
-    return RankRecord(rank=one.rank, elements=one.elements, moments=moments, state=entries, timeline=samples)
-
-
-def _workspaces(request: Request, about: Subject, rank: int) -> list[Bytes]:
+def _workspaces(request: Request, stepper: Stepper) -> list[Bytes]:
     """What the optimizer itself makes at the fullest moments of its step.
 
     Elementwise and blockwise rules work in place; whole-matrix rules have exchange buffers (exact) and temporaries (a
     multiple of the largest stack).
     """
-    if not isinstance(about.optimizer, WholeMatrixOptimizer):
-        return [{}]
-    found = about.optimizer.predicted_workspace(rank, "cuda" if request.accelerator else "cpu")
-    return [{Category.EXCHANGE: exchange, Category.WORKSPACE: scratch} for exchange, scratch in found]
-
-
-def _amounts(amounts: Mapping[Category, int]) -> dict[Category, Amount]:
-    methods = {
-        Category.ACTIVATIONS: Method.SIMULATION,
-        Category.WORKSPACE: Method.FORMULA,
-        Category.EXCHANGE: Method.FORMULA,
-        Category.BUCKETS: Method.FORMULA,
-    }
-    return {
-        category: Amount(bytes=int(amounts[category]), method=methods.get(category, Method.LAYOUT))
-        for category in Category
-        if amounts.get(category)
-    }
-
-
-def _added(one: Mapping[Category, int], other: Mapping[Category, int]) -> Bytes:
-    return {category: one.get(category, 0) + other.get(category, 0) for category in {**one, **other}}
-
-
-def _present(amounts: Mapping[Category, int]) -> Bytes:
-    return {category: int(amounts[category]) for category in Category if amounts.get(category)}
-
-
-def _curves(steady: Mapping[Category, int], activations: Ints, extra: Mapping[Category, Ints]) -> dict[Category, Ints]:
-    """Bytes per category along a pass."""
-    zeros = np.zeros(len(activations), dtype=np.int64)
-    made = {category: zeros + size for category, size in steady.items()}
-    for category, curve in {Category.ACTIVATIONS: activations, **extra}.items():
-        longest = np.append(curve, np.full(len(activations) - len(curve), curve[-1])) if len(curve) else zeros
-        made[category] = made.get(category, zeros) + longest
-    return made
-
-
-def _top(curves: Mapping[Category, Ints]) -> int:
-    return int(np.argmax(np.sum(list(curves.values()), axis=0)))
-
-
-def _at(curves: Mapping[Category, Ints], index: int) -> Bytes:
-    return {category: int(curve[index]) for category, curve in curves.items()}
-
-
-def _sampled(curves: Mapping[Category, Ints], phase: Phase, begin: float, end: float) -> list[Sample]:
-    length = len(next(iter(curves.values())))
-    points = sorted({*np.linspace(0, length - 1, min(length, _SAMPLES)).astype(int).tolist(), _top(curves)})
-    return [
-        Sample(at=begin + (end - begin) * index / max(1, length - 1), phase=phase, bytes=_present(_at(curves, index)))
-        for index in points
-    ]
+    found = stepper.workspace("cuda" if request.accelerator else "cpu")
+    return [{Category.EXCHANGE: exchange, Category.WORKSPACE: scratch} for exchange, scratch in found] or [{}]
 
 
 class _Frozen(dict[str, Any]):
@@ -459,7 +334,7 @@ def _provenance(request: Request, prepared: _Prepared) -> Provenance:
         versions=installed(),
         model=request.model_name,
         parameters=about.numel,
-        optimizer=f"ds_optim.{cls.__name__}",
+        optimizer=f"{cls.__module__.partition('.')[0]}.{cls.__name__}",
         settings={key: str(value) for key, value in about.options.items()},
         strategy="plain PyTorch" if request.stage is None else f"DeepSpeed ZeRO-{request.stage}",
         stage=request.stage,

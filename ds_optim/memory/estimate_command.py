@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,54 +96,73 @@ def estimate(
 
     Nothing is downloaded and no process is started: one machine can predict for 1,024 ranks.
     """
-    from ds_optim.memory.estimate import positions_of, predict, request_of
-
     console = Console()
-    capacity = None if device_memory is None else device_bytes(device_memory)
-    set_aside = size_bytes(reserve)
-    if capacity is not None and set_aside >= capacity:
-        raise typer.BadParameter(f"--reserve {reserve} leaves nothing of --device-memory {device_memory}")
+    given = {"optimizer": optimizer, "micro_batch": micro_batch, "passes": accumulation, "checkpointing": checkpointing}
+    given |= {"accelerator": accelerator, "states_only": states_only, **_device(device_memory, reserve)}
     try:
-        content = read_object(config) if config else {}
-        shape = read_object(model)
-        if seq_length is None:  # 0 is refused below
-            seq_length = min(2048, positions_of(shape) or 2048)
-        for ranks in world_size:
-            request = request_of(shape, model.stem, content, ranks, seq_length)
-            changes: dict[str, Any] = {
-                "optimizer": optimizer,
-                "stage": None if plain else stage if stage is not None else request.stage if config else 2,
-                "precision": _precision(precision, plain) or (request.precision if config else "bf16"),
-                "checkpointing": checkpointing,
-                "device_memory": capacity,
-                "reserve": set_aside if capacity else 0,
-                "accelerator": accelerator,
-                "states_only": states_only,
-                "command": shlex.join(["ds-optim", *sys.argv[1:]]),
-            }
-            if micro_batch is not None:
-                changes["micro_batch"] = micro_batch
-            if accumulation is not None:
-                changes["passes"] = accumulation
-            request = replace(request, **changes)
-            baseline = replace(request, optimizer=compare) if compare else None
-            asked = [request, *([baseline] if baseline else [])]
-            found = [predict(one) for one in asked]
-            record, beside = found[0], found[1] if baseline else None
-            _show(console, record, beside)
-            if output is not None:
-                folder = output if len(world_size) == 1 else output / f"ranks_{ranks}"
-                record.save(folder / "predicted.json")
-                if beside is not None:
-                    beside.save(folder / "baseline.json")
-                console.print(f"written: {folder / 'predicted.json'}", highlight=False, soft_wrap=True)
+        for request in _requests(model, config, world_size, seq_length, stage, precision, plain, given):
+            asked = [request, replace(request, optimizer=compare)] if compare else [request]
+            folder = output / f"ranks_{request.world_size}" if output and len(world_size) > 1 else output
+            found = _predicted(console, asked, folder)
             if plan and request.stage is not None:
                 _show_plan(console, request, all_ranks)
-            if capacity is not None:
+            if request.device_memory is not None:
                 _show_fit(console, asked, found)
     except ValueError as error:
         console.print(Text.assemble(("problem:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _device(memory: str | None, reserve: str) -> dict[str, Any]:
+    """What is known of the device, as fields of a request."""
+    capacity = None if memory is None else device_bytes(memory)
+    set_aside = size_bytes(reserve)
+    if capacity is not None and set_aside >= capacity:
+        raise typer.BadParameter(f"--reserve {reserve} leaves nothing of --device-memory {memory}")
+    return {"device_memory": capacity, "reserve": set_aside if capacity else 0}
+
+
+def _requests(
+    model: Path,
+    config: Path | None,
+    world_sizes: Sequence[int],
+    seq_length: int | None,
+    stage: int | None,
+    precision: str | None,
+    plain: bool,
+    given: Mapping[str, Any],
+) -> Iterator[Request]:
+    """One for each number of ranks: what the options say, else the JSON, else the defaults.
+
+    Args:
+        given: further fields of a request; None leaves one to the JSON.
+    """
+    from ds_optim.memory.estimate import positions_of, request_of
+
+    content = read_object(config) if config else {}
+    shape = read_object(model)
+    if seq_length is None:  # 0 is refused later
+        seq_length = min(2048, positions_of(shape) or 2048)
+    for ranks in world_sizes:
+        request = request_of(shape, model.stem, content, ranks, seq_length)
+        changes = {name: value for name, value in given.items() if value is not None}
+        changes["stage"] = None if plain else stage if stage is not None else request.stage if config else 2
+        changes["precision"] = _precision(precision, plain) or (request.precision if config else "bf16")
+        changes["command"] = shlex.join(["ds-optim", *sys.argv[1:]])
+        yield replace(request, **changes)
+
+
+def _predicted(console: Console, asked: Sequence[Request], folder: Path | None) -> list[Record]:
+    """The record, and the baseline's after it if one was asked for: shown, and written where a folder was named."""
+    from ds_optim.memory.estimate import predict
+
+    records = [predict(request) for request in asked]
+    _show(console, records)
+    if folder is not None:
+        for record, name in zip(records, ("predicted.json", "baseline.json"), strict=False):
+            record.save(folder / name)
+        console.print(f"written: {folder / 'predicted.json'}", highlight=False, soft_wrap=True)
+    return records
 
 
 def _precision(asked: str | None, plain: bool) -> str | None:
@@ -160,16 +180,18 @@ def _show_plan(console: Console, request: Request, all_ranks: bool) -> None:
 
     made = planned(request)
     if made is not None:
-        title = f"{type(made).__name__}, ZeRO {request.stage}, {request.world_size} ranks"
+        title = f"{made.owner}, ZeRO {request.stage}, {request.world_size} ranks"
         console.print(f"\n{title}", style="bold", highlight=False)
-        exchange = {"bucket_size": made.exchange_bucket_size, "exchange_bytes": made.exchange_dtype.itemsize}
-        console.print(made.plan.explain(**exchange, all_ranks=all_ranks), highlight=False)
+        options = made.options
+        exchange = {"bucket_size": options.exchange_bucket_size, "exchange_bytes": options.exchange_dtype.itemsize}
+        console.print(made.plans.listed[0].explain(**exchange, all_ranks=all_ranks), highlight=False)
 
 
-def _show(console: Console, record: Record, beside: Record | None) -> None:
+def _show(console: Console, records: Sequence[Record]) -> None:
+    """The record, and the baseline's beside it if there is one."""
     from ds_optim.memory.record import Category, human
 
-    about = record.provenance
+    about = records[0].provenance
     console.print(
         f"{about.model}: {about.parameters:,} parameters, {about.strategy}, {about.world_size} "
         f"rank{'s'[: about.world_size > 1]}, {about.precision}, "
@@ -180,10 +202,9 @@ def _show(console: Console, record: Record, beside: Record | None) -> None:
     )
     table = Table(title="Predicted bytes on the fullest rank", title_justify="left")
     table.add_column("")
-    shown = [record, *([beside] if beside else [])]
-    for one in shown:
+    for one in records:
         table.add_column(one.provenance.optimizer.removeprefix("ds_optim."), justify="right")
-    if beside:
+    if len(records) == 2:
         table.add_column("saved", justify="right")
 
     def row(label: str, values: list[int], *, section: bool = False) -> None:
@@ -192,7 +213,7 @@ def _show(console: Console, record: Record, beside: Record | None) -> None:
             cells.append(f"{100 * (1 - values[0] / values[1]):.1f} %" if values[1] else "-")
         table.add_row(label, *cells, end_section=section)
 
-    fullest = [one.fullest for one in shown]
+    fullest = [one.fullest for one in records]
     for category in (Category.PARAMETERS, Category.MASTER, Category.GRADIENTS, Category.OPTIMIZER):
         values = [rank.model_states[category] for rank in fullest]
         if any(values):
@@ -201,10 +222,10 @@ def _show(console: Console, record: Record, beside: Record | None) -> None:
     phases: tuple[Phase, ...] = ("forward", "backward", "step")
     for phase in phases:
         peaks = [peak for rank in fullest if (peak := rank.peak_of(phase))]
-        if len(peaks) == len(shown):
+        if len(peaks) == len(records):
             row(f"peak of {phase}", [peak.on_device for peak in peaks])
     kept = [moment for rank in fullest if (moment := rank.moment("after forward"))]
-    if len(kept) == len(shown):
+    if len(kept) == len(records):
         row("activations kept", [moment.bytes_of(Category.ACTIVATIONS) for moment in kept])
     console.print(table)
     if any(moment.on_host for rank in fullest for moment in rank.moments):

@@ -2,7 +2,7 @@
 
 Tensors are found where they are kept (parameters, ``optimizer.state``, the private lists of a DeepSpeed wrapper), and
 labelled by the storage under them. DeepSpeed is not imported: its wrappers are known by class name, and what is read
-of each is named in `_WRAPPERS`.
+of each is named in `ds_optim.deepspeed.wrappers`.
 
 Two claims on one storage are an error, since one of them must be wrong, with three exceptions in which both are right:
 a gradient that lies in a bucket counts as bucket; the master that is the parameter itself counts as parameter (fp32
@@ -20,60 +20,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ds_optim.deepspeed import wrappers
+from ds_optim.deepspeed.facts import MAKERS_OF_BUCKETS, MAKERS_OF_PARAMETERS
 from ds_optim.memory.known_torch import MemoryAccountError, unknown_torch
 from ds_optim.memory.record import Category, StateEntry
 from ds_optim.memory.tracker import Storage, StorageTracker
+from ds_optim.stepping.sharded import ShardedOptimizer
 
-DEEPSPEED_VERSIONS = "0.19.8 and later patches of 0.19"
-
-Rule = Literal["element", "block", "owned block", "count"]
+CountedShape = Literal["element", "block", "owned block", "count"]
 
 
-class Claim(NamedTuple):
+class Labelled(NamedTuple):
     """A tensor, what it is for, and where it was found, in words."""
 
     category: Category
     where: str
     tensor: Tensor
 
-
-# What is read of each DeepSpeed wrapper, by class: attribute, category. Lists, dictionaries and objects are searched.
-_WRAPPERS: dict[str, dict[str, Category]] = {
-    "DeepSpeedZeroOptimizer": {
-        "bit16_groups_flat": Category.PARAMETERS,
-        "single_partition_of_fp32_groups": Category.MASTER,
-        "averaged_gradients": Category.GRADIENTS,
-        "all_grad_tensors": Category.GRADIENTS,
-        "ipg_buckets": Category.BUCKETS,
-        "grads_in_partition": Category.GRADIENTS,
-    },
-    "DeepSpeedZeroOptimizer_Stage3": {
-        "fp16_partitioned_groups_flat": Category.PARAMETERS,
-        "fp32_partitioned_groups_flat": Category.MASTER,
-        "averaged_gradients": Category.GRADIENTS,
-        "grad_partitions_flat_buffer": Category.GRADIENTS,
-        "ipg_buckets": Category.BUCKETS,
-        "param_groups_fp16_flat_cpu_memory": Category.PARAMETERS,
-        "inf_or_nan_tracker": Category.BUFFERS,
-    },
-    "BF16_Optimizer": {
-        "bf16_groups_flat": Category.PARAMETERS,
-        "fp32_groups_flat_partition": Category.MASTER,
-        "fp32_groups_gradients_flat": Category.GRADIENTS,
-    },
-    "FP16_UnfusedOptimizer": {"fp16_groups": Category.PARAMETERS, "fp32_groups": Category.MASTER},
-    "FP16_Optimizer": {"fp16_groups_flat": Category.PARAMETERS, "fp32_groups_flat": Category.MASTER},
-}
-
-# Present only under CPU offload, or only in some states.
-_SOMETIMES: dict[str, Category] = {
-    "accumulated_grads_in_cpu": Category.GRADIENTS,
-    "param_buffer_of_bit16_for_cpu_offload_groups": Category.BUCKETS,
-    "temp_grad_buffer_for_cpu_offload": Category.BUCKETS,
-    "temp_grad_buffer_for_gpu_offload": Category.BUCKETS,
-    "lp_param_buffer": Category.PARAMETERS,
-    "_global_grad_norm": Category.BUFFERS,
-}
 
 # What is read of FSDP2's `FSDPParam`.
 _FSDP_PARAMETER: dict[str, Category] = {
@@ -91,18 +54,12 @@ _ALIASES = (
 
 # Who asks for a storage that nobody keeps tells what it is for.
 _PARAMETER_MAKERS = (
-    "deepspeed.runtime.zero.partition_parameters.",
-    "deepspeed.runtime.zero.partitioned_param_coordinator.",
-    "deepspeed.runtime.zero.parameter_offload.",
+    *MAKERS_OF_PARAMETERS,
     "torch.distributed.fsdp._fully_shard._fsdp_param.",
     "torch.distributed.fsdp._fully_shard._fsdp_collectives.foreach_all_gather",
 )
 _BUCKET_MAKERS = (
-    "deepspeed.runtime.zero.stage",
-    "deepspeed.runtime.comm.",
-    "deepspeed.runtime.engine.",
-    "deepspeed.runtime.bf16_optimizer.",
-    "deepspeed.comm.",
+    *MAKERS_OF_BUCKETS,
     "torch.distributed.fsdp.",
 )
 _EXCHANGE_MAKER = "ds_optim.sharding.pipeline."
@@ -138,45 +95,37 @@ def wrapper_of(optimizer: Any) -> Any:
     Raises:
         MemoryAccountError: it has not the attributes known here.
     """
-    while optimizer is not None and type(optimizer).__name__ not in _WRAPPERS:
+    while optimizer is not None and wrappers.kind_of(optimizer) is None:
         optimizer = getattr(optimizer, "optimizer", None)
     if optimizer is not None:
-        name = type(optimizer).__name__
-        missing = [attribute for attribute in _WRAPPERS[name] if not hasattr(optimizer, attribute)]
-        if "grads_in_partition" in missing:  # set by the first backward pass
-            missing.remove("grads_in_partition")
-        if missing:
-            raise MemoryAccountError(
-                f"DeepSpeed's {name} has no {', '.join(missing)}, so its tensors cannot be labelled; "
-                f"deepspeed versions known to work: {DEEPSPEED_VERSIONS}"
-            )
+        problem = wrappers.tensors_problem(optimizer)
+        if problem:
+            raise MemoryAccountError(f"{problem}, so tensors cannot be labelled")
     return optimizer
 
 
-def claims(model: nn.Module, optimizer: Any) -> Iterator[Claim]:
+def claims(model: nn.Module, optimizer: Any) -> Iterator[Labelled]:
     """Every tensor that model, optimizer and strategy keep now, and what it is for."""
     yield from _of_model(model)
     if optimizer is None:
         return
     wrapper, basic = wrapper_of(optimizer), basic_optimizer(optimizer)
-    if wrapper is not None:
-        name = type(wrapper).__name__
-        for attribute, category in {**_WRAPPERS[name], **_SOMETIMES}.items():
+    kind = wrappers.kind_of(wrapper)
+    if kind is not None:
+        for attribute, purpose in {**kind.tensors, **kind.at_times}.items():
             for tensor in tensors_in(getattr(wrapper, attribute, None)):
-                yield Claim(category, f"{name}.{attribute}", tensor)
+                yield Labelled(Category(purpose), f"{kind.name}.{attribute}", tensor)
     own = {id(parameter) for parameter in model.parameters()}
     for tensor in stepped(optimizer):
         if id(tensor) not in own:
-            yield Claim(Category.MASTER, "updated by the optimizer", tensor)
+            yield Labelled(Category.MASTER, "updated by the optimizer", tensor)
         yield from _gradient(tensor, "a tensor that the optimizer steps")
     for state in basic.state.values():
         for key, value in state.items():
             for tensor in tensors_in(value):
-                yield Claim(Category.OPTIMIZER, f"optimizer.state {key!r}", tensor)
-    tables = [walked for _, walked in getattr(basic, "_tables", {}).values()]  # ours: (whose they are, tables)
-    flags = [(one.verdict, one.suspects) for one in getattr(basic, "_verdicts", {}).values()]
-    for tensor in tensors_in([tables, flags], depth=7):
-        yield Claim(Category.BUFFERS, f"tables of {type(basic).__name__}", tensor)
+                yield Labelled(Category.OPTIMIZER, f"optimizer.state {key!r}", tensor)
+    for tensor in basic.stepper.buffers() if isinstance(basic, ShardedOptimizer) else ():
+        yield Labelled(Category.BUFFERS, f"tables of {type(basic).__name__}", tensor)
 
 
 def stepped(optimizer: Any) -> list[Tensor]:
@@ -185,29 +134,25 @@ def stepped(optimizer: Any) -> list[Tensor]:
     ZeRO-3 empties the groups between steps.
     """
     wrapper = wrapper_of(optimizer)
-    if wrapper is not None:
-        kept = _WRAPPERS[type(wrapper).__name__]
-        return [
-            t
-            for name, category in kept.items()
-            if category is Category.MASTER
-            for t in tensors_in(getattr(wrapper, name))
-        ]
+    kind = wrappers.kind_of(wrapper)
+    if kind is not None:
+        masters = [name for name, purpose in kind.tensors.items() if purpose == Category.MASTER.value]
+        return [tensor for name in masters for tensor in tensors_in(getattr(wrapper, name))]
     return [parameter for group in basic_optimizer(optimizer).param_groups for parameter in group["params"]]
 
 
-def _of_model(model: nn.Module) -> Iterator[Claim]:
+def _of_model(model: nn.Module) -> Iterator[Labelled]:
     for name, parameter in model.named_parameters():
-        yield Claim(Category.PARAMETERS, f"parameter {name}", parameter.data)
+        yield Labelled(Category.PARAMETERS, f"parameter {name}", parameter.data)
         if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's slice
-            yield Claim(Category.PARAMETERS, f"slice of parameter {name}", parameter.ds_tensor)
+            yield Labelled(Category.PARAMETERS, f"slice of parameter {name}", parameter.ds_tensor)
         yield from _gradient(parameter, f"parameter {name}")
     for name, buffer in model.named_buffers():
-        yield Claim(Category.BUFFERS, f"buffer {name}", buffer)
+        yield Labelled(Category.BUFFERS, f"buffer {name}", buffer)
     for held in _held_by_fsdp(model):
         for attribute, category in _FSDP_PARAMETER.items():
             for tensor in tensors_in(getattr(held, attribute, None)):
-                yield Claim(category, f"FSDPParam.{attribute}", tensor)
+                yield Labelled(category, f"FSDPParam.{attribute}", tensor)
 
 
 def _held_by_fsdp(model: nn.Module) -> Iterator[Any]:
@@ -231,11 +176,11 @@ def _held_by_fsdp(model: nn.Module) -> Iterator[Any]:
             yield one
 
 
-def _gradient(tensor: Tensor, where: str) -> Iterator[Claim]:
-    for attribute in ("grad", "grad_accum", "_hp_grad"):  # DeepSpeed accumulates in `grad_accum`
+def _gradient(tensor: Tensor, where: str) -> Iterator[Labelled]:
+    for attribute in wrappers.GRADIENTS_OF_PARAMETERS:
         gradient = getattr(tensor, attribute, None)
         if isinstance(gradient, Tensor):
-            yield Claim(Category.GRADIENTS, f"gradient of {where}", gradient)
+            yield Labelled(Category.GRADIENTS, f"gradient of {where}", gradient)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -282,7 +227,7 @@ class Labels:
         self._hinted: dict[Storage, Category] = {}
         self._before: dict[Storage, Category] = {}  # in the step before
 
-    def claim(self, found: Iterable[Claim]) -> None:
+    def claim(self, found: Iterable[Labelled]) -> None:
         """Label the storages under tensors, as they are kept at one moment.
 
         Raises:
@@ -337,7 +282,7 @@ def _prevails(one: Category, other: Category) -> Category | None:
 def state_entries(tracker: StorageTracker, basic: Any) -> list[StateEntry]:
     """Optimizer state per key, dtype and shape rule, every storage once."""
     seen: set[Storage] = set()
-    sums: dict[tuple[str, str, Rule], list[int]] = {}
+    sums: dict[tuple[str, str, CountedShape], list[int]] = {}
     for parameter, state in basic.state.items():
         for key, value in state.items():
             for tensor in tensors_in(value):
@@ -353,17 +298,12 @@ def state_entries(tracker: StorageTracker, basic: Any) -> list[StateEntry]:
     ]
 
 
-def _shape_rule(basic: Any, parameter: Any, key: Any, value: Tensor) -> Rule:
+def _shape_rule(basic: Any, parameter: Any, key: Any, value: Tensor) -> CountedShape:
     """Ours say what they keep; of others it shows in the shape."""
-    ours = getattr(basic, "rule", None)
     if key == "step" or value.dtype in (torch.int32, torch.int64):
         return "count"
-    if ours is not None and key in ours.element_state:
-        return "element"
-    if ours is not None and key in ours.block_state:
-        return "block"
-    if ours is not None:
-        return "owned block"
+    if isinstance(basic, ShardedOptimizer):
+        return basic.stepper.shape_rule(key)
     if not isinstance(parameter, Tensor) or value.numel() == parameter.numel():
         return "element"
     return "count" if value.numel() == 1 else "block"

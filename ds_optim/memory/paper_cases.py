@@ -56,7 +56,7 @@ class Case:
         return f"{self.model}, {self.optimizer}{options}, {self.precision}{strategy}{ranks}"
 
 
-class Judged(NamedTuple):
+class JudgedCase(NamedTuple):
     """A case's verdict.
 
     Attributes:
@@ -155,7 +155,7 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def judged_cases(cases: Sequence[Case] | None = None) -> Iterator[Judged]:
+def judged_cases(cases: Sequence[Case] | None = None) -> Iterator[JudgedCase]:
     """Every verdict on every case, as predicted from shapes alone; nothing is allocated."""
     for case in CASES if cases is None else cases:
         baseline = _predicted(case.model, "AdamW", (), case.stage, case.world_size, case.precision)
@@ -165,7 +165,7 @@ def judged_cases(cases: Sequence[Case] | None = None) -> Iterator[Judged]:
         lost = case.expected.keys() - {verdict.claim for verdict in verdicts}
         assert not lost, f"{case}: nothing is claimed with the title {', '.join(sorted(lost))}"
         for verdict in verdicts:
-            yield Judged(case, verdict, _deviation(verdict, case.expected.get(verdict.claim)))
+            yield JudgedCase(case, verdict, _deviation(verdict, case.expected.get(verdict.claim)))
 
 
 def _deviation(verdict: Verdict, expected: Expected | None) -> str:

@@ -16,16 +16,16 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from ds_optim.blueprint import meta_model
 from ds_optim.memory.paper_models import PAPER_MODELS
 from ds_optim.optimizers.adam_mini import AdamMini, adam_mini_blocks
 from ds_optim.optimizers.adamw import AdamW
-from ds_optim.optimizers.sharded import ShardedOptimizer
 from ds_optim.optimizers.swan import SWAN
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
 from ds_optim.roles.role import PER_HEAD, Role
+from ds_optim.sharding.block_runs import block_runs
 from ds_optim.sharding.layout import ParameterSpec, SlicedParameters
-from ds_optim.sharding.runs import block_runs
-from ds_optim.subject import meta_model
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 CLOSE_RELATIVE, CLOSE_GB = 0.002, 0.006
 """How far rounding takes the published values: of parameters to hundredths of a billion, of bytes to hundredths of a GB
@@ -199,7 +199,7 @@ def _state_gb(
         sum(
             math.prod(shape) * dtype.itemsize
             for _, parameter in _named(model)
-            for shape, dtype in optimizer._state_spec(parameter).values()
+            for shape, dtype in optimizer.stepper.spec(parameter).values()
         )
         / 1e9
     )

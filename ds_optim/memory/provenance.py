@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_optim.deepspeed import wrappers
 from ds_optim.memory.labels import basic_optimizer, stepped
 
 _PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers")
-_STAGES = {"DeepSpeedZeroOptimizer_Stage3": 3, "BF16_Optimizer": 1, "FP16_UnfusedOptimizer": 0, "FP16_Optimizer": 0}
 
 
 def describe(watched: Any, model: nn.Module, optimizer: Any, wrapper: Any, *, world_size: int) -> dict[str, Any]:
@@ -31,7 +31,6 @@ def describe(watched: Any, model: nn.Module, optimizer: Any, wrapper: Any, *, wo
     basic = basic_optimizer(optimizer)
     is_engine = watched is not model
     stage = _stage(watched, wrapper) if is_engine or wrapper is not None else None
-    offload = bool(getattr(wrapper, "cpu_offload", False) or getattr(wrapper, "offload_optimizer", False))
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
@@ -44,7 +43,7 @@ def describe(watched: Any, model: nn.Module, optimizer: Any, wrapper: Any, *, wo
         "stage": stage,
         "world_size": world_size,
         "precision": _precision(model, stepped(optimizer)),
-        "offload": "cpu" if offload else "none",
+        "offload": "cpu" if wrappers.is_offloaded(wrapper) else "none",
         "micro_batch": int(watched.train_micro_batch_size_per_gpu()) if is_engine else None,
         "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "command": " ".join(sys.argv),
@@ -78,8 +77,7 @@ def installed() -> dict[str, str]:
 def _stage(watched: Any, wrapper: Any) -> int:
     if hasattr(watched, "zero_optimization_stage"):
         return int(watched.zero_optimization_stage())
-    name = type(wrapper).__name__
-    return _STAGES[name] if name in _STAGES else (2 if getattr(wrapper, "partition_gradients", False) else 1)
+    return wrappers.stage_of(wrapper)
 
 
 def _strategy(model: nn.Module) -> str:

@@ -51,7 +51,7 @@ class Category(str, Enum):
 MODEL_STATES = (Category.PARAMETERS, Category.MASTER, Category.GRADIENTS, Category.OPTIMIZER)
 
 
-class Method(str, Enum):
+class CountedBy(str, Enum):
     """How a number was found."""
 
     STORAGES = "tensor storages"
@@ -74,18 +74,20 @@ Phase = Literal["forward", "backward", "step"]
 MomentName = Literal["after init", "after forward", "after backward", "after step"]
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
+    """What is written as JSON and read again: it cannot be changed, and has no fields but its own."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Amount(_Model):
+class Amount(StrictModel):
     """Bytes, and how they were counted."""
 
     bytes: int
-    method: Method
+    method: CountedBy
 
 
-class Moment(_Model):
+class Moment(StrictModel):
     """What is alive at one moment.
 
     Attributes:
@@ -115,7 +117,7 @@ class Moment(_Model):
         return sum(self.amounts[category].bytes for category in categories if category in self.amounts)
 
 
-class StateEntry(_Model):
+class StateEntry(StrictModel):
     """One kind of optimizer state.
 
     Attributes:
@@ -134,7 +136,7 @@ class StateEntry(_Model):
     bytes: int
 
 
-class Check(_Model):
+class Check(StrictModel):
     """One number held against another that was found independently.
 
     Attributes:
@@ -148,7 +150,7 @@ class Check(_Model):
     name: str
     ours: int
     theirs: int
-    method: Method
+    method: CountedBy
     tolerance: float | None = None
     allowance: int = 0
 
@@ -167,7 +169,7 @@ class Check(_Model):
         return unexplained <= self.tolerance * abs(self.theirs)
 
 
-class Sample(_Model):
+class Sample(StrictModel):
     """A point of a step's timeline.
 
     Attributes:
@@ -181,7 +183,7 @@ class Sample(_Model):
     bytes: dict[Category, int]
 
 
-class RankRecord(_Model):
+class RankRecord(StrictModel):
     """The account of one rank.
 
     Attributes:
@@ -231,7 +233,7 @@ class RankRecord(_Model):
         }
 
 
-class Provenance(_Model):
+class Provenance(StrictModel):
     """Where a record comes from.
 
     Attributes:
@@ -277,7 +279,7 @@ class Provenance(_Model):
     overhead: float | None = None
 
 
-class Record(_Model):
+class Record(StrictModel):
     """A whole account.
 
     Attributes:
@@ -337,7 +339,7 @@ def _written_by_a_newer(text: str) -> int | None:
     return found if isinstance(found, int) and found > SCHEMA else None
 
 
-def sized(amounts: Mapping[Category, int], method: Method) -> dict[Category, Amount]:
+def sized(amounts: Mapping[Category, int], method: CountedBy) -> dict[Category, Amount]:
     """Amounts of one method, without the empty ones."""
     return {category: Amount(bytes=count, method=method) for category, count in amounts.items() if count}
 

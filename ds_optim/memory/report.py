@@ -1,211 +1,35 @@
-"""What a memory report says: one run, or two side by side, as plain data.
+"""What a memory report says: one run, or two side by side.
 
-Nothing here draws. `report_html` makes the page of it, `report_text` the Markdown and the terminal version; the JSON is
-this data as it stands. Whatever is shown for "a rank" is shown for the fullest one, the rank with the highest peak.
+Nothing here draws. `report_html` makes a page of it, `report_text` the Markdown and the terminal version. Whatever
+is shown for "a rank" is shown for the fullest one, the rank with the highest peak.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import get_args
-
-from pydantic import BaseModel, ConfigDict
 
 from ds_optim.memory import claims
-from ds_optim.memory.claims import Verdict
-from ds_optim.memory.paper_tables import PaperRow
 from ds_optim.memory.paper_tables import paper_tables as computed_tables
-from ds_optim.memory.record import Category, Moment, Phase, RankRecord, Record, Sample, human
-from ds_optim.memory.report_provenance import STACK, CheckRow, checks, methods, provenance
+from ds_optim.memory.record import Category, Moment, RankRecord, Record, human
+from ds_optim.memory.report_data import (
+    Bar,
+    Comparison,
+    Group,
+    Headline,
+    HostRow,
+    Panel,
+    QuantityRow,
+    Report,
+    Section,
+    StateRow,
+    StepCourse,
+    Unaccounted,
+)
+from ds_optim.memory.report_provenance import STACK, checks, methods, provenance
 from ds_optim.memory.report_runs import Run, Shown, differences
 
 MOST_RANKS = 8
 """With more than these, only the fullest, the emptiest and the mean are shown."""
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Headline(_Model):
-    """One number of the verdict.
-
-    Attributes:
-        name: what it is.
-        counted: what is in it, in words.
-        bytes: on the fullest rank; None where the record does not say.
-        baseline: the same of the baseline.
-    """
-
-    name: str
-    counted: str
-    bytes: int | None
-    baseline: int | None
-
-    @property
-    def change(self) -> float | None:
-        """Relative to the baseline: -0.5 is half of it."""
-        return self.bytes / self.baseline - 1 if self.bytes is not None and self.baseline else None
-
-
-class Unaccounted(_Model):
-    """The moment of the measured run at which most bytes were nobody's."""
-
-    rank: int
-    bytes: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        return self.bytes / self.total if self.total else 0.0
-
-
-class Bar(_Model):
-    """One stack: whose, and its bytes in the order of `STACK`."""
-
-    who: str
-    bytes: dict[Category, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.bytes.values())
-
-
-class Group(_Model):
-    """The bars of one rank, the baseline first."""
-
-    label: str
-    bars: list[Bar]
-
-
-class Panel(_Model):
-    """The ranks at one moment."""
-
-    title: str
-    groups: list[Group]
-
-
-class Line(_Model):
-    """One quantity, predicted and measured."""
-
-    name: str
-    predicted: int
-    measured: int
-
-    @property
-    def ratio(self) -> float | None:
-        """Predicted over measured; None where only the prediction is not 0."""
-        return self.predicted / self.measured if self.measured else (None if self.predicted else 1.0)
-
-    @property
-    def residual(self) -> int:
-        """Measured less predicted."""
-        return self.measured - self.predicted
-
-
-class Section(_Model):
-    """Some quantities of one moment.
-
-    Attributes:
-        lines: the last of them is the sum.
-        main: whether a short report shows all of it: the model states and the highest peak.
-    """
-
-    title: str
-    lines: list[Line]
-    main: bool
-
-
-class Comparison(_Model):
-    """Predicted against measured, for one run.
-
-    Attributes:
-        who: the run.
-        rank: measured rank; the predicted one is the same, or the fullest if that one was not predicted.
-    """
-
-    who: str
-    rank: int
-    predicted_rank: int
-    sections: list[Section]
-
-
-class Timeline(_Model):
-    """One step of one rank."""
-
-    who: str
-    rank: int
-    samples: list[Sample]
-
-    @property
-    def idle(self) -> list[Phase]:
-        """Phases that allocated nothing, and so have no width."""
-        return [phase for phase in get_args(Phase) if all(sample.phase != phase for sample in self.samples)]
-
-
-class StateRow(_Model):
-    """One kind of state. Bytes and elements on the fullest rank, and bytes on all the ranks of the record."""
-
-    who: str
-    key: str
-    dtype: str
-    shape_rule: str
-    elements: int
-    bytes: int
-    all_ranks: int
-
-
-class HostRow(_Model):
-    """What a host holds, all of its ranks together, or one of its ranks. Bytes.
-
-    Attributes:
-        rank: None for the host as a whole.
-        states: parameters, master, gradients and optimizer state.
-        state: of the optimizer.
-        peak: of what devices must hold; of a host, the sum over its ranks.
-    """
-
-    who: str
-    host: str
-    rank: int | None
-    states: int
-    state: int
-    peak: int
-
-
-class Report(_Model):
-    """Everything that the page, the Markdown and the terminal show.
-
-    Attributes:
-        title: who beside whom.
-        names: of the run and of the baseline.
-        kind: of the numbers: ``measured``, ``predicted``, or both words where the two runs differ.
-        notices: what a reader must know before comparing.
-        capacity: of the device, bytes; None if no record knows it.
-        hosts: of runs on several hosts, each host followed by its ranks.
-        provenance: (name, value per run).
-        methods: (run, category, how it was counted).
-        records: what all of it was made from.
-    """
-
-    title: str
-    names: list[str]
-    kind: str
-    notices: list[str]
-    headlines: list[Headline]
-    unaccounted: Unaccounted | None
-    verdicts: list[Verdict]
-    capacity: int | None
-    panels: list[Panel]
-    comparisons: list[Comparison]
-    timelines: list[Timeline]
-    state: list[StateRow]
-    hosts: list[HostRow]
-    paper: list[PaperRow]
-    provenance: list[tuple[str, list[str]]]
-    methods: list[tuple[str, list[str]]]
-    checks: list[CheckRow]
-    records: list[Record]
 
 
 def make_report(run: Run, baseline: Run | None = None, *, paper_tables: bool = False) -> Report:
@@ -399,10 +223,10 @@ def _comparison(run: Run) -> Comparison:
     measured = run.measured.fullest
     predicted = next((rank for rank in run.predicted.ranks if rank.rank == measured.rank), run.predicted.fullest)
 
-    def lines(theirs: dict[Category, int], ours: dict[Category, int], total: str) -> list[Line]:
+    def lines(theirs: dict[Category, int], ours: dict[Category, int], total: str) -> list[QuantityRow]:
         used = [category for category in STACK if theirs.get(category) or ours.get(category)]
-        found = [Line(name=c.value, predicted=theirs.get(c, 0), measured=ours.get(c, 0)) for c in used]
-        return [*found, Line(name=total, predicted=sum(theirs.values()), measured=sum(ours.values()))]
+        found = [QuantityRow(name=c.value, predicted=theirs.get(c, 0), measured=ours.get(c, 0)) for c in used]
+        return [*found, QuantityRow(name=total, predicted=sum(theirs.values()), measured=sum(ours.values()))]
 
     sections = []
     if model_states(predicted) is not None and model_states(measured) is not None:
@@ -423,13 +247,13 @@ def _comparison(run: Run) -> Comparison:
     return Comparison(who=run.name, rank=measured.rank, predicted_rank=predicted.rank, sections=sections)
 
 
-def _timeline(name: str, record: Record) -> list[Timeline]:
+def _timeline(name: str, record: Record) -> list[StepCourse]:
     """Of the fullest rank that kept one."""
     kept = [rank for rank in record.ranks if rank.timeline]
     if not kept:
         return []
     fullest = max(kept, key=lambda rank: rank.peak.total if rank.peak else 0)
-    return [Timeline(who=name, rank=fullest.rank, samples=fullest.timeline)]
+    return [StepCourse(who=name, rank=fullest.rank, samples=fullest.timeline)]
 
 
 def _state(name: str, record: Record) -> list[StateRow]:

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from ds_optim.memory import charts
 from ds_optim.memory.record import Category, human
-from ds_optim.memory.report import Report
+from ds_optim.memory.report_data import Report
 from ds_optim.memory.report_provenance import STACK
 from ds_optim.memory.report_text import change, check_rows, found, no_verdicts, paper_rows, percent, ratio, signed
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
-
-from ds_optim.memory.record import Category, Check, Record, human
+from ds_optim.memory.record import Category, Check, Record, StrictModel, human
 from ds_optim.memory.report_runs import Shown
 
 STACK = (
@@ -23,10 +21,8 @@ STACK = (
 """From the bottom of every stack to its top."""
 
 
-class CheckRow(BaseModel):
+class CheckRow(StrictModel):
     """A check at the rank where the two numbers differ most."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     who: str
     rank: int

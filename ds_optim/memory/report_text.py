@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ds_optim.memory.claims import Verdict
 from ds_optim.memory.record import Category, Check, human
-from ds_optim.memory.report import Bar, Report
+from ds_optim.memory.report_data import Bar, Report
 from ds_optim.memory.report_provenance import STACK
 
 LETTERS = {

@@ -15,15 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ds_optim.blueprint import BlueprintError
 from ds_optim.memory.tracker import Storage, StorageTracker
 from ds_optim.roles import canonical_name
-from ds_optim.subject import SubjectError
-
-Ints = NDArray[np.int64]
+from ds_optim.sharding.boxes import Ints
 
 _ATTENTION = "ds_optim_simulated"
 _LAYERS = 3  # a first, a middle and a last one
@@ -96,7 +94,7 @@ def _without_mask(*_: Any, **__: Any) -> None:
 
 
 @dataclass(slots=True)
-class _Segment:
+class _Stretch:
     """A stretch of a pass: changes of the bytes alive, and the gradients that arrive among them."""
 
     changes: list[int]
@@ -114,15 +112,15 @@ def simulate(
         checkpointing: every layer keeps its input only, and is run again in the backward pass.
 
     Raises:
-        SubjectError: the model has no list of equal layers, or cannot be run without tensors.
+        BlueprintError: the model has no list of equal layers, or cannot be run without tensors.
     """
     try:
         return _simulated(config, dtype, micro_batch, seq_length, checkpointing)
-    except SubjectError:
+    except BlueprintError:
         raise
     except Exception as error:  # a model may do anything in its forward pass
         said = " ".join(str(error).split())[:200]
-        raise SubjectError(
+        raise BlueprintError(
             f"the passes of this {config.get('model_type')} model cannot be run on fake tensors, so its activations "
             f"cannot be predicted ({type(error).__name__}: {said}): give --states-only"
         ) from error
@@ -175,16 +173,16 @@ def _simulated(
             log = list(tracker.log)
             tracker.recording = False
     prefix = _prefix(model, layers)
-    segments = _segments(log, starts[: len(layers)], turn, gradients, prefix, len(layers))
+    stretches = _stretches(log, starts[: len(layers)], turn, gradients, prefix, len(layers))
     after_head = len([None for storage, _, _ in log[at_head[0] : turn] if storage not in gradients])
-    return _joined(segments, total, len(layers), prefix, after_head)
+    return _joined(stretches, total, len(layers), prefix, after_head)
 
 
 def _layers(model: nn.Module, count: int) -> Sequence[nn.Module]:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
-    raise SubjectError(
+    raise BlueprintError(
         "this model has no list of layers as long as its config's num_hidden_layers, so its activations cannot be "
         "predicted: give --states-only"
     )
@@ -200,14 +198,14 @@ def _layer_of(name: str, prefix: str) -> int | None:
     return int(name.removeprefix(prefix).split(".", 1)[0]) if name.startswith(prefix) else None
 
 
-def _segments(
+def _stretches(
     log: Sequence[tuple[Storage, int, str]],
     starts: Sequence[int],
     turn: int,
     gradients: Mapping[Storage, str],
     prefix: str,
     count: int,
-) -> list[_Segment]:
+) -> list[_Stretch]:
     """The log cut where each layer begins: embedding, first ... last layer (with the head), then backward: head,
     last ... first layer (with the embedding). A layer begins in the backward pass with the first of its gradients."""
     begins: dict[int, int] = {}
@@ -217,45 +215,45 @@ def _segments(
             begins.setdefault(layer, index)
     backward = [begins[layer] for layer in reversed(range(count))]
     edges = [0, *starts, turn, *backward, len(log)]
-    segments = []
+    stretches = []
     for start, stop in pairwise(edges):
-        segment = _Segment([], [])
+        stretch = _Stretch([], [])
         for storage, change, _ in log[start:stop]:
             name = gradients.get(storage)
             if name is None:
-                segment.changes.append(change)
+                stretch.changes.append(change)
             elif change > 0:
-                segment.arrivals.append((len(segment.changes), name, change))
-                segment.changes.append(0)
-        segments.append(segment)
-    return segments
+                stretch.arrivals.append((len(stretch.changes), name, change))
+                stretch.changes.append(0)
+        stretches.append(stretch)
+    return stretches
 
 
-def _joined(segments: Sequence[_Segment], total: int, count: int, prefix: str, after_head: int) -> Timeline:
-    """The passes of all layers: the middle one's segments repeated."""
+def _joined(stretches: Sequence[_Stretch], total: int, count: int, prefix: str, after_head: int) -> Timeline:
+    """The passes of all layers: the middle one's stretches repeated."""
     middle = count // 2
-    forward = [segments[0], *_repeated(segments[1 : 1 + count], middle, total - count)]
-    head, layers = segments[1 + count], segments[2 + count :]
+    forward = [stretches[0], *_repeated(stretches[1 : 1 + count], middle, total - count)]
+    head, layers = stretches[1 + count], stretches[2 + count :]
     backward = [head, *_repeated(layers, count - 1 - middle, total - count)]
-    alive = np.cumsum([0, *(change for segment in forward for change in segment.changes)], dtype=np.int64)
+    alive = np.cumsum([0, *(change for stretch in forward for change in stretch.changes)], dtype=np.int64)
     changes: list[int] = [int(alive[-1])]
     arrivals = []
-    for position, segment in enumerate(backward):
-        for at, name, size in segment.arrivals:
+    for position, stretch in enumerate(backward):
+        for at, name, size in stretch.arrivals:
             layer = _layer_of(name, prefix)
             if layer is not None:
                 rest = name.removeprefix(prefix).partition(".")[2]
-                # The segment before may hold a straggler of the layer above: numbers count from the segment's own.
-                name = f"{prefix}{total - position + (layer - _own_layer(segment, prefix))}.{rest}"
+                # The stretch before may hold a straggler of the layer above: numbers count from the stretch's own.
+                name = f"{prefix}{total - position + (layer - _own_layer(stretch, prefix))}.{rest}"
             arrivals.append(Arrival(len(changes) + at, name, size))
-        changes.extend(segment.changes)
+        changes.extend(stretch.changes)
     return Timeline(alive, np.cumsum(changes, dtype=np.int64), arrivals, len(alive) - 1 - after_head)
 
 
-def _own_layer(segment: _Segment, prefix: str) -> int:
-    """The layer whose gradient opens a segment."""
-    return next(layer for _, name, _ in segment.arrivals if (layer := _layer_of(name, prefix)) is not None)
+def _own_layer(stretch: _Stretch, prefix: str) -> int:
+    """The layer whose gradient opens a stretch."""
+    return next(layer for _, name, _ in stretch.arrivals if (layer := _layer_of(name, prefix)) is not None)
 
 
-def _repeated(segments: Sequence[_Segment], which: int, times: int) -> list[_Segment]:
-    return [*segments[:which], *[segments[which]] * (times + 1), *segments[which + 1 :]]
+def _repeated(stretches: Sequence[_Stretch], which: int, times: int) -> list[_Stretch]:
+    return [*stretches[:which], *[stretches[which]] * (times + 1), *stretches[which + 1 :]]

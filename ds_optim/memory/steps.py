@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+from ds_optim.memory.known_torch import MemoryAccountError
 from ds_optim.memory.labels import Labels, transient
-from ds_optim.memory.record import Category, Method, Moment, MomentName, Phase, Sample, sized
+from ds_optim.memory.record import Category, CountedBy, Moment, MomentName, Phase, Sample, human, sized
 from ds_optim.memory.tracker import Event, Storage
 
 PHASES: tuple[Phase, ...] = ("forward", "backward", "step")
 TIMELINE_SAMPLES = 240
+_LARGEST_NAMED = 5  # unaccounted storages in a message
 
 Amounts = dict[Category, int]
 
@@ -122,7 +124,7 @@ def resolve(
 
 def named(name: MomentName, amounts: Amounts, on_host: int) -> Moment:
     """A moment between phases."""
-    return Moment(name=name, amounts=sized(amounts, Method.STORAGES), on_host=on_host)
+    return Moment(name=name, amounts=sized(amounts, CountedBy.STORAGES), on_host=on_host)
 
 
 def own_allocations(log: StepLog) -> tuple[int, int]:
@@ -137,6 +139,31 @@ def own_allocations(log: StepLog) -> tuple[int, int]:
     return highest, freed
 
 
+def judge_unaccounted(moment: Moment, nobodys: Mapping[Storage, int], tolerance: float) -> None:
+    """Refuse a moment at which too much is nobody's.
+
+    Args:
+        moment: a named one.
+        nobodys: storages that are unlabelled then, and their bytes.
+        tolerance: largest share of all bytes.
+
+    Raises:
+        MemoryAccountError: the share is larger; the largest such storages are named with the phase and the line that
+            made them.
+    """
+    unaccounted = moment.bytes_of(Category.UNACCOUNTED)
+    if unaccounted <= tolerance * moment.total:
+        return
+    largest = sorted(nobodys, key=lambda storage: nobodys[storage], reverse=True)[:_LARGEST_NAMED]
+    listed = [f"{nobodys[s]:,} bytes, made in phase {s.born!r} by {s.origin or 'unknown code'}" for s in largest]
+    raise MemoryAccountError(
+        f"{moment.name}: {human(unaccounted)} of {human(moment.total)} are nobody's "
+        f"({100 * unaccounted / moment.total:.2f} %, tolerance {100 * tolerance:g} %). Drop what is kept by "
+        "mistake, or name it: MemoryAccountant(extra={name: (category, tensor)}). The largest:\n- "
+        + "\n- ".join(listed)
+    )
+
+
 def _in_order(
     peaks: Mapping[str, tuple[int, Amounts, int]], at_mark: Mapping[MomentName, tuple[Amounts, int]]
 ) -> list[Moment]:
@@ -145,7 +172,7 @@ def _in_order(
         name = cast(MomentName, f"after {phase}")
         if phase in peaks:
             _, amounts, host = peaks[phase]
-            moments.append(Moment(peak_of=phase, amounts=sized(amounts, Method.STORAGES), on_host=host))
+            moments.append(Moment(peak_of=phase, amounts=sized(amounts, CountedBy.STORAGES), on_host=host))
         if name in at_mark:
             moments.append(named(name, *at_mark[name]))
     return moments

@@ -1,7 +1,8 @@
 """What a strategy keeps, and what it makes in passing, on one rank: DeepSpeed ZeRO 0 to 3, and plain PyTorch.
 
-Read off deepspeed 0.19.8 (`engine.py`, `stage_1_and_2.py`, `stage3.py`, `unfused_optimizer.py`) and held
-against measured records. Bytes, of a steady step (the second and later ones), with one micro-batch per step.
+Read off the DeepSpeed of `ds_optim.deepspeed.versions` (`engine.py`, `stage_1_and_2.py`, `stage3.py`,
+`unfused_optimizer.py`) and held against measured records. Bytes, of a steady step (the second and later ones), with
+one micro-batch per step.
 """
 
 from __future__ import annotations
@@ -11,16 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ds_optim.deepspeed.facts import ALLREDUCE_ELEMENTS
 from ds_optim.memory.record import Category
 from ds_optim.memory.simulate import Timeline
+from ds_optim.sharding.boxes import Ints
 from ds_optim.sharding.layout import Layout, ParameterSpec
 
-Ints = NDArray[np.int64]
 Bytes = dict[Category, int]
-
-_ALLREDUCE_ELEMENTS = 500_000_000  # ZeRO-0: engine.py, MEMORY_OPT_ALLREDUCE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ def plain(one: Partition) -> Terms:
 def zero_0(one: Partition) -> Terms:
     """Everything whole on every rank; gradients are flattened to be averaged, even by one rank alone."""
     weights, master = one.total * one.width, one.total * one.master
-    bucket = min(one.total, _ALLREDUCE_ELEMENTS) * one.width
+    bucket = min(one.total, ALLREDUCE_ELEMENTS) * one.width
 
     def backward(timeline: Timeline) -> dict[Category, Ints]:
         flattened = np.zeros(len(timeline.backward) + 1, dtype=np.int64)

@@ -7,25 +7,25 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from ds_optim.subject import SubjectError
+from ds_optim.blueprint import BlueprintError
 
 Precision = Literal["fp32", "bf16", "fp16", "pure bf16"]
 
 
-class _Part(BaseModel):
+class _JsonPart(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
 
-class _Switch(_Part):
+class _Switch(_JsonPart):
     enabled: bool = False
 
 
-class _Offload(_Part):
+class _Offload(_JsonPart):
     device: Literal["none", "cpu", "nvme"] = "none"
     ratio: float = 1.0
 
 
-class _Zero(_Part):
+class _Zero(_JsonPart):
     stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: _Offload = _Offload()
     offload_param: _Offload = _Offload()
@@ -35,16 +35,16 @@ class _Zero(_Part):
     zero_quantized_gradients: bool = False
 
 
-class _DataTypes(_Part):
+class _DataTypes(_JsonPart):
     grad_accum_dtype: str | None = None
 
 
-class _Optimizer(_Part):
+class _Optimizer(_JsonPart):
     type: str
     params: dict[str, Any] = {}
 
 
-class Training(_Part):
+class Training(_JsonPart):
     """The parts of a DeepSpeed JSON that decide memory; everything else is kept and passed on.
 
     ``"auto"`` and null count as left out.
@@ -68,12 +68,12 @@ class Training(_Part):
         """Read a DeepSpeed JSON.
 
         Raises:
-            SubjectError: a value has the wrong type; each is named.
+            BlueprintError: a value has the wrong type; each is named.
         """
         try:
             return cls.model_validate(_given(config))
         except ValidationError as error:
-            raise SubjectError(f"the DeepSpeed JSON cannot be read: {in_words(error)}") from error
+            raise BlueprintError(f"the DeepSpeed JSON cannot be read: {in_words(error)}") from error
 
     @property
     def precision(self) -> Precision:

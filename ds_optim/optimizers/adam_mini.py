@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.optimizers.adamw import adam_scalars
-from ds_optim.optimizers.launch import Rule, Scalars
-from ds_optim.optimizers.sharded import ShardedOptimizer
+from ds_optim.optimizers.adamw import adam_from_adam, adam_scalars
 from ds_optim.roles.role import PER_HEAD, Role, is_vector, matrix_view
+from ds_optim.rule import BatchScaling, Betas, Blockwise, FromAdam, always, no_contradictions
 from ds_optim.sharding.blocks import BlockGrid
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 
 def adam_mini_update(
@@ -49,63 +49,6 @@ def adam_mini_update(
     exp_avg = exp_avg + (grad - exp_avg) * one_minus_beta1
     block_step = step_size / (exp_avg_sq.sqrt() / bias2_sqrt + eps)
     return param * decay - exp_avg * block_step, exp_avg, exp_avg_sq
-
-
-class AdamMini(ShardedOptimizer):
-    """Adam-mini: AdamW with one second moment per block of parameters instead of one per element.
-
-    State: ``exp_avg`` (fp32 per element) and ``exp_avg_sq`` (fp32 per block), 4 bytes per parameter and 4 per block:
-    half of AdamW's. Use AdamW's learning rate, betas and weight decay.
-
-    Args:
-        params: parameters, ``(name, parameter)`` pairs, or groups of either.
-        lr: learning rate, or a tensor that holds it; AdamW's value.
-        betas: decay of the first and second moment; AdamW's values. The official language-model runs: (0.9, 0.95).
-        eps: added to the root of the bias-corrected second moment.
-        weight_decay: decoupled, multiplied by the learning rate.
-        roles: what each parameter is, and so which blocks it has: the model itself, the result of `infer_roles`, or
-            ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Outside,
-            without roles, names decide what they can and every other parameter has one block per output row.
-        state_dtype: dtype of ``exp_avg``.
-        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
-            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
-        seed: of that rounding.
-
-    Raises:
-        ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
-    """
-
-    rule = Rule("adam_mini", adam_mini_update, element_state=("exp_avg",), block_state=("exp_avg_sq",))
-    is_elementwise = False
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        roles: Any = None,
-        state_dtype: torch.dtype | str = torch.float32,
-        bf16_stochastic_round: bool = False,
-        seed: int = 0,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            defaults,
-            roles=roles,
-            state_dtype=state_dtype,
-            bf16_stochastic_round=bf16_stochastic_round,
-            seed=seed,
-        )
-
-    def blocks(self, role: Role, shape: tuple[int, ...]) -> BlockGrid:
-        return adam_mini_blocks(role, shape)
-
-    def scalars(self, group: dict[str, Any], step: int) -> Scalars:
-        return adam_scalars(group, step)
 
 
 def adam_mini_blocks(role: Role, shape: tuple[int, ...]) -> BlockGrid:
@@ -153,3 +96,66 @@ def _merged(runs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
             count += joined.pop()[0]
         joined.append((count, width))
     return tuple(joined)
+
+
+class AdamMini(ShardedOptimizer):
+    """Adam-mini: AdamW with one second moment per block of parameters instead of one per element.
+
+    State: ``exp_avg`` (fp32 per element) and ``exp_avg_sq`` (fp32 per block), 4 bytes per parameter and 4 per block:
+    half of AdamW's. Use AdamW's learning rate, betas and weight decay.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups of either.
+        lr: learning rate, or a tensor that holds it; AdamW's value.
+        betas: decay of the first and second moment; AdamW's values. The official language-model runs: (0.9, 0.95).
+        eps: added to the root of the bias-corrected second moment.
+        weight_decay: decoupled, multiplied by the learning rate.
+        roles: what each parameter is, and so which blocks it has: the model itself, the result of `infer_roles`, or
+            ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Outside,
+            without roles, names decide what they can and every other parameter has one block per output row.
+        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; ``exp_avg_sq`` is fp32 always.
+
+    Raises:
+        ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
+    """
+
+    rule = Blockwise(
+        summary="to halve AdamW's state, with AdamW's settings",
+        memory="4, and 4 per block",
+        learning_rate="1",
+        checks={},
+        contradictions=no_contradictions,
+        betas=Betas(2, last_may_be_one=False),
+        from_adam=FromAdam(adam_from_adam, always),
+        batch_scaling=BatchScaling(
+            "sqrt", "judgement: divided by a root mean square over each block, as Adam is element by element"
+        ),
+        name="adam_mini",
+        update=adam_mini_update,
+        scalars=adam_scalars,
+        element_state=("exp_avg",),
+        block_state=("exp_avg_sq",),
+        blocks=adam_mini_blocks,
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        roles: Any = None,
+        state_dtype: torch.dtype | str = torch.float32,
+        bf16_stochastic_round: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            roles=roles,
+            state_dtype=state_dtype,
+            bf16_stochastic_round=bf16_stochastic_round,
+            seed=seed,
+        )

@@ -13,16 +13,27 @@ bias correction of Kingma & Ba, "Adam", https://arxiv.org/abs/1412.6980 (algorit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_optim.optimizers.launch import Rule, Scalars
-from ds_optim.optimizers.sharded import ShardedOptimizer
+from ds_optim.rule import (
+    AdamMoments,
+    BatchScaling,
+    Betas,
+    Elementwise,
+    FromAdam,
+    Scalars,
+    Settings,
+    always,
+    no_contradictions,
+)
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 
-def adam_scalars(group: dict[str, Any], step: int) -> Scalars:
+def adam_scalars(group: Settings, step: int) -> Scalars:
     """The constants of Adam's bias-corrected update with decoupled weight decay, at ``step`` (from 1)."""
     lr, (beta1, beta2) = group["lr"], group["betas"]
     return {
@@ -60,6 +71,36 @@ def adamw_update(
     return param - step_size * (exp_avg / denominator), exp_avg, exp_avg_sq
 
 
+def adam_from_adam(moments: AdamMoments, group: Settings) -> dict[str, Tensor]:
+    """Both moments go on; also those of Adam-mini, whose second is a mean over each block."""
+    beta1, beta2 = group["betas"]
+    return {"exp_avg": moments.first_as(beta1), "exp_avg_sq": moments.second_as(beta2)}
+
+
+def adam_rule(settings_of: Callable[[Settings], Settings]) -> Elementwise:
+    """AdamW's rule, also as the one that steps what is no matrix for another rule.
+
+    Args:
+        settings_of: makes its settings (``lr``, ``betas``, ``eps``, ``weight_decay``) of a group's.
+    """
+    return Elementwise(
+        summary="as the baseline, in the same kernels and checks",
+        memory="8",
+        learning_rate="1",
+        checks={},
+        contradictions=no_contradictions,
+        betas=Betas(2, last_may_be_one=False),
+        from_adam=FromAdam(lambda moments, group: adam_from_adam(moments, settings_of(group)), always),
+        batch_scaling=BatchScaling(
+            "sqrt", "2205.10287 (derived and tested for Adam and RMSprop); used for branching by 2505.23971"
+        ),
+        name="adamw",
+        update=adamw_update,
+        scalars=lambda group, step: adam_scalars(settings_of(group), step),
+        element_state=("exp_avg", "exp_avg_sq"),
+    )
+
+
 class AdamW(ShardedOptimizer):
     """AdamW (decoupled weight decay), `torch.optim.AdamW`'s formula to 1e-6, under every ZeRO stage.
 
@@ -71,17 +112,13 @@ class AdamW(ShardedOptimizer):
         betas: decay of the first and second moment. LLM practice (0.9, 0.95).
         eps: added to the root of the bias-corrected second moment.
         weight_decay: decoupled, multiplied by the learning rate. LLM practice 0.1, not on norms and biases.
-        roles: accepted for uniformity; an elementwise rule does not need them.
-        state_dtype: dtype of the state.
-        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
-            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
-        seed: of that rounding.
+        roles, state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed.
 
     Raises:
         ValueError: every setting out of range, all in one message.
     """
 
-    rule = Rule("adamw", adamw_update, element_state=("exp_avg", "exp_avg_sq"))
+    rule = adam_rule(lambda group: group)
 
     def __init__(
         self,
@@ -96,15 +133,11 @@ class AdamW(ShardedOptimizer):
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params,
-            defaults,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
             roles=roles,
             state_dtype=state_dtype,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
         )
-
-    def scalars(self, group: dict[str, Any], step: int) -> Scalars:
-        return adam_scalars(group, step)

@@ -24,8 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.optimizers.launch import Rule, Scalars
-from ds_optim.optimizers.sharded import ShardedOptimizer
+from ds_optim.rule import (
+    AdamMoments,
+    BatchScaling,
+    Betas,
+    Elementwise,
+    FromAdam,
+    Scalars,
+    Settings,
+    always,
+    flag,
+    no_contradictions,
+)
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 
 def adan_update(
@@ -65,6 +76,42 @@ def adan_update(
     return param, exp_avg, exp_avg_diff, exp_avg_sq, grad.clone()
 
 
+def adan_scalars(group: Settings, step: int) -> Scalars:
+    """The constants of an update at ``step`` (from 1)."""
+    lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
+    lr_times_decay = lr * group["weight_decay"]
+    return {
+        "decay": 1 - lr_times_decay if group["no_prox"] else 1.0,
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "beta3": beta3,
+        "one_minus_beta3": 1 - beta3,
+        "step_size": lr / (1 - beta1**step),
+        "step_size_diff": lr * beta2 / (1 - beta2**step),
+        "bias3_sqrt": math.sqrt(1 - beta3**step),
+        "eps": group["eps"],
+        "shrink": 1.0 if group["no_prox"] else 1 + lr_times_decay,
+        "has_previous": 0.0 if step == 1 else 1.0,
+    }
+
+
+def adan_from_adam(moments: AdamMoments, group: Settings) -> dict[str, Tensor]:
+    r"""The momentum shortened (see docs/warm_start.md), differences zero, the previous gradient the best guess at it.
+
+    Squares are of :math:`g_t + \beta_2 (g_t - g_{t-1})`, larger than those of :math:`g_t` by
+    :math:`(1+\beta_2)^2 + \beta_2^2` where gradients are mostly noise, as in training by mini-batches.
+    """
+    beta1, beta2, beta3 = group["betas"]
+    return {
+        "exp_avg": moments.first_as(beta1) * moments.shortening(beta1),
+        "exp_avg_sq": moments.second_as(beta3) * ((1 + beta2) ** 2 + beta2**2),
+        "exp_avg_diff": torch.zeros_like(moments.first),
+        "previous_grad": moments.first / moments.first_bias(),
+    }
+
+
 class Adan(ShardedOptimizer):
     """Adan: Adam's second moment under a Nesterov momentum, both gradient and gradient difference averaged.
 
@@ -79,18 +126,26 @@ class Adan(ShardedOptimizer):
         eps: added to the root of the bias-corrected second moment.
         weight_decay: proximal (divides by ``1 + lr * weight_decay``) unless ``no_prox``; 0.02 in the official recipes.
         no_prox: decoupled weight decay, before the update, instead of proximal.
-        roles: accepted for uniformity; an elementwise rule does not need them.
-        state_dtype: dtype of the state.
-        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
-            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
-        seed: of that rounding.
+        roles, state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed.
 
     Raises:
         ValueError: every setting out of range, all in one message.
     """
 
-    rule = Rule("adan", adan_update, element_state=("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"))
-    num_betas = 3
+    rule = Elementwise(
+        summary="when steps cost more than memory, with large batches",
+        memory="16",
+        learning_rate="5 to 10 times",
+        checks={"no_prox": flag()},
+        contradictions=no_contradictions,
+        betas=Betas(3, last_may_be_one=False),
+        from_adam=FromAdam(adan_from_adam, always),
+        batch_scaling=BatchScaling("sqrt", "judgement: divided by a root mean square of gradients, as Adam is"),
+        name="adan",
+        update=adan_update,
+        scalars=adan_scalars,
+        element_state=("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"),
+    )
 
     def __init__(
         self,
@@ -106,31 +161,11 @@ class Adan(ShardedOptimizer):
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox}
         super().__init__(
             params,
-            defaults,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox},
             roles=roles,
             state_dtype=state_dtype,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
         )
-
-    def scalars(self, group: dict[str, Any], step: int) -> Scalars:
-        lr, (beta1, beta2, beta3) = group["lr"], group["betas"]
-        lr_times_decay = lr * group["weight_decay"]
-        return {
-            "decay": 1 - lr_times_decay if group["no_prox"] else 1.0,
-            "beta1": beta1,
-            "one_minus_beta1": 1 - beta1,
-            "beta2": beta2,
-            "one_minus_beta2": 1 - beta2,
-            "beta3": beta3,
-            "one_minus_beta3": 1 - beta3,
-            "step_size": lr / (1 - beta1**step),
-            "step_size_diff": lr * beta2 / (1 - beta2**step),
-            "bias3_sqrt": math.sqrt(1 - beta3**step),
-            "eps": group["eps"],
-            "shrink": 1.0 if group["no_prox"] else 1 + lr_times_decay,
-            "has_previous": 0.0 if step == 1 else 1.0,
-        }

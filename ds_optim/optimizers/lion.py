@@ -18,8 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.optimizers.launch import Rule, Scalars
-from ds_optim.optimizers.sharded import ShardedOptimizer
+from ds_optim.rule import (
+    AdamMoments,
+    BatchScaling,
+    Betas,
+    Elementwise,
+    FromAdam,
+    Scalars,
+    Settings,
+    always,
+    no_contradictions,
+)
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 
 def lion_update(
@@ -40,6 +50,25 @@ def lion_update(
     return param * decay - lr * update, exp_avg * beta2 + grad * one_minus_beta2
 
 
+def lion_scalars(group: Settings, step: int) -> Scalars:
+    """The constants of an update; every step has the same."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    return {
+        "decay": 1 - lr * group["weight_decay"],
+        "beta1": beta1,
+        "one_minus_beta1": 1 - beta1,
+        "beta2": beta2,
+        "one_minus_beta2": 1 - beta2,
+        "lr": lr,
+    }
+
+
+def lion_from_adam(moments: AdamMoments, group: Settings) -> dict[str, Tensor]:
+    """The momentum, which corrects no bias, from AdamW's first moment, shortened (see docs/warm_start.md)."""
+    beta = group["betas"][1]
+    return {"exp_avg": moments.first * (moments.shortening(beta) / moments.first_bias())}
+
+
 class Lion(ShardedOptimizer):
     """Lion: every element moves by the learning rate, in the direction of an interpolated momentum's sign.
 
@@ -53,17 +82,27 @@ class Lion(ShardedOptimizer):
         eps: accepted and ignored with one warning (configurations written for Adam carry it).
         weight_decay: decoupled, multiplied by the learning rate; 3 to 10 times larger than AdamW's, so that
             ``lr * weight_decay`` stays the same.
-        roles: accepted for uniformity; an elementwise rule does not need them.
-        state_dtype: dtype of the state; ``torch.bfloat16`` halves it.
-        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
-            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
-        seed: of that rounding.
+        roles, state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed, and
+            ``torch.bfloat16`` halves the state.
 
     Raises:
         ValueError: every setting out of range, all in one message.
     """
 
-    rule = Rule("lion", lion_update, element_state=("exp_avg",))
+    rule = Elementwise(
+        summary="to halve the state, with large batches and time to tune",
+        memory='4 (2 with `"state_dtype": "bf16"`)',
+        learning_rate="a third to a tenth",
+        checks={},
+        contradictions=no_contradictions,
+        betas=Betas(2, last_may_be_one=False),
+        from_adam=FromAdam(lion_from_adam, always),
+        batch_scaling=BatchScaling("sqrt", "2405.14578 (signs of gradients, below the noise scale; it names Lion)"),
+        name="lion",
+        update=lion_update,
+        scalars=lion_scalars,
+        element_state=("exp_avg",),
+    )
 
     def __init__(
         self,
@@ -80,23 +119,11 @@ class Lion(ShardedOptimizer):
     ) -> None:
         if eps is not None:
             warnings.warn("Lion has no eps: the value given is ignored", stacklevel=2)
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(
             params,
-            defaults,
+            {"lr": lr, "betas": betas, "weight_decay": weight_decay},
             roles=roles,
             state_dtype=state_dtype,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
         )
-
-    def scalars(self, group: dict[str, Any], step: int) -> Scalars:
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        return {
-            "decay": 1 - lr * group["weight_decay"],
-            "beta1": beta1,
-            "one_minus_beta1": 1 - beta1,
-            "beta2": beta2,
-            "one_minus_beta2": 1 - beta2,
-            "lr": lr,
-        }

@@ -29,22 +29,238 @@ from torch import Tensor
 
 from ds_optim.linalg.inverse_roots import Method, inverse_roots, method_for
 from ds_optim.linalg.products import apply_along, block_norms, gram
-from ds_optim.optimizers.adamw import adam_scalars
-from ds_optim.optimizers.block_step import Stack
-from ds_optim.optimizers.launch import Scalars, StateSpec
+from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
 from ds_optim.optimizers.matrix_roles import is_preconditioned, true_matrices
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.roles.role import Role
+from ds_optim.rule import (
+    AdamMoments,
+    BatchScaling,
+    Betas,
+    FromAdam,
+    Refresh,
+    Settings,
+    Stack,
+    StateSpec,
+    WholeMatrix,
+    bytes_of,
+    number,
+    one_of,
+    whole_number,
+)
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.boxes import tiles
 from ds_optim.sharding.exchange import HostCopy
 from ds_optim.sharding.schedule import BUCKET_SIZE
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 TOLERATED_FAILURES = 3  # root computations of one block in a row, the last root kept, before all ranks are told
 _ROOT_FLOPS = 20.0  # of a root, in units of n^3: what an eigendecomposition takes, in flops of a matrix product
 
 
-class Shampoo(WholeMatrixOptimizer):
+def _graft_beta2(group: Settings) -> float:
+    """Decay of the second moment of the graft and of the Adam that steps what is no matrix."""
+    if group["graft_beta2"] is not None:
+        return float(group["graft_beta2"])
+    return float(group["betas"][1]) if group["betas"][1] < 1 else 0.999
+
+
+def _frequency(settings: Settings) -> int:
+    return int(settings["precondition_frequency"])
+
+
+def _is_staggered(settings: Settings) -> bool:
+    return bool(settings["refresh"] == "staggered")
+
+
+def _start(settings: Settings) -> int:
+    """The first step at which roots may be taken."""
+    stated = settings["start_preconditioning_step"]
+    if stated is not None:
+        return int(stated)
+    return _frequency(settings) if settings["graft"] else 1
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    needed = ("ridge", "max_preconditioner_dim", "precondition_frequency", "refresh")
+    problems = [f"{key} must be given" for key in needed if key in settings and settings[key] is None]
+    start = settings.get("start_preconditioning_step")
+    if "graft" in settings and settings["graft"] is None and isinstance(start, int) and start > 1:
+        problems.append(
+            f"without a graft there is no step to take before start_preconditioning_step {start}: make it 1, or "
+            'graft "adam"'
+        )
+    return problems
+
+
+def _start_from_adam(moments: AdamMoments, group: Settings) -> dict[str, Tensor]:
+    """Momentum and graft go on, factors start as the diagonals that the gradient's mean square implies.
+
+    No block has a root before its first refresh.
+    """
+    averages = adam_from_adam(moments, _grafts_adam(group))
+    known = {"momentum": averages["exp_avg"], "graft": averages["exp_avg_sq"]}
+    known |= factors(moments.second / moments.second_bias(), group["betas"][1], moments.step)
+    spec = shampoo_state({**group, "state_dtype": torch.float32}, tuple(moments.first.shape))
+    device = moments.first.device
+    rest = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in spec.items()}
+    return {**rest, **known}
+
+
+def factors(mean_square: Tensor, beta: float, step: int) -> dict[str, Tensor]:
+    """The factors of a block after ``step`` steps as far as they follow from the gradient's mean square."""
+    weight = 1 - beta**step if beta < 1 else float(step)
+    return {
+        f"factor_{axis}": torch.diag(weight * mean_square.movedim(axis, 0).reshape(size, -1).sum(1))
+        for axis, size in enumerate(mean_square.shape)
+    }
+
+
+def _needs_a_graft(settings: Settings) -> str:
+    if settings["graft"]:
+        return ""
+    return 'Shampoo without a graft has no AdamW step to go on with: use graft "adam", or start cold'
+
+
+def _grafts_adam(group: Settings) -> Settings:
+    """The settings of the Adam of the graft, which also steps what is no matrix."""
+    return {**group, "betas": (group["betas"][0], _graft_beta2(group))}
+
+
+def shampoo_tiles(settings: Settings, role: Role, shape: tuple[int, ...]) -> list[Tile]:
+    """A fixed grid over every true matrix; axes of one element do not count."""
+    if not is_preconditioned(role, shape):
+        return []
+    axes = [axis for axis in range(role.batch_dims, len(shape)) if shape[axis] > 1] or [len(shape) - 1]
+    largest = [settings["max_preconditioner_dim"]] * len(shape)
+    return [
+        Tile(tile, tuple(tile.shape[axis] for axis in axes))
+        for matrix in true_matrices(role, shape)
+        for tile in tiles(matrix, largest)
+    ]
+
+
+def shampoo_state(settings: Settings, shape: tuple[int, ...]) -> dict[str, StateSpec]:
+    """Averages of gradients and squares per element, a factor and its root per axis, and three counts."""
+    state_dtype = settings["state_dtype"]
+    state: dict[str, StateSpec] = {"momentum": (shape, state_dtype)}
+    if settings["graft"]:
+        state["graft"] = (shape, state_dtype)
+    for axis, size in enumerate(shape):
+        state[f"factor_{axis}"] = ((size, size), torch.float32)
+        state[f"root_{axis}"] = ((size, size), torch.float32)
+    state["rooted"] = ((), torch.int32)  # 1 from the first root on; until then the block takes its graft's step
+    state["failures"] = ((), torch.int32)  # root computations in a row that failed
+    state["waiting"] = ((), torch.int32)  # 1 if the root is to be decomposed in the next step
+    return state
+
+
+def shampoo_work(settings: Settings, shape: tuple[int, ...]) -> Work:
+    """Statistics and application take 2 numel d_i floating-point operations each, per axis."""
+    return Work(
+        step_flops=4.0 * math.prod(shape) * sum(shape),
+        refresh_flops=_ROOT_FLOPS * sum(size**3 for size in shape),
+        state_bytes=bytes_of(shampoo_state(settings, shape)),
+    )
+
+
+def shampoo_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
+    """Advance averages and factors, take the roots whose step it is, and precondition the momentum."""
+    beta1, beta2 = group["betas"]
+    state, step, axes = stack.state, stack.step, range(len(stack.shape))
+    for axis in axes:
+        stack.average_(state[f"factor_{axis}"], gram(stack.grads, axis), beta2)
+    direction = stack.average_(state["momentum"], stack.grads, beta1) / (1 - beta1**step)
+    if group["graft"]:
+        graft_beta2 = _graft_beta2(group)
+        mean_square = stack.average_(state["graft"], stack.grads.square(), graft_beta2)
+        torch.div(mean_square, 1 - graft_beta2**step, out=stack.grads).sqrt_().add_(group["eps"])
+        torch.div(direction, stack.grads, out=stack.grads)  # Adam's step, which the graft's length is taken from
+    failed = _refresh(group, stack)
+    if step < _start(group):
+        return {}
+    for axis in axes:
+        direction = apply_along(state[f"root_{axis}"], direction, axis)
+    if group["graft"]:
+        lengths = block_norms(stack.grads) / (block_norms(direction) + 1e-16)
+        direction = direction * stack.per_block(lengths)
+        rooted = stack.per_block(state["rooted"] > 0)
+        torch.where(rooted, direction, stack.grads, out=stack.grads)
+    else:
+        stack.grads.copy_(direction)
+    return {f"{TOLERATED_FAILURES} root computations in a row failed": failed}
+
+
+def _refresh(group: Settings, stack: Stack) -> Tensor:
+    """Take the roots of the blocks whose step it is; flags (B,) of those that failed once too often.
+
+    What an accelerator's iteration could not do is decomposed in fp64 in the next step, block by block: only then
+    is it known on the host, without waiting.
+    """
+    exponent = group["exponent"] or -0.5 / len(stack.shape)
+    method = method_for(stack.grads.device) if float(-1 / exponent).is_integer() else "eigh"
+    flags = torch.zeros_like(stack.good)
+    due, waiting = _due(group, stack), stack.state["waiting"]
+    if method == "newton":
+        last = stack.memory.get("waiting") or HostCopy(waiting)  # a fresh or resumed run looks once
+        for index in [index for index, is_waiting in enumerate(last.read()) if is_waiting]:
+            single = slice(index, index + 1)
+            flags[single] = _count(stack, single, _take_roots(group, stack, single, exponent, "eigh"))
+            waiting[single] = 0
+    if due.start < due.stop:
+        # The iteration's workspace is seven times what it works on: it gets an eighth of the stack at a time.
+        most = len(stack) if method == "eigh" else -(-len(stack) // 8)
+        for first in range(due.start, due.stop, most):
+            part = slice(first, min(first + most, due.stop))
+            failed = _take_roots(group, stack, part, exponent, method)
+            if method == "eigh":
+                flags[part] = _count(stack, part, failed)
+            else:
+                stack.state["failures"][part] *= failed  # a root that was found ends the row of failures
+                waiting[part] = failed.to(waiting.dtype)
+    if method == "newton":
+        stack.memory["waiting"] = HostCopy(waiting)
+    return flags
+
+
+def _due(group: Settings, stack: Stack) -> slice:
+    """The blocks whose roots are taken in this step; neighbours, since a stack is in the order of its refreshes."""
+    everything, nothing = slice(0, len(stack)), slice(0, 0)
+    if stack.step < _start(group):
+        return nothing
+    if stack.step == _start(group) and not (_is_staggered(group) and group["graft"]):
+        return everything  # without a graft every block needs a root from the start
+    due = [index for index, offset in enumerate(stack.offsets) if (stack.step + offset) % _frequency(group) == 0]
+    return slice(due[0], due[-1] + 1) if due else nothing
+
+
+def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, method: Method) -> Tensor:
+    """New roots of some of a stack's blocks along all axes; (n,) flags of the blocks that keep their last ones."""
+    beta2, relative = group["betas"][1], group["ridge"] == "relative"
+    correction = 1.0 if beta2 == 1 else 1 - beta2**stack.step
+    eps = group["matrix_eps"] or (1e-6 if relative else 1e-12)
+    failed = torch.zeros_like(stack.good[which])
+    found: dict[int, Tensor] = {}
+    for size in dict.fromkeys(stack.shape):  # axes of one length share a stack
+        axes = [axis for axis, its in enumerate(stack.shape) if its == size]
+        factors = torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction)
+        roots, failed_here = inverse_roots(factors, exponent, eps=eps, relative=relative, method=method)
+        failed = failed | failed_here.view(len(axes), -1).any(0)
+        found.update(zip(axes, roots.chunk(len(axes)), strict=True))
+    for axis, roots in found.items():
+        kept = stack.state[f"root_{axis}"][which]
+        torch.where(failed.view(-1, 1, 1), kept, roots, out=kept)
+    stack.state["rooted"][which] |= (~failed).to(torch.int32)
+    return failed
+
+
+def _count(stack: Stack, which: slice, failed: Tensor) -> Tensor:
+    """Count failures in a row; (n,) flags of the blocks that reached what is tolerated."""
+    failures = stack.state["failures"][which]
+    failures.add_(1).mul_(failed)
+    return failures >= TOLERATED_FAILURES
+
+
+class Shampoo(ShardedOptimizer):
     """Shampoo with Adam's step length; embeddings, output heads, norms and biases are stepped by Adam itself.
 
     State of a d1 x d2 block: ``momentum`` and ``graft`` (fp32 per element), and per axis ``factor`` and ``root``
@@ -71,29 +287,54 @@ class Shampoo(WholeMatrixOptimizer):
         exponent: of every axis's factor. Unset: -1/(2 k) for blocks with k axes.
         refresh: "staggered" gives every block steps of its own, so that the work of a step is even. "together" takes
             all roots in the same step, as others do.
-        exchange_bucket_size: elements that travel at a time, see `WholeMatrixOptimizer`.
-        exchange_dtype: fp32, or bf16 to halve what travels; gradients and updates are rounded to it.
+        exchange_bucket_size, exchange_dtype: see `ShardedOptimizer`.
         roles: what each parameter is: the model itself, the result of `infer_roles`, or ``{pattern: role}``. Inside a
             DeepSpeed engine the model is known and patterns only override. Stacked experts and the parts of a fused
             weight never share a block.
-        state_dtype: of ``momentum``, ``graft`` and that Adam's state.
-        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
-            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
-        seed: of that rounding.
+        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is ``momentum``, ``graft`` and that
+            Adam's.
 
     Raises:
         ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
     """
 
-    structure = (
-        "max_preconditioner_dim",
-        "precondition_frequency",
-        "start_preconditioning_step",
-        "graft",
-        "refresh",
+    rule = WholeMatrix(
+        summary="when steps cost more than memory",
+        memory="about 24",
+        learning_rate="1",
+        checks={
+            "matrix_eps": number(lambda value: 0 < value < math.inf, "be a finite number > 0", is_optional=True),
+            "ridge": one_of(("relative", "absolute"), 'be "relative" or "absolute"', is_optional=True),
+            "max_preconditioner_dim": whole_number(1, is_optional=True),
+            "precondition_frequency": whole_number(1, is_optional=True),
+            "start_preconditioning_step": whole_number(1, is_optional=True),
+            "graft": one_of(("adam",), 'be "adam" or null', is_optional=True),
+            "graft_beta2": number(lambda value: 0 <= value < 1, "be in [0, 1)", is_optional=True),
+            "exponent": number(lambda value: -1 <= value < 0, "be in [-1, 0)", is_optional=True),
+            "refresh": one_of(("staggered", "together"), 'be "staggered" or "together"', is_optional=True),
+        },
+        contradictions=_contradictions,
+        betas=Betas(2, last_may_be_one=True),
+        from_adam=FromAdam(_start_from_adam, _needs_a_graft),
+        batch_scaling=BatchScaling(
+            "sqrt", "judgement: the direction is whitened and the default graft gives it Adam's length"
+        ),
+        structure=(
+            "max_preconditioner_dim",
+            "precondition_frequency",
+            "start_preconditioning_step",
+            "graft",
+            "refresh",
+        ),
+        tiles=shampoo_tiles,
+        state_of_block=shampoo_state,
+        work=shampoo_work,
+        refresh=lambda settings: Refresh(_frequency(settings), _is_staggered(settings)),
+        update=shampoo_update,
+        step_size=lambda group: group["lr"],
+        stack_temporaries=3,
+        others=adam_rule(_grafts_adam),
     )
-    stack_temporaries = 3
-    accumulates = True
 
     def __init__(
         self,
@@ -119,24 +360,23 @@ class Shampoo(WholeMatrixOptimizer):
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "matrix_eps": matrix_eps,
-            "ridge": ridge,
-            "max_preconditioner_dim": max_preconditioner_dim,
-            "precondition_frequency": precondition_frequency,
-            "start_preconditioning_step": start_preconditioning_step,
-            "graft": graft,
-            "graft_beta2": graft_beta2,
-            "exponent": exponent,
-            "refresh": refresh,
-        }
         super().__init__(
             params,
-            defaults,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "matrix_eps": matrix_eps,
+                "ridge": ridge,
+                "max_preconditioner_dim": max_preconditioner_dim,
+                "precondition_frequency": precondition_frequency,
+                "start_preconditioning_step": start_preconditioning_step,
+                "graft": graft,
+                "graft_beta2": graft_beta2,
+                "exponent": exponent,
+                "refresh": refresh,
+            },
             roles=roles,
             state_dtype=state_dtype,
             bf16_stochastic_round=bf16_stochastic_round,
@@ -144,204 +384,3 @@ class Shampoo(WholeMatrixOptimizer):
             exchange_bucket_size=exchange_bucket_size,
             exchange_dtype=exchange_dtype,
         )
-
-    def _start(self, roles: Any, state_dtype: torch.dtype) -> None:
-        super()._start(roles, state_dtype)
-        self._retries: dict[Any, HostCopy] = {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._retries.clear()
-
-    def _forget_plans(self) -> None:
-        super()._forget_plans()
-        self._retries.clear()
-
-    # -- settings ---------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def setting_problems(cls, settings: Mapping[str, Any]) -> list[str]:
-        problems = super().setting_problems(settings)
-
-        def judge(key: str, kinds: type | tuple[type, ...], good: Any, wanted: str) -> None:
-            value = settings.get(key)
-            if value is None:
-                return
-            if isinstance(value, bool) or not isinstance(value, kinds) or not good(value):
-                problems.append(f"{key} must be {wanted}, not {value!r}")
-
-        real = (int, float)
-        judge("matrix_eps", real, lambda value: 0 < value < math.inf, "a finite number > 0")
-        judge("ridge", str, lambda value: value in ("relative", "absolute"), '"relative" or "absolute"')
-        judge("max_preconditioner_dim", int, lambda value: value >= 1, "a whole number >= 1")
-        judge("precondition_frequency", int, lambda value: value >= 1, "a whole number >= 1")
-        judge("start_preconditioning_step", int, lambda value: value >= 1, "a whole number >= 1")
-        judge("graft", str, lambda value: value == "adam", '"adam" or null')
-        judge("graft_beta2", real, lambda value: 0 <= value < 1, "in [0, 1)")
-        judge("exponent", real, lambda value: -1 <= value < 0, "in [-1, 0)")
-        judge("refresh", str, lambda value: value in ("staggered", "together"), '"staggered" or "together"')
-        for key in ("ridge", "max_preconditioner_dim", "precondition_frequency", "refresh"):
-            if key in settings and settings[key] is None:
-                problems.append(f"{key} must be given")
-        start = settings.get("start_preconditioning_step")
-        if "graft" in settings and settings["graft"] is None and isinstance(start, int) and start > 1:
-            problems.append(
-                f"without a graft there is no step to take before start_preconditioning_step {start}: make it 1, or "
-                'graft "adam"'
-            )
-        return problems
-
-    @property
-    def frequency(self) -> int:
-        return int(self.defaults["precondition_frequency"])
-
-    @property
-    def staggered(self) -> bool:
-        return bool(self.defaults["refresh"] == "staggered")
-
-    @property
-    def start(self) -> int:
-        """The first step at which roots may be taken."""
-        stated = self.defaults["start_preconditioning_step"]
-        if stated is not None:
-            return int(stated)
-        return self.frequency if self.defaults["graft"] else 1
-
-    def scalars(self, group: dict[str, Any], step: int) -> Scalars:
-        return adam_scalars({**group, "betas": (group["betas"][0], _graft_beta2(group))}, step)
-
-    # -- blocks -----------------------------------------------------------------------------------------------------
-
-    def tiles(self, role: Role, shape: tuple[int, ...]) -> list[Tile]:
-        if not is_preconditioned(role, shape):
-            return []
-        axes = [axis for axis in range(role.batch_dims, len(shape)) if shape[axis] > 1] or [len(shape) - 1]
-        largest = [self.defaults["max_preconditioner_dim"]] * len(shape)
-        return [
-            Tile(tile, tuple(tile.shape[axis] for axis in axes))
-            for matrix in true_matrices(role, shape)
-            for tile in tiles(matrix, largest)
-        ]
-
-    def block_state(self, shape: tuple[int, ...]) -> dict[str, StateSpec]:
-        state: dict[str, StateSpec] = {"momentum": (shape, self.state_dtype)}
-        if self.defaults["graft"]:
-            state["graft"] = (shape, self.state_dtype)
-        for axis, size in enumerate(shape):
-            state[f"factor_{axis}"] = ((size, size), torch.float32)
-            state[f"root_{axis}"] = ((size, size), torch.float32)
-        state["rooted"] = ((), torch.int32)  # 1 from the first root on; until then the block takes its graft's step
-        state["failures"] = ((), torch.int32)  # root computations in a row that failed
-        state["waiting"] = ((), torch.int32)  # 1 if the root is to be decomposed in the next step
-        return state
-
-    def work(self, shape: tuple[int, ...]) -> Work:
-        numel = math.prod(shape)
-        spec = self.block_state(shape).values()
-        return Work(
-            step_flops=4.0 * numel * sum(shape),  # statistics and application, 2 numel d_i each
-            refresh_flops=_ROOT_FLOPS * sum(size**3 for size in shape),
-            state_bytes=sum(math.prod(one) * dtype.itemsize for one, dtype in spec),
-        )
-
-    # -- the update -------------------------------------------------------------------------------------------------
-
-    def update(self, group: dict[str, Any], stack: Stack) -> Mapping[str, Tensor]:
-        beta1, beta2 = group["betas"]
-        state, step, axes = stack.state, stack.step, range(len(stack.shape))
-        for axis in axes:
-            stack.average_(state[f"factor_{axis}"], gram(stack.grads, axis), beta2)
-        direction = stack.average_(state["momentum"], stack.grads, beta1) / (1 - beta1**step)
-        if group["graft"]:
-            graft_beta2 = _graft_beta2(group)
-            mean_square = stack.average_(state["graft"], stack.grads.square(), graft_beta2)
-            torch.div(mean_square, 1 - graft_beta2**step, out=stack.grads).sqrt_().add_(group["eps"])
-            torch.div(direction, stack.grads, out=stack.grads)  # Adam's step, which the graft's length is taken from
-        failed = self._refresh(group, stack)
-        if step < self.start:
-            return {}
-        for axis in axes:
-            direction = apply_along(state[f"root_{axis}"], direction, axis)
-        if group["graft"]:
-            lengths = block_norms(stack.grads) / (block_norms(direction) + 1e-16)
-            direction = direction * stack.per_block(lengths)
-            rooted = stack.per_block(state["rooted"] > 0)
-            torch.where(rooted, direction, stack.grads, out=stack.grads)
-        else:
-            stack.grads.copy_(direction)
-        return {f"{TOLERATED_FAILURES} root computations in a row failed": failed}
-
-    def _refresh(self, group: dict[str, Any], stack: Stack) -> Tensor:
-        """Take the roots of the blocks whose step it is; flags (B,) of those that failed once too often.
-
-        What an accelerator's iteration could not do is decomposed in fp64 in the next step, block by block: only then
-        is it known on the host, without waiting.
-        """
-        exponent = group["exponent"] or -0.5 / len(stack.shape)
-        method = method_for(stack.grads.device) if float(-1 / exponent).is_integer() else "eigh"
-        flags = torch.zeros_like(stack.good)
-        due, waiting = self._due(stack), stack.state["waiting"]
-        if method == "newton":
-            last = self._retries.get(stack.identity) or HostCopy(waiting)  # a fresh or resumed run looks once
-            for index in [index for index, is_waiting in enumerate(last.read()) if is_waiting]:
-                single = slice(index, index + 1)
-                flags[single] = _count(stack, single, _take_roots(group, stack, single, exponent, "eigh"))
-                waiting[single] = 0
-        if due.start < due.stop:
-            # The iteration's workspace is seven times what it works on: it gets an eighth of the stack at a time.
-            most = len(stack) if method == "eigh" else -(-len(stack) // 8)
-            for first in range(due.start, due.stop, most):
-                part = slice(first, min(first + most, due.stop))
-                failed = _take_roots(group, stack, part, exponent, method)
-                if method == "eigh":
-                    flags[part] = _count(stack, part, failed)
-                else:
-                    stack.state["failures"][part] *= failed  # a root that was found ends the row of failures
-                    waiting[part] = failed.to(waiting.dtype)
-        if method == "newton":
-            self._retries[stack.identity] = HostCopy(waiting)
-        return flags
-
-    def _due(self, stack: Stack) -> slice:
-        """The blocks whose roots are taken in this step; neighbours, since a stack is in the order of its refreshes."""
-        everything, nothing = slice(0, len(stack)), slice(0, 0)
-        if stack.step < self.start:
-            return nothing
-        if stack.step == self.start and not (self.staggered and self.defaults["graft"]):
-            return everything  # without a graft every block needs a root from the start
-        due = [index for index, offset in enumerate(stack.offsets) if (stack.step + offset) % self.frequency == 0]
-        return slice(due[0], due[-1] + 1) if due else nothing
-
-
-def _graft_beta2(group: Mapping[str, Any]) -> float:
-    """Decay of the second moment of the graft and of the Adam that steps what is no matrix."""
-    if group["graft_beta2"] is not None:
-        return float(group["graft_beta2"])
-    return float(group["betas"][1]) if group["betas"][1] < 1 else 0.999
-
-
-def _take_roots(group: Mapping[str, Any], stack: Stack, which: slice, exponent: float, method: Method) -> Tensor:
-    """New roots of some of a stack's blocks along all axes; (n,) flags of the blocks that keep their last ones."""
-    beta2, relative = group["betas"][1], group["ridge"] == "relative"
-    correction = 1.0 if beta2 == 1 else 1 - beta2**stack.step
-    eps = group["matrix_eps"] or (1e-6 if relative else 1e-12)
-    failed = torch.zeros_like(stack.good[which])
-    found: dict[int, Tensor] = {}
-    for size in dict.fromkeys(stack.shape):  # axes of one length share a stack
-        axes = [axis for axis, its in enumerate(stack.shape) if its == size]
-        factors = torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction)
-        roots, failed_here = inverse_roots(factors, exponent, eps=eps, relative=relative, method=method)
-        failed = failed | failed_here.view(len(axes), -1).any(0)
-        found.update(zip(axes, roots.chunk(len(axes)), strict=True))
-    for axis, roots in found.items():
-        kept = stack.state[f"root_{axis}"][which]
-        torch.where(failed.view(-1, 1, 1), kept, roots, out=kept)
-    stack.state["rooted"][which] |= (~failed).to(torch.int32)
-    return failed
-
-
-def _count(stack: Stack, which: slice, failed: Tensor) -> Tensor:
-    """Count failures in a row; (n,) flags of the blocks that reached what is tolerated."""
-    failures = stack.state["failures"][which]
-    failures.add_(1).mul_(failed)
-    return failures >= TOLERATED_FAILURES

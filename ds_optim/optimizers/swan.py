@@ -26,13 +26,28 @@ from torch import Tensor
 
 from ds_optim.linalg.polar import newton_schulz
 from ds_optim.linalg.products import block_norms
-from ds_optim.optimizers.block_step import Stack
-from ds_optim.optimizers.launch import StateSpec
+from ds_optim.optimizers.adamw import adam_rule
 from ds_optim.optimizers.matrix_roles import is_matrix, true_matrices
-from ds_optim.optimizers.whole_matrix import WholeMatrixOptimizer
 from ds_optim.roles.role import Role, matrix_view
+from ds_optim.rule import (
+    AdamMoments,
+    BatchScaling,
+    Betas,
+    FromAdam,
+    Refresh,
+    Settings,
+    Stack,
+    StateSpec,
+    WholeMatrix,
+    always,
+    no_contradictions,
+    number,
+    one_of,
+    whole_number,
+)
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.schedule import BUCKET_SIZE
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 NORM_AXES = ("in", "out", "long")
 _DEAD = 1e-6  # a deviation below this part of the largest one, or of its own mean, is rounding
@@ -73,7 +88,54 @@ def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float) -> Tensor:
     return grads
 
 
-class SWAN(WholeMatrixOptimizer):
+def swan_tiles(settings: Settings, role: Role, shape: tuple[int, ...]) -> list[Tile]:
+    """Every true matrix, seen as (inputs before, outputs, inputs behind)."""
+    if not is_matrix(role, shape):
+        return []
+    found = []
+    for box in true_matrices(role, shape):
+        _, inputs_before, outputs, inputs_behind = matrix_view(role, box.shape)
+        found.append(Tile(box, (inputs_before, outputs, inputs_behind)))
+    return found
+
+
+def no_state(settings: Settings, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
+    """Nothing is kept for a matrix."""
+    return {}
+
+
+def nothing_from_adam(moments: AdamMoments, group: Settings) -> Mapping[str, Tensor]:
+    """A matrix has no state to start; the rest goes on with its Adam."""
+    return {}
+
+
+def swan_work(settings: Settings, shape: tuple[int, ...]) -> Work:
+    """A step of Newton-Schulz takes 4 s^2 l floating-point operations."""
+    short, long = sorted((shape[0] * shape[2], shape[1]))
+    return Work(step_flops=4.0 * settings["ns_steps"] * short * short * long)
+
+
+def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
+    """GradNorm, GradWhitening and rescaling of a stack of matrices, whichever way they lie."""
+    before, outputs, behind = stack.shape  # outputs, with inputs on either side
+    inputs = before * behind
+    wanted = group["norm_axis"]
+    over_inputs = wanted == "in" or (wanted == "long" and inputs >= outputs)
+    if min(inputs, outputs) == 1:  # a fused part of one row: there is no deviation along the other axis
+        over_inputs = inputs > 1
+    settings = {"steps": group["ns_steps"], "beta": group["ns_beta"]}
+    if before == 1:
+        swan_update_(stack.grads.view(-1, outputs, behind), 2 if over_inputs else 1, **settings)
+    elif behind == 1:
+        swan_update_(stack.grads.view(-1, before, outputs), 1 if over_inputs else 2, **settings)
+    else:
+        moved = stack.grads.movedim(2, 1)
+        matrices = moved.reshape(-1, outputs, inputs)  # a copy
+        moved.copy_(swan_update_(matrices, 2 if over_inputs else 1, **settings).view(moved.shape))
+    return {}
+
+
+class SWAN(ShardedOptimizer):
     """SWAN: no state at all for matrices; embeddings, output heads, norms and biases are stepped by Adam.
 
     State: none for matrices, ``exp_avg`` and ``exp_avg_sq`` (8 bytes per parameter) for the rest. An update has a root
@@ -88,25 +150,45 @@ class SWAN(WholeMatrixOptimizer):
         roles: what each parameter is, and so whether it is a matrix: the model itself, the result of `infer_roles`, or
             ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Stacked
             experts and the parts of a fused weight are whitened one by one.
-        state_dtype: of the Adam's state.
-        bf16_stochastic_round: round parameters in bf16 up or down at random, so that small updates are not lost
-            (`ds_optim.kernels.rounding`). For training without an fp32 master copy.
-        seed: of that rounding.
+        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is that Adam's.
         alpha: multiplies the updates of matrices.
         ns_steps: Newton-Schulz steps, at 4 s^2 l floating-point operations each for a matrix of sides s <= l.
         ns_beta: their step size; see the module.
         norm_axis: what GradNorm takes its statistics over: "in" a neuron's inputs, "out" the neurons of an input,
             "long" whichever are more. The paper leaves it open for a transposed weight; the default is the one that
             trained best here (docs/optimizers/swan.md).
-        exchange_bucket_size: elements that travel at a time, see `WholeMatrixOptimizer`.
-        exchange_dtype: fp32, or bf16 to halve what travels; gradients and updates are rounded to it.
+        exchange_bucket_size, exchange_dtype: see `ShardedOptimizer`.
 
     Raises:
         ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
     """
 
-    structure = ("norm_axis",)
-    stack_temporaries = 2
+    rule = WholeMatrix(
+        summary="for the fewest tokens without state, with batches that hide its products",
+        memory="0 for matrices, 8 for the rest",
+        learning_rate="1 to 6 times",
+        checks={
+            "alpha": number(lambda value: 0 <= value < math.inf, "be a finite number >= 0"),
+            "ns_steps": whole_number(1),
+            "ns_beta": number(lambda value: 0 < value < 1, "lie in (0, 1)"),
+            "norm_axis": one_of(NORM_AXES),
+        },
+        contradictions=no_contradictions,
+        betas=Betas(2, last_may_be_one=False),
+        from_adam=FromAdam(nothing_from_adam, always),
+        batch_scaling=BatchScaling(
+            "sqrt", "judgement: whitened, of fixed length: a sign of the whole matrix; the rest is Adam"
+        ),
+        structure=("norm_axis",),
+        tiles=swan_tiles,
+        state_of_block=no_state,
+        work=swan_work,
+        refresh=lambda settings: Refresh(1, is_staggered=False),
+        update=swan_update,
+        step_size=lambda group: group["lr"] * group["alpha"],
+        stack_temporaries=2,
+        others=adam_rule(lambda group: group),
+    )
 
     def __init__(
         self,
@@ -127,19 +209,18 @@ class SWAN(WholeMatrixOptimizer):
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "ns_steps": ns_steps,
-            "ns_beta": ns_beta,
-            "norm_axis": norm_axis,
-        }
         super().__init__(
             params,
-            defaults,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "alpha": alpha,
+                "ns_steps": ns_steps,
+                "ns_beta": ns_beta,
+                "norm_axis": norm_axis,
+            },
             roles=roles,
             state_dtype=state_dtype,
             bf16_stochastic_round=bf16_stochastic_round,
@@ -147,55 +228,3 @@ class SWAN(WholeMatrixOptimizer):
             exchange_bucket_size=exchange_bucket_size,
             exchange_dtype=exchange_dtype,
         )
-
-    @classmethod
-    def setting_problems(cls, settings: Mapping[str, Any]) -> list[str]:
-        problems = super().setting_problems(settings)
-        alpha, steps, beta = settings.get("alpha", 1.0), settings.get("ns_steps", 10), settings.get("ns_beta", 0.8)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 <= alpha < math.inf:
-            problems.append(f"alpha must be a finite number >= 0, not {alpha!r}")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            problems.append(f"ns_steps must be a whole number >= 1, not {steps!r}")
-        if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 < beta < 1:
-            problems.append(f"ns_beta must lie in (0, 1), not {beta!r}")
-        axis = settings.get("norm_axis", "in")
-        if axis not in NORM_AXES:
-            problems.append(f"norm_axis must be one of {', '.join(NORM_AXES)}, not {axis!r}")
-        return problems
-
-    def tiles(self, role: Role, shape: tuple[int, ...]) -> list[Tile]:
-        if not is_matrix(role, shape):
-            return []
-        found = []
-        for box in true_matrices(role, shape):
-            _, inputs_before, outputs, inputs_behind = matrix_view(role, box.shape)
-            found.append(Tile(box, (inputs_before, outputs, inputs_behind)))
-        return found
-
-    def block_state(self, shape: tuple[int, ...]) -> dict[str, StateSpec]:
-        return {}
-
-    def work(self, shape: tuple[int, ...]) -> Work:
-        short, long = sorted((shape[0] * shape[2], shape[1]))
-        return Work(step_flops=4.0 * self.defaults["ns_steps"] * short * short * long)
-
-    def step_size(self, group: dict[str, Any]) -> Any:
-        return group["lr"] * group["alpha"]
-
-    def update(self, group: dict[str, Any], stack: Stack) -> Mapping[str, Tensor]:
-        before, outputs, behind = stack.shape  # outputs, with inputs on either side
-        inputs = before * behind
-        wanted = group["norm_axis"]
-        over_inputs = wanted == "in" or (wanted == "long" and inputs >= outputs)
-        if min(inputs, outputs) == 1:  # a fused part of one row: there is no deviation along the other axis
-            over_inputs = inputs > 1
-        settings = {"steps": group["ns_steps"], "beta": group["ns_beta"]}
-        if before == 1:
-            swan_update_(stack.grads.view(-1, outputs, behind), 2 if over_inputs else 1, **settings)
-        elif behind == 1:
-            swan_update_(stack.grads.view(-1, before, outputs), 1 if over_inputs else 2, **settings)
-        else:
-            moved = stack.grads.movedim(2, 1)
-            matrices = moved.reshape(-1, outputs, inputs)  # a copy
-            moved.copy_(swan_update_(matrices, 2 if over_inputs else 1, **settings).view(moved.shape))
-        return {}

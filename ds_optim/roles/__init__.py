@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,11 +16,14 @@ from ds_optim.roles.evidence import claim, is_spared, place_of, wrappers_of
 from ds_optim.roles.overrides import override_roles, roles_from_names
 from ds_optim.roles.role import Kind, Part, Role, contradictions, is_decay_exempt, is_vector
 
+T = TypeVar("T")
+
 __all__ = [
     "Kind",
     "Part",
     "Role",
     "canonical_name",
+    "decayed_then_exempt",
     "exempt_names",
     "infer_roles",
     "is_decay_exempt",
@@ -194,6 +197,18 @@ def exempt_names(names: Iterable[str], roles: Mapping[str, Role], patterns: Sequ
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+def decayed_then_exempt(entries: Iterable[T], is_exempt: Callable[[T], bool]) -> tuple[list[T], list[T]]:
+    """The two groups that weight decay makes of parameters, in the order in which they stand everywhere.
+
+    Args:
+        entries: parameters, their names, or whatever stands for them; the order is kept in each group.
+    """
+    groups: tuple[list[T], list[T]] = [], []
+    for entry in entries:
+        groups[bool(is_exempt(entry))].append(entry)
+    return groups
+
+
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups that spare norms, biases and what the model marks from weight decay, for any optimizer.
 
@@ -206,7 +221,6 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """
     _, by_parameter = _inferred(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    exempt = [parameter for parameter in trained if is_decay_exempt(by_parameter[id(parameter)])]
-    decayed = [parameter for parameter in trained if not is_decay_exempt(by_parameter[id(parameter)])]
+    decayed, exempt = decayed_then_exempt(trained, lambda parameter: is_decay_exempt(by_parameter[id(parameter)]))
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

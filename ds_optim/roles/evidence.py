@@ -40,7 +40,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ParameterPlace:
     """Where a parameter sits: its attribute name, and the modules from the model down to the one that holds it.
 
     Attributes:
@@ -82,7 +82,7 @@ def wrappers_of(path: Sequence[str]) -> list[bool]:
     return [index < start or attribute in _WRAPPERS for index, attribute in enumerate(path)]
 
 
-def place_of(model: nn.Module, name: str, shapes: dict[int, Shape]) -> Place:
+def place_of(model: nn.Module, name: str, shapes: dict[int, Shape]) -> ParameterPlace:
     """Walks a parameter's name as ``named_parameters`` spells it."""
     *path, leaf = name.split(".")
     modules = [("", model)]
@@ -97,7 +97,7 @@ def place_of(model: nn.Module, name: str, shapes: dict[int, Shape]) -> Place:
             modules[-1] = (modules[-1][0], module)
         else:
             modules.append((attribute, module))
-    return Place(leaf, tuple(modules), shapes)
+    return ParameterPlace(leaf, tuple(modules), shapes)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -107,7 +107,7 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def claim(place: Place, shape: Shape) -> Role:
+def claim(place: ParameterPlace, shape: Shape) -> Role:
     """The role of one parameter by what its place says; "other" with the source "fallback" if nothing speaks."""
     of_tensor = _reparametrized(place)
     if of_tensor is not None:
@@ -122,7 +122,7 @@ def claim(place: Place, shape: Shape) -> Role:
     return Role("other", source="fallback")
 
 
-def is_spared(place: Place, parameter: Tensor) -> bool:
+def is_spared(place: ParameterPlace, parameter: Tensor) -> bool:
     """Whether the model says that weight decay should leave a parameter alone.
 
     By the mark that Mamba's authors put on it, ``_no_weight_decay``, or because it is what they put it on:
@@ -133,7 +133,7 @@ def is_spared(place: Place, parameter: Tensor) -> bool:
     return is_state_space or bool(getattr(parameter, "_no_weight_decay", False))
 
 
-def _reparametrized(place: Place) -> tuple[Place, bool] | None:
+def _reparametrized(place: ParameterPlace) -> tuple[ParameterPlace, bool] | None:
     """The tensor that a parameter is made into, and whether the parameter is only its length (weight norm's g).
 
     None if the parameter is a tensor of the module itself, or one of several of which only the parametrization knows
@@ -150,7 +150,7 @@ def _reparametrized(place: Place) -> tuple[Place, bool] | None:
     return None
 
 
-def _claims(place: Place, shape: Shape) -> Iterator[Role]:
+def _claims(place: ParameterPlace, shape: Shape) -> Iterator[Role]:
     leaf, holder = place.leaf, place.holder
     if is_bias(leaf):
         yield Role("bias")
@@ -176,7 +176,7 @@ def _claims(place: Place, shape: Shape) -> Iterator[Role]:
         yield Role("linear")
 
 
-def _adapter(place: Place, index: int, part: str, shape: Shape) -> Iterator[Role]:
+def _adapter(place: ParameterPlace, index: int, part: str, shape: Shape) -> Iterator[Role]:
     """Claims on what PEFT puts beside the weight of the module before ``index`` in a place's modules.
 
     A weight of (out, in) gets an update B A. A, (rank, in), is a linear map to a few directions. B, (out, rank), has
@@ -196,19 +196,19 @@ def _adapter(place: Place, index: int, part: str, shape: Shape) -> Iterator[Role
         yield Role("linear", source="name")
 
 
-def _rows_of_adapted(place: Place, index: int, shape: Shape) -> Iterator[Role]:
+def _rows_of_adapted(place: ParameterPlace, index: int, shape: Shape) -> Iterator[Role]:
     """The role of the adapted weight, for a matrix (out, rank) that has its output rows."""
     name, module = place.modules[index - 1]
     adapted = unwrapped(module)
     for leaf in ("weight", "in_proj_weight"):  # the latter of nn.MultiheadAttention
         weight = _weight_shape(place, adapted, leaf)
         if len(weight) == 2:
-            base = claim(Place(leaf, (*place.modules[: index - 1], (name, adapted)), place.shapes), weight)
+            base = claim(ParameterPlace(leaf, (*place.modules[: index - 1], (name, adapted)), place.shapes), weight)
             if weight[base.output_dim] == shape[0]:
                 yield replace(base, output_dim=0)
 
 
-def _weight_shape(place: Place, module: nn.Module, leaf: str = "weight") -> Shape:
+def _weight_shape(place: ParameterPlace, module: nn.Module, leaf: str = "weight") -> Shape:
     """The logical shape of a module's weight. A quantised one is packed into integers or buffers: its sizes tell."""
     weight = module._parameters.get(leaf)
     sizes: tuple[Any, Any] = (getattr(module, "out_features", None), getattr(module, "in_features", None))
@@ -238,7 +238,7 @@ def _output_dim(module: nn.Module, shape: Shape) -> int | None:
 
 
 def _projection(
-    place: Place, name: str, shape: Shape, output_dim: int, parent: nn.Module | None = None
+    place: ParameterPlace, name: str, shape: Shape, output_dim: int, parent: nn.Module | None = None
 ) -> Iterator[Role]:
     """Claims on the matrix that ``parent`` knows by ``name``, the best first."""
     linear = Role("linear", output_dim)
@@ -266,7 +266,9 @@ def _projection(
     yield linear
 
 
-def _attention(place: Place, name: str, shape: Shape, linear: Role, ancestors: Sequence[nn.Module]) -> Iterator[Role]:
+def _attention(
+    place: ParameterPlace, name: str, shape: Shape, linear: Role, ancestors: Sequence[nn.Module]
+) -> Iterator[Role]:
     rows = shape[linear.output_dim]
     if name in FUSED | KEY_VALUE:
         found = fused_parts(ancestors, name, rows)
@@ -287,7 +289,7 @@ def _attention(place: Place, name: str, shape: Shape, linear: Role, ancestors: S
         yield replace(linear, kind="attention_output")
 
 
-def _query_rows(place: Place, attention: nn.Module) -> int | None:
+def _query_rows(place: ParameterPlace, attention: nn.Module) -> int | None:
     """Output rows of the query's weight in an attention module, where it has one of its own."""
     for name in children(attention) & QUERY:
         module = attention._modules.get(name)
@@ -301,7 +303,7 @@ def _query_rows(place: Place, attention: nn.Module) -> int | None:
     return None
 
 
-def _is_router(name: str, place: Place, siblings: set[str]) -> bool:
+def _is_router(name: str, place: ParameterPlace, siblings: set[str]) -> bool:
     classes = (type(place.holder).__name__, *(type(module).__name__ for module in place.around[:1]))
     return any("Router" in name for name in classes) or (
         name in ROUTER and any(sibling in siblings for sibling in ("experts", "shared_expert"))
@@ -316,7 +318,7 @@ def _halves(linear: Role, shape: Shape) -> Role:
     return replace(linear, kind="fused", parts=(Part("mlp", half), Part("mlp", half)))
 
 
-def _expert_stack(place: Place, shape: Shape) -> Role | None:
+def _expert_stack(place: ParameterPlace, shape: Shape) -> Role | None:
     """A stack of experts, (E, out, in) or (E, in, out), if the module says which; None if it does not."""
     holder = place.holder
     if "Experts" not in type(holder).__name__ and getattr(holder, "num_experts", None) != shape[0]:
@@ -331,7 +333,7 @@ def _expert_stack(place: Place, shape: Shape) -> Role | None:
     return stack
 
 
-def _is_transposed(place: Place, shape: Shape) -> tuple[bool | None, Source]:
+def _is_transposed(place: ParameterPlace, shape: Shape) -> tuple[bool | None, Source]:
     """Whether a stack is (E, in, out), by what the module states, else by how sizes and stacks fit together."""
     holder = place.holder
     stated = getattr(holder, "is_transposed", None)  # transformers' experts say so

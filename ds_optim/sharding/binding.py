@@ -1,6 +1,7 @@
 """What a strategy hands to an optimizer: for each local tensor that it will step, where its elements come from.
 
-A reader of a strategy (`zero`) makes `Binding`s; an optimizer consumes them and knows nothing else about sharding.
+A reader of a strategy (`ds_optim.deepspeed.reader`, say) makes `Binding`s; an optimizer consumes them and knows nothing
+else about sharding.
 """
 
 from collections.abc import Callable, Mapping

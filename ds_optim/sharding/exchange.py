@@ -126,21 +126,21 @@ class HostCopy:
     """Values that a device computes in one step and the host reads in the next, without waiting for either."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.detach()
+        self.values = values.detach()
         self._event: torch.Event | None = None
         if values.device.type != "cpu":
-            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self._values.copy_(values, non_blocking=True)
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
             self._event = torch.Event(values.device)
             self._event.record()
 
     def read(self) -> list[Any]:
         if self._event is not None:
             self._event.synchronize()
-        return self._values.tolist()
+        return self.values.tolist()
 
 
-class Verdict:
+class FailureCount:
     """How many blocks went wrong on all ranks in a step: summed over the group meanwhile, read in the next step.
 
     Four bytes per rank, in a collective of their own: riding in the updates' messages they would force one between
@@ -165,6 +165,10 @@ class Verdict:
         if self._copy is None:
             self._copy = HostCopy(self._failures)
         return self._copy
+
+    def buffers(self) -> list[Tensor]:
+        """What is kept until it is read."""
+        return [self._failures, *([self._copy.values] if self._copy is not None else [])]
 
     def read(self) -> bool:
         """Whether any rank failed; the same on every rank."""

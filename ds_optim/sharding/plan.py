@@ -15,7 +15,7 @@ import numpy as np
 
 from ds_optim.sharding.assignment import Block, Floats, Holding, Tile, Work, assign, holdings, stagger
 from ds_optim.sharding.layout import Layout, Replicated
-from ds_optim.sharding.schedule import BUCKET_SIZE, Bucket, Tables, buckets
+from ds_optim.sharding.schedule import BUCKET_SIZE, Bucket, BucketTables, buckets
 
 _SHOWN_RANKS = 16
 
@@ -89,7 +89,7 @@ class Plan:
             bucket_size: elements, see `ds_optim.sharding.schedule.buckets`.
         """
         made = self._buckets(tensors, bucket_size)
-        tables = Tables(
+        tables = BucketTables(
             self.blocks,
             self.held,
             self.owners,

@@ -131,44 +131,20 @@ def buckets(
     """
     largest = max((blocks[block].tile.box.numel for queue in queues for block in queue), default=0)
     limit = max(message_size(bucket_size) // (world_size if replicated else 1), largest * replicas)
-    shards = world_size // replicas
     made: list[list[int]] = []
     cursors = [0] * world_size
     left = sum(len(queue) for queue in queues)
     while left:
         bucket: list[int] = []
-        sent, received, computed, back_sent, back_received = (np.zeros(world_size, dtype=np.int64) for _ in range(5))
+        load = _Load(world_size, replicas, limit)
         open_ranks = [rank for rank in range(world_size) if cursors[rank] < len(queues[rank])]
         while open_ranks:
             still_open = []
             for rank in open_ranks:
                 block = queues[rank][cursors[rank]]
-                numel = blocks[block].tile.box.numel
-                ranks = held[block].ranks + rank // shards * shards  # none if replicated
-                counts = held[block].counts[: len(ranks)]
-                remote = ranks != rank
-                fits = (
-                    computed[rank] + numel <= limit
-                    and received[rank] + counts[remote].sum() <= limit
-                    and not (sent[ranks[remote]] + counts[remote] > limit).any()
-                )
-                if replicas > 1:
-                    all_ranks, all_counts = held[block].everywhere(replicas, shards)
-                    away = all_ranks != rank
-                    fits = (
-                        fits
-                        and back_sent[rank] + all_counts[away].sum() <= limit
-                        and not (back_received[all_ranks[away]] + all_counts[away] > limit).any()
-                    )
-                if bucket and not fits:
+                if not load.add(rank, blocks[block].tile.box.numel, held[block]):
                     continue
                 bucket.append(block)
-                computed[rank] += numel
-                received[rank] += counts[remote].sum()
-                sent[ranks[remote]] += counts[remote]
-                if replicas > 1:
-                    back_sent[rank] += all_counts[away].sum()
-                    back_received[all_ranks[away]] += all_counts[away]
                 cursors[rank] += 1
                 left -= 1
                 if cursors[rank] < len(queues[rank]):
@@ -178,7 +154,48 @@ def buckets(
     return made
 
 
-class Tables:
+class _Load:
+    """Elements that every rank sends, receives and computes in one bucket, each at most ``limit``."""
+
+    def __init__(self, world_size: int, replicas: int, limit: int) -> None:
+        self._replicas, self._shards, self._limit = replicas, world_size // replicas, limit
+        self._is_empty = True
+        self._sent, self._received, self._computed, self._back_sent, self._back_received = (
+            np.zeros(world_size, dtype=np.int64) for _ in range(5)
+        )
+
+    def add(self, rank: int, numel: int, held: Holding) -> bool:
+        """Count a block that ``rank`` owns, unless that is too much for any rank; the first is not, whatever it is."""
+        ranks = held.ranks + rank // self._shards * self._shards  # none if replicated
+        remote = ranks != rank
+        ranks, counts = ranks[remote], held.counts[: len(ranks)][remote]
+        fits = (
+            self._computed[rank] + numel <= self._limit
+            and self._received[rank] + counts.sum() <= self._limit
+            and not (self._sent[ranks] + counts > self._limit).any()
+        )
+        if self._replicas > 1:
+            away, away_counts = held.everywhere(self._replicas, self._shards)
+            elsewhere = away != rank
+            away, away_counts = away[elsewhere], away_counts[elsewhere]
+            fits = (
+                fits
+                and self._back_sent[rank] + away_counts.sum() <= self._limit
+                and not (self._back_received[away] + away_counts > self._limit).any()
+            )
+        if not fits and not self._is_empty:
+            return False
+        self._is_empty = False
+        self._computed[rank] += numel
+        self._received[rank] += counts.sum()
+        self._sent[ranks] += counts
+        if self._replicas > 1:
+            self._back_sent[rank] += away_counts.sum()
+            self._back_received[away] += away_counts
+        return True
+
+
+class BucketTables:
     """Makes one rank's part of buckets.
 
     Args:

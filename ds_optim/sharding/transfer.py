@@ -10,33 +10,39 @@ from torch import Tensor
 
 from ds_optim.sharding.exchange import carrier_of, from_all_ranks
 
-Part = tuple[int, int, Tensor]
+RangePart = tuple[int, int, Tensor]
 """(which tensor, where the range begins in it, flat values)"""
 
 _Range = tuple[int, int, int]
 
 
-def transfer(have: Sequence[Part], want: Sequence[Part], group: dist.ProcessGroup, device: torch.device) -> None:
+def transfer(
+    have: Sequence[RangePart], want: Sequence[RangePart], group: dist.ProcessGroup | None, device: torch.device
+) -> None:
     """Fill what this rank wants from what all ranks have, in place. A collective; for checkpoints, not for steps.
 
     Args:
         have: ranges that this rank holds; several ranks may hold the same values.
         want: ranges to be filled, of the same dtypes. What nobody has stays as it is.
-        group: whose ranks exchange.
+        group: whose ranks exchange; None: this process has it all.
         device: of the values.
     """
 
-    def ranges(parts: Sequence[Part]) -> list[_Range]:
+    def ranges(parts: Sequence[RangePart]) -> list[_Range]:
         return [(tensor, start, start + values.numel()) for tensor, start, values in parts]
 
+    def view(parts: Sequence[RangePart], index: int, start: int, stop: int) -> Tensor:
+        _, begin, values = parts[index]
+        return values[start - begin : stop - begin]
+
     mine = ranges(have), ranges(want)
+    if group is None:
+        for one, other, start, stop in _overlaps(*mine):
+            view(want, other, start, stop).copy_(view(have, one, start, stop))
+        return
     everyone = from_all_ranks(mine, group)
     outgoing = [list(_overlaps(mine[0], wanted)) for _, wanted in everyone]
     incoming = [list(_overlaps(held, mine[1])) for held, _ in everyone]
-
-    def view(parts: Sequence[Part], index: int, start: int, stop: int) -> Tensor:
-        _, begin, values = parts[index]
-        return values[start - begin : stop - begin]
 
     carrier = carrier_of(device, group)
     sent = [[view(have, source, start, stop) for source, _, start, stop in to_rank] for to_rank in outgoing]

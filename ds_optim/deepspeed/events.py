@@ -1,0 +1,40 @@
+"""What an engine is watched at: one place that knows on which of DeepSpeed's objects an event can be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+from ds_optim.instance_methods import after, wrap
+
+
+def after_zero_grad(engine: Any, action: Callable[[], object]) -> Callable[[], None]:
+    """Let ``action()`` follow every ``zero_grad()``: the engine's, and its wrapper's, which follows every step.
+
+    Returns:
+        What takes it back.
+    """
+    undo = [after(owner, "zero_grad", action) for owner in (engine, engine.optimizer)]
+
+    def leave() -> None:
+        for one in undo:
+            one()
+
+    return leave
+
+
+def around_load(engine: Any, around: Callable[[Callable[[], Any], Any, dict[str, Any]], Any]) -> None:
+    """Let ``around(load, engine, asked)`` take the place of this engine's ``load_checkpoint``.
+
+    Args:
+        around: is given what loads, the engine, and all arguments by name, defaults filled in; returns what the call
+            returns.
+    """
+
+    def loading(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
+        given = signature(wrapped).bind(*args, **kwargs)
+        given.apply_defaults()
+        return around(lambda: wrapped(*args, **kwargs), engine, given.arguments)
+
+    wrap(engine, "load_checkpoint", loading)

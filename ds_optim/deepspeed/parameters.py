@@ -1,0 +1,54 @@
+"""What DeepSpeed makes optimizers of: parameters, ``(name, parameter)`` pairs, or groups of either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim.roles import canonical_name, logical_shape
+from ds_optim.roles.overrides import override_roles
+from ds_optim.roles.role import Role
+
+
+def parameter_of(entry: Any) -> Tensor:
+    """The parameter itself, of a pair too."""
+    found: Tensor = entry[1] if isinstance(entry, tuple) else entry
+    return found
+
+
+def listed(entry: Any) -> Any:
+    """A group whose parameters can be read more than once; anything else as it is."""
+    if not isinstance(entry, dict) or isinstance(entry["params"], Tensor | list | set):  # sets are refused later
+        return entry
+    return {**entry, "params": list(entry["params"])}
+
+
+def grouped(parameters: list[Any]) -> list[list[Tensor]]:
+    """The parameters of each group, from what DeepSpeed makes optimizers of."""
+    if not any(isinstance(entry, dict) for entry in parameters):
+        return [[parameter_of(entry) for entry in parameters]]
+    groups = [entry["params"] for entry in parameters if isinstance(entry, dict)]
+    return [[group] if isinstance(group, Tensor) else [parameter_of(entry) for entry in group] for group in groups]
+
+
+def is_trained(parameter: Tensor) -> bool:
+    """Whether DeepSpeed hands a parameter to an optimizer (`deepspeed.runtime.utils.is_optimized_parameter`)."""
+    return parameter.requires_grad and math.prod(logical_shape(parameter)) > 0
+
+
+def names_of(engine: Any, parameters: list[Tensor]) -> dict[Tensor, str]:
+    """What an engine's model calls each of these parameters."""
+    names = {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
+    return {parameter: names.get(parameter, "a parameter that the model does not have") for parameter in parameters}
+
+
+def roles_of(engine: Any, given: Any, inferred: Mapping[str, Role]) -> Mapping[str, Role]:
+    """The role of every parameter of the engine's module: inferred, then overridden by what the user gave."""
+    if given is None or isinstance(given, torch.nn.Module):
+        return inferred
+    shapes = {canonical_name(name): logical_shape(p) for name, p in engine.module.named_parameters()}
+    return override_roles(inferred, given, shapes)

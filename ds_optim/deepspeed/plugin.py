@@ -1,0 +1,182 @@
+"""A name in a DeepSpeed JSON becomes one of our optimizers, bound to its engine.
+
+Where DeepSpeed itself is touched: the optimizers' names are made known to it (see `names`), before an engine looks
+them up, and `DeepSpeedEngine._configure_optimizer` is wrapped. The wrapper judges the configuration before anything is
+built, splits a flat parameter list into decayed and exempt parameters, and afterwards binds the optimizer to the
+partitions that DeepSpeed made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import torch
+import wrapt
+from torch import Tensor
+
+from ds_optim.deepspeed import gradient_window, guards, reader
+from ds_optim.deepspeed.configuration import DsOptimObject, option_problems, warn_of_trainers_betas
+from ds_optim.deepspeed.names import install_names, names
+from ds_optim.deepspeed.overlooked import overlooked, watch_trainer
+from ds_optim.deepspeed.parameters import grouped, is_trained, listed, names_of, parameter_of, roles_of
+from ds_optim.deepspeed.refusals import engine_problems, untrained
+from ds_optim.deepspeed.resume import guard_resuming
+from ds_optim.errors import raise_on_all_ranks
+from ds_optim.optimizers.registry import when_registered
+from ds_optim.roles import canonical_name, decayed_then_exempt, exempt_names, infer_roles
+from ds_optim.roles.role import Role
+from ds_optim.stepping.deferred import deferred_steps
+from ds_optim.stepping.sharded import ShardedOptimizer
+from ds_optim_autoload import ENGINE
+
+
+def _install() -> None:
+    """Make the optimizers' names known, and see to it that every engine does so and is given one of ours.
+
+    Runs when this module is imported, whoever imports it, and so once per process.
+    """
+    when_registered(install_names)
+    engine = import_module(ENGINE)
+    wrapt.wrap_function_wrapper(engine, "DeepSpeedEngine._configure_optimizer", _configure_optimizer)
+    watch_trainer()
+
+
+def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    client, parameters = _arguments(*args, **kwargs)
+    if parameters is not None:
+        parameters = [listed(entry) for entry in parameters]
+    forgotten = overlooked(client, parameters)
+    result = _configured(wrapped, engine, client, parameters)
+    if forgotten is not None and reader.ranks_of(engine).index == 0:
+        forgotten.warn(engine)
+    return result
+
+
+def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameters: Any) -> Any:
+    named = names().get(engine.optimizer_name()) if client is None else None
+    foreign = (
+        client is not None and isinstance(client, torch.optim.Optimizer) and not isinstance(client, ShardedOptimizer)
+    )
+    if foreign or (client is None and named is None):
+        return wrapped(client, parameters)  # DeepSpeed's own optimizer, or somebody else's
+
+    inferred = infer_roles(engine.module)
+    given: list[Tensor] = []
+    with deferred_steps():
+        if named is not None:
+            given = [parameter for group in grouped(parameters) for parameter in group]
+            parameters = _prepare_from_json(engine, named, parameters, inferred)
+        elif isinstance(client, ShardedOptimizer):
+            given = _accept_client(engine, client, inferred)
+        else:  # a callable that makes an optimizer, perhaps one of ours
+            make = client
+
+            def client(parameters: Any) -> Any:
+                made = make(parameters)
+                if isinstance(made, ShardedOptimizer):
+                    given.extend(_accept_client(engine, made, inferred))
+                return made
+
+        result = wrapped(client, parameters)
+    basic = engine.basic_optimizer
+    if isinstance(basic, ShardedOptimizer):
+        binding = reader.read(engine)
+        if not binding.problems:
+            binding = replace(binding, settle=gradient_window.settle_gradients(engine))
+        basic.bind(binding, roles_of(engine, basic.roles_given, inferred), names_of(engine, given))
+        reader.guard_state_access(engine, type(basic).__name__, basic.stepper.element_keys)
+        guard_resuming(engine)
+        guards.watch(engine)
+    return result
+
+
+def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[str, Role]) -> list[Tensor]:
+    """Judge an engine for an optimizer that the user made; the parameters that it was given."""
+    problems = engine_problems(engine, type(optimizer), optimizer.roles_given, inferred)
+    groups = [list(group["params"]) for group in optimizer.param_groups]
+    problems += untrained(engine, groups)
+    if isinstance(engine.client_lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+        problems += [
+            f"parameter group {index} is empty: DeepSpeed takes it from the optimizer, but the learning-rate scheduler "
+            "that was made over it still counts it: leave the group out"
+            for index, group in enumerate(groups)
+            if not group
+        ]
+    if engine._config._param_dict.get("ds_optim"):
+        problems.append(
+            'the "ds_optim" object is for an optimizer that the JSON names; give its contents to the optimizer '
+            "that you make yourself"
+        )
+    _raise_on_all_ranks(engine, problems)
+    _allow_cpu_offload(engine)
+    return [parameter for group in groups for parameter in group]
+
+
+def _arguments(client_optimizer: Any, model_parameters: Any) -> tuple[Any, Any]:
+    return client_optimizer, model_parameters
+
+
+def _prepare_from_json(
+    engine: Any, cls: type[ShardedOptimizer], parameters: list[Any], inferred: Mapping[str, Role]
+) -> list[Any]:
+    """Judge the configuration, merge the ``ds_optim`` object into the optimizer's options, make decay groups."""
+    config = engine._config._param_dict
+    problems = option_problems(cls, config)
+    settings = DsOptimObject.of(config)
+    options = settings.all_options(config)
+    problems += engine_problems(engine, cls, options.get("roles"), inferred)
+    is_grouped = any(isinstance(entry, dict) for entry in parameters)
+    if is_grouped and settings.no_decay:
+        problems.append('"no_decay" has no effect on parameter groups that you made: leave it out')
+    patterns = settings.no_decay
+    exempt, pattern_problems = _exempt(engine, patterns, inferred)
+    _raise_on_all_ranks(engine, [*problems, *pattern_problems, *untrained(engine, grouped(parameters))])
+    warn_of_trainers_betas(cls, config)
+    if options.get("roles") is not None:  # they were judged
+        exempt, _ = _exempt(engine, patterns, roles_of(engine, options["roles"], inferred))
+    engine._config.optimizer_params = options
+    _allow_cpu_offload(engine)
+    if is_grouped:
+        return parameters
+
+    decayed, spared = decayed_then_exempt(parameters, lambda entry: parameter_of(entry) in exempt)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    kept, others = [], list[Any]()
+    for group in groups:
+        if any(is_trained(parameter_of(entry)) for entry in group["params"]):
+            kept.append(group)
+        else:
+            others += group["params"]
+    if not kept:  # ZeRO-0, else this was refused: an engine whose steps do nothing, as with DeepSpeed's own optimizers
+        return [{"params": others}]
+    # What has no elements does not decay either, and DeepSpeed cannot lay out a group of nothing else.
+    kept[0]["params"] += [entry for entry in others if parameter_of(entry).requires_grad]
+    return kept
+
+
+def _exempt(engine: Any, no_decay: tuple[str, ...] | None, roles: Mapping[str, Role]) -> tuple[set[Tensor], list[str]]:
+    """The parameters without weight decay, and patterns that match none."""
+    named = {canonical_name(name): parameter for name, parameter in engine.module.named_parameters()}
+    problems = [
+        f'"no_decay": {pattern!r} matches no parameter'
+        for pattern in no_decay or ()
+        if not exempt_names(named, roles, [pattern])
+    ]
+    return {named[name] for name in exempt_names(named, roles, no_decay)}, problems
+
+
+def _allow_cpu_offload(engine: Any) -> None:
+    """DeepSpeed refuses client optimizers under CPU offload unless the user says otherwise: ours run natively there."""
+    engine._config.zero_force_ds_cpu_optimizer = False
+
+
+def _raise_on_all_ranks(engine: Any, problems: list[str]) -> None:
+    """On all ranks of an engine: its stages have different layers, and none of them may wait for another."""
+    subject = "ds_optim cannot run under this configuration, nothing was changed"
+    raise_on_all_ranks(problems, subject, reader.ranks_of(engine))
+
+
+_install()

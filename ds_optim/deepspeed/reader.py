@@ -1,0 +1,252 @@
+"""Reads the layout out of a DeepSpeed engine: ZeRO 0, 1, 2, 3 and BF16_Optimizer.
+
+Reads; only `guard_state_access` wraps methods. Every attribute is named in `wrappers` and guarded by one check. What
+DeepSpeed states is checked against two independent witnesses: where the model's weights really lie, and that the fp32
+master holds the same values there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_optim.deepspeed import wrappers
+from ds_optim.instance_methods import after, wrap
+from ds_optim.roles import canonical_name, logical_shape
+from ds_optim.sharding.binding import Binding, BoundTensor
+from ds_optim.sharding.exchange import Ranks
+from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
+
+_COMPARE_ELEMENTS = 1 << 24  # values compared at a time: bounds the check's memory
+
+
+def ranks_of(engine: Any) -> Ranks:
+    """The processes of one engine: an mpu may give it a part of the job only.
+
+    Those that have the same parameters (data parallelism, and sequence parallelism inside it), and under model or
+    pipeline parallelism those that have the others. Known as soon as the engine has its module.
+    """
+    axes = [engine.seq_data_parallel_group]  # of an earlier engine's mpu, if this one has none: DeepSpeed keeps it
+    if engine.mesh_device is not None:  # of data and sequence parallelism
+        axes = engine.mesh_device.get_all_groups()
+    if engine.mp_world_size > 1:
+        axes.append(engine.mpu.get_model_parallel_group())
+    return Ranks(tuple(axes))
+
+
+def read(engine: Any) -> Binding:
+    """The binding of a DeepSpeed engine's basic optimizer. What does not fit is listed in the binding's ``problems``.
+
+    Args:
+        engine: a `deepspeed.DeepSpeedEngine` whose optimizer has just been configured.
+    """
+    refused = wrappers.engine_problem(engine, "training")
+    if refused:
+        return Binding({}, ranks_of(engine), (refused,))
+    reader = _EngineReader(
+        engine, {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
+    )
+    reader.read(engine.optimizer)
+    return Binding(reader.tensors, ranks_of(engine), tuple(reader.problems))
+
+
+def guard_state_access(engine: Any, optimizer: str, keys: tuple[str, ...]) -> None:
+    """Let DeepSpeed's ``safe_get_full_optimizer_state`` and its relatives read per-element state only.
+
+    They slice whatever has that key by elements: of blocks that would be other values than the ones asked for at
+    ZeRO-3, and at ZeRO-1/2 an error on some ranks for which the others wait. The methods of this engine's objects are
+    wrapped, not DeepSpeed's classes. At ZeRO-1/2 DeepSpeed ties state to parameters once, after the first step of the
+    first parameter group, and never again: state that was made or loaded later is tied here.
+
+    Args:
+        optimizer: its name, for the error.
+        keys: of the state that has one value per element of every parameter.
+    """
+
+    def guard(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+        key = signature(wrapped).bind(*args, **kwargs).arguments.get("optim_state_key")
+        if key is not None and key not in keys:
+            known = f"only {' and '.join(keys)} is" if keys else "nothing that this optimizer keeps is"
+            raise ValueError(
+                f"{optimizer}: {known} one value per element in each rank's partition, {key!r} is not; "
+                "ds_optim.checkpoint.full_state(engine, parameter_name) gathers everything that is kept for a parameter"
+            )
+        linking = reference()
+        if key is not None and hasattr(linking, "_lazy_init_hp_params_optimizer_state"):
+            linking._hp_optimizer_states_linked = False
+            linking._lazy_init_hp_params_optimizer_state()
+        return wrapped(*args, **kwargs)
+
+    def guarded(one: Any) -> None:
+        for name in wrappers.STATE_ACCESS:
+            method = getattr(one, name, None)
+            if method is not None and getattr(method, "_self_wrapper", None) is not guard:
+                wrap(one, name, guard)
+
+    def guarded_parameters() -> None:
+        for parameter in engine.module.parameters():
+            guarded(parameter)
+
+    wrapper = engine.optimizer
+    reference: Callable[[], Any] = weakref.ref(wrapper)  # parameters, which are guarded, may outlive the engine
+    guarded(wrapper)
+    guarded_parameters()
+    if hasattr(wrapper, "_link_all_hp_params"):  # after a load and after `reload_states` parameters get new methods
+        after(wrapper, "_link_all_hp_params", guarded_parameters)
+
+
+class _EngineReader:
+    """Collects bound tensors and problems, one method per kind of wrapper."""
+
+    def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
+        self.engine = engine
+        self.names = names
+        self.tensors: dict[Tensor, BoundTensor] = {}
+        self.problems: list[str] = []
+
+    def read(self, wrapper: Any) -> None:
+        """Everything that an engine's wrapper, or the optimizer itself, steps."""
+        kind = wrappers.kind_of(wrapper)
+        if kind is None:
+            self.replicated([group["params"] for group in wrapper.param_groups], None)
+        elif kind is wrappers.UNFUSED:
+            self.replicated(wrapper.fp16_groups, wrapper.fp32_groups)
+        elif kind is wrappers.ZERO_1_AND_2:
+            self.zero_1_and_2(wrapper)
+        elif kind is wrappers.ZERO_3:
+            self.zero_3(wrapper)
+        elif kind is wrappers.BF16:
+            self.bf16_optimizer(wrapper)
+
+    def replicated(self, model_groups: list[list[Tensor]], stepped_groups: list[list[Tensor]] | None) -> None:
+        """ZeRO-0: whole parameters, or whole fp32 clones of them, the same on every data-parallel rank."""
+        group = self.engine.seq_data_parallel_group
+        world = dist.get_world_size(group)
+        for model, stepped in zip(model_groups, stepped_groups or model_groups, strict=True):
+            for parameter, tensor in zip(model, stepped, strict=True):
+                if parameter.requires_grad:
+                    if tensor.dtype != torch.float32:
+                        self.problems.append(
+                            f"{self.names.get(parameter)} is {tensor.dtype} and would be stepped without an fp32 "
+                            'master: set "bf16": {"enabled": true}'
+                        )
+                    layout = Replicated(self._spec(parameter), world)
+                    self._add(tensor, layout, 0, group, {0: parameter.data.reshape(-1)})
+
+    def zero_1_and_2(self, wrapper: Any) -> None:
+        """One flat partition per parameter group, round-robin order and alignment padding included."""
+        for index, parameters in enumerate(wrapper.round_robin_bit16_groups):
+            self._flat(
+                parameters,
+                [int(offset) for offset in wrapper.round_robin_bit16_offsets[index]],
+                wrapper.bit16_groups_flat[index],
+                int(wrapper.partition_size[index]),
+                wrapper.single_partition_of_fp32_groups[index],
+                wrapper.real_dp_process_group[index],
+            )
+
+    def bf16_optimizer(self, wrapper: Any) -> None:
+        """ZeRO-1 in bf16 with fp32 gradient accumulation: a flat partition per group, in the group's own order."""
+        for index, parameters in enumerate(wrapper.bf16_groups):
+            offsets, total = [], 0
+            for parameter in parameters:
+                offsets.append(total)
+                total += parameter.numel()
+            group = wrapper.real_dp_process_group[index]
+            flat = wrapper.bf16_groups_flat[index]
+            size = flat.numel() // dist.get_world_size(group)
+            self._flat(parameters, offsets, flat, size, wrapper.fp32_groups_flat_partition[index], group)
+
+    def zero_3(self, wrapper: Any) -> None:
+        """One flat tensor per sub-group: this rank's slice of each of its parameters, one behind the other."""
+        for index, parameters in enumerate(wrapper.fp16_groups):
+            group = wrapper._get_sub_group_process_group(index)
+            rank = dist.get_rank(group)
+            layout = SlicedParameters(tuple(map(self._spec, parameters)), dist.get_world_size(group))
+            offset = 0
+            for position, parameter in enumerate(parameters):
+                width = layout.slice_numel(position)
+                stated = [int(value) for value in wrapper.grad_position[parameter.ds_id]]
+                if stated != [index, offset, width]:
+                    self.problems.append(
+                        f"{layout.parameters[position].name}: DeepSpeed puts its slice at "
+                        f"(sub-group, offset, elements) {stated}, its shape says {[index, offset, width]}"
+                    )
+                offset += width
+            # A parameter whose weights are offloaded to NVMe has no local slice to compare with.
+            slices = {
+                position: parameter.ds_tensor.data.reshape(-1)
+                for position, parameter in enumerate(parameters)
+                if parameter.ds_tensor.numel() == layout.slice_numel(position)
+            }
+            self._add(wrapper.fp32_partitioned_groups_flat[index], layout, rank, group, slices, local=True)
+
+    def _flat(
+        self,
+        parameters: list[Tensor],
+        offsets: list[int],
+        flat: Tensor,
+        size: int,
+        master: Tensor,
+        group: dist.ProcessGroup,
+    ) -> None:
+        specs = tuple(map(self._spec, parameters))
+        for spec, parameter, offset in zip(specs, parameters, offsets, strict=True):
+            lies_at = parameter.data.storage_offset() - flat.storage_offset()
+            same_storage = parameter.data.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
+            if not same_storage or lies_at != offset:
+                self.problems.append(
+                    f"{spec.name}: its weight lies at element {lies_at} of its group's flat tensor, "
+                    f"DeepSpeed's offsets say {offset}"
+                )
+        layout = FlatPartition(specs, tuple(offsets), size, dist.get_world_size(group))
+        whole = {index: parameter.data.reshape(-1) for index, parameter in enumerate(parameters)}
+        self._add(master, layout, dist.get_rank(group), group, whole)
+
+    def _add(
+        self,
+        tensor: Tensor,
+        layout: Layout,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        weights: Mapping[int, Tensor],
+        *,
+        local: bool = False,
+    ) -> None:
+        """Bind a tensor, after comparing it with the model's weights (whole, or with ``local`` this rank's slices)."""
+        self.tensors[tensor] = BoundTensor(layout, rank, group)
+        master = tensor.detach().reshape(-1)
+        for fragment in layout.fragments(rank):
+            weight = weights.get(fragment.parameter)
+            if weight is None or fragment.offset + fragment.numel > master.numel():
+                continue  # sizes are judged elsewhere
+            begin = 0 if local else fragment.start
+            mine = master.narrow(0, fragment.offset, fragment.numel)
+            if not _same_values(mine, weight.narrow(0, begin, fragment.numel)):
+                self.problems.append(
+                    f"{layout.parameters[fragment.parameter].name}: the fp32 master at {fragment.offset} does not hold "
+                    f"the weight's elements [{fragment.start}, {fragment.stop})"
+                )
+
+    def _spec(self, parameter: Tensor) -> ParameterSpec:
+        if parameter not in self.names:
+            self.problems.append(
+                f"a parameter of shape {logical_shape(parameter)} in the optimizer is not a parameter of the "
+                "model: make the optimizer from the parameters of the model that the engine is given"
+            )
+        return ParameterSpec(self.names.get(parameter, "unknown"), logical_shape(parameter))
+
+
+def _same_values(master: Tensor, weight: Tensor) -> bool:
+    pieces: Iterator[tuple[Tensor, Tensor]] = zip(
+        master.split(_COMPARE_ELEMENTS), weight.split(_COMPARE_ELEMENTS), strict=True
+    )
+    return all(
+        torch.allclose(one.to(two.dtype), two.to(one.device), rtol=0, atol=0, equal_nan=True) for one, two in pieces
+    )

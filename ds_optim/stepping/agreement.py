@@ -1,0 +1,144 @@
+"""Before the first step over tensors, or when an engine's are bound: do all ranks see the same, can it be exact?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ds_optim.errors import raise_all
+from ds_optim.listing import first_of
+from ds_optim.sharding import dtensor
+from ds_optim.sharding.binding import Binding, BoundTensor, local_of, verify
+from ds_optim.sharding.exchange import Ranks
+from ds_optim.sharding.layout import Replicated
+from ds_optim.stepping.options import kind_problems
+from ds_optim.stepping.shards import Shards
+from ds_optim.stepping.stepper import Stepper
+
+
+class Agreement:
+    """What was compared over the ranks already.
+
+    Args:
+        owner: the optimizer's name, for messages.
+        is_elementwise: otherwise its rule needs whole rows, heads or matrices.
+        stochastic: whether bf16 parameters are rounded stochastically.
+    """
+
+    def __init__(self, owner: str, is_elementwise: bool, stochastic: bool) -> None:
+        self._owner, self._is_elementwise, self._stochastic = owner, is_elementwise, stochastic
+        self._seen: set[Tensor] = set()
+
+    def problems_of(self, name: str, tensor: Tensor, bound: BoundTensor) -> list[str]:
+        """Why a parameter cannot be stepped exactly."""
+        kind = kind_problems(name, tensor)
+        is_elementwise, stochastic = self._is_elementwise, self._stochastic
+        return kind + dtensor.problems(tensor, bound, is_elementwise=is_elementwise, stochastic=stochastic)
+
+    def check(self, tensors: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], stepper: Stepper) -> None:
+        """Compare the layouts of parameters that were not seen before over the ranks that they lie on.
+
+        Raises:
+            ValueError: what cannot be exact here, every reason at once, where no other rank is concerned.
+            RuntimeError: that, on all ranks concerned, or that ranks lay them out differently.
+        """
+        new = [tensor for tensor in tensors if tensor not in self._seen]
+        if not new:
+            return
+        problems, used, plan = [], "", ""
+        by_group: dict[dist.ProcessGroup, dict[Tensor, BoundTensor]] = {}
+        for index, group in enumerate(groups):
+            meshes = {one.device_mesh for one in group["params"] if isinstance(one, DTensor)}
+            if len(meshes) > 1:
+                problems.append(
+                    f"parameter group {index} has parameters of {len(meshes)} meshes: make one group for each mesh"
+                )
+        for tensor in new:
+            bound = stepper.shards.of(tensor)
+            problems += self.problems_of(stepper.shards.describe(tensor), tensor, bound)
+            if bound.owner_group is not None:
+                by_group.setdefault(bound.owner_group, {})[tensor] = bound
+        if not problems and not by_group:
+            backends(stepper, new)  # whatever is to be said about them is said before anything counts
+            stepper.agreed()  # and what follows from new tensors is made before their state
+        elif not problems:
+            try:
+                used, plan = backends(stepper, new), stepper.agreed()
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                problems.append(f"{type(error).__name__}: {error}")
+        for group_of_ranks, bounds in by_group.items():
+            verify(Binding(bounds, Ranks((group_of_ranks,)), tuple(problems)), used, plan)
+        raise_all(problems, self._owner)
+        self._seen.update(new)
+
+
+def backends(stepper: Stepper, tensors: Sequence[Tensor]) -> str:
+    """The kernels that would step tensors, for a comparison over ranks."""
+    devices: dict[torch.device, None] = dict.fromkeys(tensor.device for tensor in tensors)
+    return "+".join(sorted({name for device in devices for name in stepper.backends(device)}))
+
+
+class Freezing:
+    """Parameters that are frozen or unfrozen after an engine was built, which DeepSpeed does not notice.
+
+    Args:
+        given: the parameters that the engine's optimizer was made with, and their names.
+    """
+
+    def __init__(self, given: Mapping[Tensor, str]) -> None:
+        self._given = {parameter: (name, parameter.requires_grad) for parameter, name in given.items()}
+        self._has_warned = False
+
+    def check(self) -> None:
+        """Warn once of what was frozen.
+
+        Raises:
+            RuntimeError: a parameter that was frozen is to be trained now; it has no place in the engine's tensors.
+        """
+        changed = [(name, was) for one, (name, was) in self._given.items() if one.requires_grad != was]
+        unfrozen = [name for name, was in changed if not was]
+        if unfrozen:
+            raise RuntimeError(
+                f"{first_of(unfrozen)}: frozen when the engine was built, which cannot train it now that it requires a "
+                "gradient. Build a new engine after unfreezing; ds_optim.checkpoint.save before it and load(..., "
+                "strict=False) after it keep the state of what was trained. Or freeze it again"
+            )
+        if changed and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{first_of([name for name, _ in changed])}: frozen after the engine was built, which counts as having "
+                "zero gradient: momentum and weight decay go on moving it. To keep it as it is, build a new engine "
+                "after freezing",
+                stacklevel=3,
+            )
+
+
+def refuse_unfit(owner: str, wanted_betas: int, group: Mapping[str, Any], tensor: Tensor, shards: Shards) -> None:
+    """Refuse what cannot be stepped, though it could when the optimizer was made.
+
+    Raises:
+        ValueError: a sparse gradient, or another number of betas in the group.
+        RuntimeError: the parameter has another size.
+    """
+    if tensor.grad is not None and tensor.grad.is_sparse:
+        raise ValueError(
+            f"{shards.describe(tensor)} has a sparse gradient, which no optimizer here can take: make its "
+            "nn.Embedding with sparse=False, or give it to an optimizer of its own (torch.optim.SparseAdam)"
+        )
+    if len(group["betas"]) != wanted_betas:
+        raise ValueError(
+            f"{owner} has {wanted_betas} betas, something set {group['betas']!r} in its groups "
+            '(DeepSpeed\'s OneCycle does, unless "cycle_momentum": false)'
+        )
+    layout, numel = shards.of(tensor).layout, local_of(tensor).numel()
+    if isinstance(layout, Replicated) and numel != layout.parameter.numel:
+        raise RuntimeError(
+            f"{layout.parameter.name} has {numel} elements and had {layout.parameter.numel} when it was first "
+            "seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
+        )

@@ -1,0 +1,172 @@
+"""One step over the blocks of a plan: owners turn stacks of gradients into updates, holders subtract them.
+
+Runs on what `ds_optim.sharding.pipeline` delivers. What an update is, is the rule's business; what a rule keeps for a
+block lies in the optimizer's state, block behind block, so that a stack of equal blocks is a view.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_optim import kernels
+from ds_optim.linalg.precision import full_precision
+from ds_optim.rule import Stack
+from ds_optim.sharding import pipeline
+from ds_optim.sharding.plan import Plan
+from ds_optim.sharding.schedule import Bucket, Owned, Piece
+from ds_optim.stepping.owner_state import StateOfBlock
+
+_STACK_ELEMENTS = {"cpu": 1 << 20}
+"""A stack's temporaries should fit the cache of a CPU; elsewhere only the bucket limits a stack."""
+
+
+def stack_size(device_type: str, shape: Sequence[int], bucket: int) -> int:
+    """Blocks of a shape that are updated together, at most, out of a bucket of so many elements."""
+    return max(_STACK_ELEMENTS.get(device_type, bucket) // max(math.prod(shape), max(shape) ** 2), 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Suspects:
+    """The blocks of one stack and, by reason, which of them went wrong; the flags stay on their device."""
+
+    blocks: tuple[int, ...]
+    reasons: Mapping[str, Tensor]
+
+
+@dataclass(slots=True)
+class BlockStep:
+    """One step over the blocks of tensors that share their settings.
+
+    Attributes:
+        plan: of their shard group.
+        wire: how buckets travel.
+        flat: local tensors, flat, by their index in the plan; updated in place.
+        grads: their flat gradients; None counts as zero.
+        state: the optimizer's state of each tensor.
+        begins: where each owned block's state begins there.
+        state_of_block: what the rule keeps for a block.
+        update: the rule, see `ds_optim.rule.WholeMatrix`.
+        step: count, from 1.
+        step_size: what updates are multiplied by before they are subtracted.
+        decay: what parameters are multiplied by before.
+        rounding: of each bf16 tensor that is not rounded to nearest, as the only tensor of a call.
+        memories: what the rule remembers of each stack, by its blocks.
+        suspects: collected as stacks are computed.
+    """
+
+    plan: Plan
+    wire: pipeline.Wire
+    flat: Mapping[int, Tensor]
+    grads: Mapping[int, Tensor | None]
+    state: Mapping[int, dict[str, Any]]
+    begins: Mapping[int, Mapping[int, Mapping[str, int]]]
+    state_of_block: StateOfBlock
+    update: Callable[[Stack], Mapping[str, Tensor]]
+    step: int
+    step_size: Any
+    decay: Any
+    rounding: Mapping[int, kernels.Rounding]
+    memories: dict[tuple[int, ...], dict[str, Any]]
+    suspects: list[Suspects] = field(default_factory=list)
+
+    def run(self, buckets: Sequence[Bucket]) -> Tensor:
+        """Update every block; how many blocks of this rank went wrong (0-dim fp32, not waited for)."""
+        pipeline.run(buckets, self.wire, self._gradient_of, self._compute, self._apply)
+        flags = [flag for one in self.suspects for flag in one.reasons.values()]
+        if not flags:
+            return torch.zeros((), device=self.wire.carrier)
+        return torch.cat(flags).sum(dtype=torch.float32)
+
+    def _gradient_of(self, piece: Piece) -> Tensor | None:
+        return self.grads[piece.tensor]
+
+    def _compute(self, bucket: Bucket, work: Tensor) -> None:
+        with full_precision():
+            for blocks, grads in self._stacks(bucket, work):
+                self._update_stack(blocks, grads)
+
+    def _stacks(self, bucket: Bucket, work: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Neighbours of equal shape, whose state lies in one piece; few enough for a cache."""
+
+        def likeness(one: Owned) -> tuple[tuple[int, ...], int]:
+            block = self.plan.blocks[one.block]
+            return block.tile.shape, -1 if self.plan.stateless else block.tensor
+
+        start = 0
+        for (shape, _), equal in groupby(bucket.owned, likeness):
+            listed = [one.block for one in equal]
+            numel = math.prod(shape)
+            most = stack_size(work.device.type, shape, work.numel())
+            for first in range(0, len(listed), most):
+                blocks = tuple(listed[first : first + most])
+                yield blocks, work.narrow(0, start, len(blocks) * numel).view(len(blocks), *shape)
+                start += len(blocks) * numel
+
+    def _update_stack(self, blocks: tuple[int, ...], grads: Tensor) -> None:
+        first = self.plan.blocks[blocks[0]]
+        flat = grads.flatten(1)
+        good = flat.amax(1).isfinite() & flat.amin(1).isfinite()  # both see a NaN; a norm would be slower
+        _withhold(grads, good)
+        stored = self._stored(blocks)
+        working = {name: _working(kept, grads.device) for name, kept in stored.items()}
+        offsets = tuple(self.plan.blocks[block].offset for block in blocks)
+        memory = self.memories.get(blocks, {})
+        failed = self.update(Stack(first.tile.shape, grads, working, good, self.step, offsets, memory))
+        if memory:
+            self.memories[blocks] = memory
+        for name, kept in stored.items():
+            if working[name] is not kept:
+                kept.copy_(working[name])
+        reasons = {"its gradient is not finite": ~good, **failed}
+        _withhold(grads, ~torch.stack(list(reasons.values())).any(0))
+        grads.mul_(self.step_size)
+        self.suspects.append(Suspects(blocks, reasons))
+
+    def _stored(self, blocks: Sequence[int]) -> dict[str, Tensor]:
+        """The state of consecutive equal blocks: views, (B, *shape per block)."""
+        first = self.plan.blocks[blocks[0]]
+        found = {}
+        for name, (shape, _) in self.state_of_block(first.tile.shape).items():
+            begin = self.begins[first.tensor][blocks[0]][name]
+            flat: Tensor = self.state[first.tensor][name]
+            found[name] = flat.narrow(0, begin, len(blocks) * math.prod(shape)).view(len(blocks), *shape)
+        return found
+
+    def _apply(self, piece: Piece, update: Tensor) -> None:
+        """Decay what a piece covers and subtract its update, each with one rounding, wherever the piece is cut."""
+        flat = self.flat[piece.tensor]
+        targets = pipeline.views(flat, piece)
+        updates = [part.to(flat.device, torch.float32) for part in pipeline.parts(update, piece)]
+        rounding = self.rounding.get(piece.tensor)
+        if rounding is not None:
+            backend = kernels.backend_for(None, flat.device)
+            for target, part, rectangle in zip(targets, updates, piece.rectangles, strict=True):
+                place = rounding.places.at(0, rectangle.offset)
+                kernels.descend(backend, target, part, self.decay, place.identity, place.first, rounding.key)
+            return
+        if flat.dtype != torch.float32:
+            for target, part in zip(targets, updates, strict=True):
+                target.copy_(target.float().mul_(self.decay).sub_(part))
+            return
+        decay = self.decay
+        if isinstance(decay, Tensor) or decay != 1:
+            torch._foreach_mul_(targets, decay.to(flat.device) if isinstance(decay, Tensor) else decay)
+        torch._foreach_sub_(targets, updates)
+
+
+def _working(kept: Tensor, device: torch.device) -> Tensor:
+    """State where and as a rule computes with it: the tensor itself wherever possible."""
+    return kept.to(device=device, dtype=torch.float32 if kept.is_floating_point() else kept.dtype)
+
+
+def _withhold(values: Tensor, good: Tensor) -> None:
+    """Zero the blocks that are not good. Only a CPU may look first whether there are any."""
+    if values.device.type != "cpu" or not bool(good.all()):
+        values.masked_fill_(~good.view(-1, *(1 for _ in values.shape[1:])), 0)

@@ -1,0 +1,251 @@
+"""Whole-matrix rules: blocks belong to owners, which keep their state; what is no matrix is stepped where it lies.
+
+Blocks travel to their owners and their updates back through the exchange of `ds_optim.sharding`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ds_optim import kernels
+from ds_optim.errors import raise_all
+from ds_optim.rule import Settings, StateSpec, WholeMatrix
+from ds_optim.sharding import pipeline
+from ds_optim.sharding.binding import local_grad, local_of
+from ds_optim.sharding.block_runs import held_spans
+from ds_optim.sharding.plan import Plan
+from ds_optim.sharding.schedule import Bucket
+from ds_optim.stepping.block_step import BlockStep, stack_size
+from ds_optim.stepping.in_place import Covered, InPlace
+from ds_optim.stepping.kernel_calls import row_major
+from ds_optim.stepping.logical_tensors import Logical, element_ranges, packed
+from ds_optim.stepping.options import Options
+from ds_optim.stepping.owned_state import OwnedState
+from ds_optim.stepping.owner_state import state_begins
+from ds_optim.stepping.plans import Plans
+from ds_optim.stepping.shards import Shards
+from ds_optim.stepping.stepper import ShapeRule, States, Together, other_structure
+from ds_optim.stepping.withheld import Withheld
+
+_SCHEDULES_KEPT = 64  # sets of tensors whose buckets are remembered: a training run has a few
+_MEMORIES_KEPT = 1 << 14  # stacks that a rule remembers something of
+
+
+class OwnedBlocks:
+    """Steps of a whole-matrix rule, see `ds_optim.stepping.stepper.Stepper`.
+
+    Args:
+        rule: whose.
+        settings: the optimizer's defaults.
+        options: of the whole optimizer.
+        shards: whose tensors.
+        owner: the optimizer's name, for messages.
+
+    Attributes:
+        owner: as given.
+        plans: who owns which block.
+        kept: what is kept for them.
+        traffic: what this rank sent and received.
+    """
+
+    def __init__(self, rule: WholeMatrix, settings: Settings, options: Options, shards: Shards, owner: str) -> None:
+        self.rule, self.options, self.shards, self.owner = rule, options, shards, owner
+        self._settings = {**settings, "state_dtype": options.state_dtype}
+        self._set_plans(Plans(rule, self._settings, shards))
+        self.traffic = pipeline.Traffic()
+
+    def _set_plans(self, plans: Plans) -> None:
+        self.plans = plans
+        self.kept = OwnedState(plans, self.shards, self.rule.others.element_state)
+        self._others = InPlace(
+            self.rule.others, self.options, self.shards, self.owner, partial(_covered_by_others, self.shards, plans)
+        )
+        self._withheld = Withheld(self.owner)
+        self._forget_derived()
+
+    def _forget_derived(self) -> None:
+        self._generation = self.plans.generation
+        self._begins: dict[Tensor, dict[int, dict[str, int]]] = {}
+        self._schedules: dict[tuple[int, ...], tuple[list[Tensor], list[Bucket]]] = {}
+        self._memories: dict[int, dict[tuple[int, ...], dict[str, Any]]] = {}
+        self._others.forget()
+
+    def at_rank(self, rank: int) -> OwnedBlocks:
+        """The same on another rank, of shards that are predicted; the plan is every rank's."""
+        shards = self.shards.at_rank(rank)
+        other = OwnedBlocks(self.rule, self._settings, self.options, shards, self.owner)
+        other._set_plans(self.plans.at_rank(shards))
+        return other
+
+    def agreed(self) -> str:
+        return self.plans.digest()
+
+    def backends(self, device: torch.device) -> set[str]:
+        return {*self._others.backends(device), kernels.backend_for(None, device)}
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    @property
+    def element_state(self) -> tuple[str, ...]:
+        return self.rule.others.element_state
+
+    @property
+    def element_keys(self) -> tuple[str, ...]:
+        return ()  # what the other rule keeps has no room for matrices
+
+    def spec(self, tensor: Tensor) -> dict[str, StateSpec]:
+        return {**self._others.spec(tensor), **self.kept.spec(tensor)}
+
+    def shape_rule(self, key: str) -> ShapeRule:
+        return "element" if key in self.element_state else "owned block"
+
+    def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
+        bound, matrices = self.shards.of(tensor), self.plans.matrices_of(tensor)
+        held = element_ranges(bound.layout, bound.rank)
+        others = packed([[] if parameter in matrices else its for parameter, its in enumerate(held)])
+        found = self.kept.logical(tensor)
+        for parameter, spec in enumerate(bound.layout.parameters):
+            if parameter not in matrices:
+                its = others[parameter]
+                found[parameter] = {
+                    key: Logical(spec.numel, self.options.state_dtype, its, its)
+                    for key in self.rule.others.element_state
+                }
+        return found
+
+    def blocks_in_words(self, tensor: Tensor) -> list[str]:
+        return self.plans.in_words(tensor)
+
+    def structure(self) -> dict[str, Any]:
+        return {**self._others.structure(), **{key: self._settings[key] for key in self.rule.structure}}
+
+    def forget_past(self) -> None:
+        self._withheld.clear()
+        self._memories.clear()
+
+    def buffers(self) -> list[Tensor]:
+        return [*self._others.buffers(), *self._withheld.buffers()]
+
+    # -- prediction -------------------------------------------------------------------------------------------------
+
+    def workspace(self, device_type: str) -> list[tuple[int, int]]:
+        """Bytes of exchange buffers and of temporaries at the fullest moments of a step: computing, and between.
+
+        Of shards that are predicted, in one shard group.
+
+        Args:
+            device_type: where matrix algebra runs; stacks are small on a CPU.
+        """
+        plan = self.plans.listed[0]
+        rank = self.shards.rank_of_owner(self.shards.tensors[0])
+        buckets = plan.schedule(range(len(plan.layouts)), rank, self.options.exchange_bucket_size)
+        largest = 0
+        for bucket in buckets:
+            counts = Counter(plan.blocks[one.block].tile.shape for one in bucket.owned)
+            for shape, count in counts.items():
+                together = min(count, stack_size(device_type, shape, bucket.numel))
+                largest = max(largest, 4 * together * max(math.prod(shape), max(shape) ** 2))
+        computing, any_moment = pipeline.buffer_bytes(buckets, self.options.exchange_dtype.itemsize)
+        return [(computing, self.rule.stack_temporaries * largest), (any_moment, 0)]
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self, together: Mapping[Together, list[Tensor]], groups: Mapping[int, dict[str, Any]], states: States
+    ) -> list[Callable[[], None]]:
+        others = [
+            f"{key} is {group[key]!r} in a group and was {self._settings[key]!r} at the start: make a new optimizer"
+            for group in groups.values()
+            for key in other_structure(self, group)
+        ]
+        raise_all(others, f"{self.owner}: blocks, their state and their schedule cannot change")
+        self._withheld.raise_if_any(min(key.step for key in together) if self.shards.is_bound and together else None)
+        if self._generation != self.plans.generation:
+            self._forget_derived()
+        launches = self._others.prepare(together, groups, states)
+        for key, tensors in together.items():
+            by_plan: dict[int, list[Tensor]] = {}
+            for tensor in tensors:
+                by_plan.setdefault(id(self.plans.place_of(tensor)[0]), []).append(tensor)
+            launches += [
+                partial(self._step_blocks, of_plan, groups[key.group_id], key, states) for of_plan in by_plan.values()
+            ]
+        return launches
+
+    def _step_blocks(self, tensors: list[Tensor], group: Settings, key: Together, states: States) -> None:
+        plan, _ = self.plans.place_of(tensors[0])
+        by_index = {self.plans.place_of(tensor)[1]: tensor for tensor in tensors}
+        together = tuple(id(tensor) for tensor in tensors)
+        buckets = self._buckets(together, tensors, plan, list(by_index))
+        if not buckets:
+            return
+        flat = {index: row_major(local_of(tensor)) for index, tensor in by_index.items()}
+        ranks = self.shards.of(tensors[0]).owner_group
+        step = BlockStep(
+            plan=plan,
+            wire=pipeline.Wire(ranks, key.device, self.options.exchange_dtype, plan.replicated, self.traffic),
+            flat=flat,
+            grads={i: None if (g := local_grad(t)) is None else row_major(g) for i, t in by_index.items()},
+            state={index: states[tensor] for index, tensor in by_index.items()},
+            begins={index: self._begins_of(tensor) for index, tensor in by_index.items()},
+            state_of_block=self.plans.state_of_block,
+            update=partial(self.rule.update, group),
+            step=key.step,
+            step_size=_number(self.rule.step_size(group)),
+            decay=_number(1 - group["lr"] * group["weight_decay"]),
+            rounding={
+                index: rounding
+                for index, tensor in by_index.items()
+                if (rounding := self._others.rounding([tensor], key.step)) is not None
+            },
+            memories=self._memories_of(plan),
+        )
+        failures = step.run(buckets)
+        for index, tensor in by_index.items():
+            local = local_of(tensor)
+            if not local.is_contiguous():
+                local.copy_(flat[index].view(local.shape))
+        self._withheld.note(together, key.step, failures, plan, step.suspects, ranks)
+
+    def _buckets(
+        self, together: tuple[int, ...], tensors: list[Tensor], plan: Plan, indices: Sequence[int]
+    ) -> list[Bucket]:
+        if together not in self._schedules:
+            if len(self._schedules) >= _SCHEDULES_KEPT:
+                self._schedules.clear()
+            rank = self.shards.rank_of_owner(tensors[0])
+            self._schedules[together] = tensors, plan.schedule(indices, rank, self.options.exchange_bucket_size)
+        return self._schedules[together][1]
+
+    def _memories_of(self, plan: Plan) -> dict[tuple[int, ...], dict[str, Any]]:
+        memories = self._memories.setdefault(id(plan), {})
+        if len(memories) >= _MEMORIES_KEPT:
+            memories.clear()
+        return memories
+
+    def _begins_of(self, tensor: Tensor) -> dict[int, dict[str, int]]:
+        if tensor not in self._begins:
+            plan, _ = self.plans.place_of(tensor)
+            self._begins[tensor] = state_begins(plan, self.plans.owned(tensor), self.plans.state_of_block)
+        return self._begins[tensor]
+
+
+def _covered_by_others(shards: Shards, plans: Plans, tensor: Tensor) -> Covered:
+    """What of a tensor is in no block. No method, so that no circle of references keeps a model alive."""
+    bound, matrices = shards.of(tensor), plans.matrices_of(tensor)
+    spans = held_spans(bound.layout, bound.rank, matrices)
+    is_all = sum(length for _, length in spans) == tensor.numel()
+    return Covered(spans, not matrices if isinstance(tensor, DTensor) else is_all)
+
+
+def _number(value: Any) -> Any:
+    """A learning rate of shape (1,) as one of shape ()."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
