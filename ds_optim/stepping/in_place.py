@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ds_optim import kernels
 from ds_optim.kernels.rounding import key_of
+from ds_optim.kernels.tables import table_of
 from ds_optim.roles import warn_unclaimed
 from ds_optim.roles.role import Role
 from ds_optim.rule import Blockwise, Elementwise, Settings, StateSpec
 from ds_optim.sharding.block_runs import BlockRuns, block_runs, held_spans
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import Layout
-from ds_optim.stepping.kernel_calls import Call, TensorStretch, Walk, block_tables, places, run, span_table
+from ds_optim.stepping.kernel_calls import Call, TensorStretch, Walk, block_tables, places, run
 from ds_optim.stepping.logical_tensors import Logical, block_ranges, element_ranges
 from ds_optim.stepping.options import Options
 from ds_optim.stepping.shards import Shards
@@ -217,7 +218,7 @@ class InPlace:
         covered = [self.covered(tensor) for tensor in tensors]
         if self._covers is None:
             spans = [(index, *span) for index, one in enumerate(covered) for span in one.spans]
-            return Walk(kernels.Tables(spans=span_table(spans)), None)
+            return Walk(kernels.Tables(spans=table_of(spans, 3)), None)
         stretches = []
         for index, one in enumerate(covered):
             begin = 0
@@ -225,7 +226,7 @@ class InPlace:
                 stretches.append(TensorStretch(index, start, length, begin))
                 begin += length
         spans = [(index, 0, stretch.length) for index, stretch in enumerate(stretches)]
-        return Walk(kernels.Tables(spans=span_table(spans)), stretches)
+        return Walk(kernels.Tables(spans=table_of(spans, 3)), stretches)
 
     def rounding(self, tensors: list[Tensor], step: int) -> kernels.Rounding | None:
         """How the bf16 ones among tensors are rounded at a step; None if all are rounded to nearest."""

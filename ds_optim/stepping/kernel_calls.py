@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_optim import kernels
 from ds_optim.kernels.rounding import identity_of
+from ds_optim.kernels.tables import table_of
 from ds_optim.rule import Blockwise, Elementwise, Scalars
 from ds_optim.sharding.binding import BoundTensor, local_grad, local_of
 from ds_optim.sharding.block_runs import BlockRuns
@@ -50,11 +51,6 @@ class Walk:
     stretches: Sequence[TensorStretch] | None
 
 
-def span_table(spans: Sequence[tuple[int, int, int]]) -> Tensor:
-    """``(tensor, start, length)`` as the kernels read them."""
-    return torch.tensor(spans, dtype=torch.int64).reshape(-1, 3)
-
-
 def block_tables(runs: Sequence[BlockRuns]) -> kernels.Tables:
     """Tables of a blockwise rule: every tensor's runs, their cut blocks numbered through."""
     rows: list[tuple[int, ...]] = []
@@ -68,11 +64,7 @@ def block_tables(runs: Sequence[BlockRuns]) -> kernels.Tables:
             shifted_cut = cut + cuts if cut >= 0 else -1
             columns.append((index, *head, shifted_cut, block_numel))
         cuts += of_tensor.num_cuts
-    return kernels.Tables(
-        row_runs=torch.tensor(rows, dtype=torch.int64).reshape(-1, 8),
-        column_runs=torch.tensor(columns, dtype=torch.int64).reshape(-1, 11),
-        num_cuts=cuts,
-    )
+    return kernels.Tables(row_runs=table_of(rows, 8), column_runs=table_of(columns, 11), num_cuts=cuts)
 
 
 def places(tensors: Sequence[Tensor], bounds: Sequence[BoundTensor]) -> kernels.Places:

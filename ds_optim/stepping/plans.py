@@ -84,10 +84,6 @@ class Plans:
         self._plans = None
         self.generation += 1
 
-    def over(self, layouts: Sequence[Layout]) -> Plan:
-        """The plan for other ranks or another strategy, from shapes alone."""
-        return self._over([(layout, None, 1) for layout in layouts])[0][0]
-
     def _over(
         self, layouts: Sequence[tuple[Layout, dist.ProcessGroup | None, int]]
     ) -> list[tuple[Plan, tuple[int, ...]]]:
