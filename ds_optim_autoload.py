@@ -5,7 +5,9 @@ every program on the machine. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns it off; 
 """
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 ENGINE = "deepspeed.runtime.engine"
 
@@ -30,7 +32,7 @@ def autoload() -> None:
         installed, failure = False, f"{type(error).__name__}: {error}"
 
 
-def _register(_: ModuleType) -> None:
+def _register(engine: ModuleType) -> None:
     global failure
     try:
         import ds_optim.deepspeed.plugin  # noqa: F401  (importing it installs it)
@@ -41,3 +43,25 @@ def _register(_: ModuleType) -> None:
             "`ds-optim doctor` says more",
             file=sys.stderr,
         )
+        _explain_in(engine)
+
+
+def _explain_in(engine: ModuleType) -> None:
+    """Let an engine that is to have an optimizer of ours say why it cannot; all others are made as ever."""
+    import wrapt
+
+    reason = f"ds_optim could not register with DeepSpeed ({failure}); `ds-optim doctor` says more"
+
+    def supported(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not wrapped(*args, **kwargs):
+            raise RuntimeError(f"{args[0]!r} is no optimizer of DeepSpeed's or torch's, and {reason}")
+        return True
+
+    def configured(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if any(cls.__module__.startswith("ds_optim.") for given in args for cls in type(given).__mro__):
+            raise RuntimeError(reason)
+        return wrapped(*args, **kwargs)
+
+    for method, wrapper in (("_is_supported_optimizer", supported), ("_configure_optimizer", configured)):
+        if hasattr(engine.DeepSpeedEngine, method):
+            wrapt.wrap_function_wrapper(engine, f"DeepSpeedEngine.{method}", wrapper)

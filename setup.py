@@ -4,15 +4,16 @@ Tool settings (ruff, mypy, pytest) live in pyproject.toml; the exact versions th
 constraints.txt. `launcher/install.sh` reads the requirements below without installing anything, hence the guard below.
 """
 
-# DeepSpeed's internals are read by ds_optim.deepspeed, whose versions.py states the same bounds, and move with every
-# minor release; torch is held to the release that the suite runs on for the same reason. The other lower bounds are the
-# interfaces that we use.
+# The ranges of torch, deepspeed, transformers and accelerate are those of ds_optim.releases: from the oldest release
+# that works (docs/results/versions.md) up to the next major one. What is read of a newer one is checked before it is
+# used. The other lower bounds are the interfaces that we use; how new a tokenizers may be, transformers knows.
 REQUIREMENTS = [
-    "torch>=2.13,<2.14",
-    "deepspeed>=0.19.8,<0.20",
-    "transformers>=5.20,<6",
-    "tokenizers>=0.22,<0.24",
-    "safetensors>=0.5",
+    "torch>=2.8,<3",
+    "deepspeed>=0.18.6,<1",
+    "transformers>=4.55,<6",
+    "tokenizers>=0.21",
+    "safetensors>=0.4.3",
+    "packaging>=20",
     "numpy>=1.26",
     "psutil>=5.9",
     "pydantic>=2.10",
@@ -25,7 +26,7 @@ REQUIREMENTS = [
 ]
 
 # transformers' Trainer drives DeepSpeed through accelerate.
-TRAINER = ["accelerate>=1.15,<2"]
+TRAINER = ["accelerate>=1.10,<2"]
 
 # Drawing: `ds-optim batch-size measure`, and benchmarks.
 PLOT = ["matplotlib>=3.9"]
@@ -42,7 +43,8 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "hypothesis>=6.115",
         "allpairspy>=2.5",
-        "peft>=0.21",
+        "peft>=0.17",
+        "uv>=0.9",  # benchmarks/versions.py, which runs a part of the suite on the oldest releases
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<2.5",
     ],

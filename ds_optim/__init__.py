@@ -2,12 +2,16 @@
 
 Importing this package costs nothing until a name is used. It also makes the optimizers' names known to DeepSpeed, which
 the installed package does by itself when torch is imported (see `ds_optim_autoload`).
+
+Raises:
+    ImportError: the installed torch is outside of the range that works; the message says which one is.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import ds_optim_autoload
+from ds_optim.releases import TORCH, require
 
 if TYPE_CHECKING:
     from ds_optim.optimizers.registry import *  # noqa: F403
@@ -19,6 +23,7 @@ _OF_ROLES = ("Role", "infer_roles", "param_groups")
 
 __version__ = "0.1.0"
 
+require(TORCH)  # at once: what follows would fail with names that an older one does not have
 ds_optim_autoload.autoload()
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ds_optim import extension_builds
+from ds_optim import extension_builds, releases
 from ds_optim.batch_size.command import batch_size_app
 from ds_optim.checkpoint.command import checkpoint_app
 from ds_optim.json_file import read_object
@@ -28,8 +28,6 @@ from ds_optim.memory.estimate_command import estimate
 from ds_optim.memory.report_command import report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-
-_PACKAGES = ("ds-optim", "torch", "deepspeed", "transformers", "accelerate", "wrapt")
 
 
 @app.callback()
@@ -43,15 +41,16 @@ def doctor(
         Path | None, typer.Option("--deepspeed", exists=True, dir_okay=False, help="A DeepSpeed JSON to judge.")
     ] = None,
 ) -> None:
-    """Print versions, whether the hook is installed, which names resolve to what, and what would be refused and why.
+    """Print versions and what follows from them, whether the hook is installed, which names resolve to what, and what
+    would be refused and why.
 
     Locks that killed builds of operators left behind are among the problems: a start would wait for them for ever.
 
     Exit status 1 if something is wrong with this installation, or with the JSON that was given.
     """
     console = Console()
-    console.print(_versions())
-    problems = _print_builds(console)
+    problems = _print_versions(console)
+    problems += _print_builds(console)
     import ds_optim_autoload
 
     autoload = os.getenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "1"
@@ -87,14 +86,26 @@ def _yes(value: bool) -> str:
     return "yes" if value else "NO"
 
 
-def _versions() -> Table:
-    table = Table("package", "version", title=f"Python {platform.python_version()} on {platform.platform()}")
-    for package in _PACKAGES:
-        try:
-            table.add_row(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(package, "not installed")
-    return table
+def _print_versions(console: Console) -> list[str]:
+    """What is installed, where it stands among the releases that work, and why it does not do."""
+    table = Table(
+        "package", "version", "works", "tested", title=f"Python {platform.python_version()} on {platform.platform()}"
+    )
+    table.add_row("ds-optim", importlib.metadata.version("ds-optim"))
+    for one in releases.ALL:
+        works = f"{one.first} and later, below {one.end}"
+        table.add_row(one.package, one.installed or "not installed", works, _standing(one))
+    console.print(table)
+    return [problem for one in releases.ALL if (problem := one.problem(one.installed))]
+
+
+def _standing(one: releases.Releases) -> str:
+    """Whether a package's release was tested, and which were."""
+    standing = one.standing(one.installed)
+    if standing in ("tested", "not installed"):
+        return standing
+    said = "newer than all that were" if standing == "newer" else standing
+    return f"{said} ({', '.join(one.tested)})"
 
 
 def _print_builds(console: Console) -> list[str]:
@@ -140,14 +151,12 @@ def _print_kernels(console: Console) -> None:
     import torch
 
     from ds_optim import kernels
-    from ds_optim.deepspeed.versions import KNOWN_VERSIONS
 
     devices = ["cpu"]
     if torch.accelerator.is_available():
         devices.append(str(torch.accelerator.current_accelerator()))
     for device in devices:
         console.print(f"kernels on {device}: {kernels.backend_for(None, torch.device(device))}")
-    console.print(f"DeepSpeed versions known to work: {KNOWN_VERSIONS}")
 
 
 def _print_refusals(console: Console, config: Path | None) -> list[str]:

@@ -20,13 +20,14 @@ from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 @contextmanager
 def counting_ranks() -> Iterator[None]:
     """Inside, Accelerate sees ranks on CPUs."""
     prepare_backend, start = PartialState._prepare_backend, AcceleratorState.__init__
+    settle = FullyShardedDataParallelPlugin.__post_init__
 
     @wraps(prepare_backend)
     def with_gloo(self: Any, *args: Any, **kwargs: Any) -> tuple[str, DistributedType]:
@@ -41,7 +42,14 @@ def counting_ranks() -> Iterator[None]:
             state.distributed_type = DistributedType.MULTI_GPU  # the kinds of ranks for which it heeds the plugin
         start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
 
+    @wraps(settle)
+    def without_a_device(self: Any) -> None:
+        # The first is FSDP1's and asks for a device; transformers 4 leaves the second to `accelerate launch`.
+        with patch.dict(os.environ, FSDP_SYNC_MODULE_STATES="false", FSDP_VERSION="2"):
+            settle(self)
+
     with (
+        patch.object(FullyShardedDataParallelPlugin, "__post_init__", without_a_device),
         patch.object(PartialState, "_prepare_backend", with_gloo),
         patch.object(AcceleratorState, "__init__", with_fsdp),
     ):

@@ -44,7 +44,7 @@ def main() -> None:
     set_seed(training_args.seed)
     overrides = {"hidden_size": model_args.hidden_size} if model_args.hidden_size else {}
     config = AutoConfig.from_pretrained(model_args.config_name, **overrides)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config)
     data = blocks_of(data_args.train_files, data_args.block_size, config.vocab_size)
     trainer = Trainer(model=model, args=training_args, train_dataset=data)
     known = Path(training_args.output_dir)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_optim.releases import DEEPSPEED
+
 VOCABULARY = 37
 
 
@@ -97,6 +99,8 @@ class Case:
     def config(self) -> dict[str, Any]:
         """The DeepSpeed configuration."""
         zero = {"stage": self.stage, **self.zero}
+        if self.stage == 3 and DEEPSPEED.is_before("0.19.8"):  # what is refused on CPU otherwise
+            zero.setdefault("stage3_allgather_sequential", True)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.accumulation,

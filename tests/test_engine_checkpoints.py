@@ -16,6 +16,7 @@ import ds_optim
 from ds_optim import checkpoint
 from ds_optim.checkpoint.convert import convert
 from ds_optim.checkpoint.warm_start import warm_start
+from ds_optim.releases import DEEPSPEED
 from engines import Case, assembled, build_model, engine_for, install_gradients, masters, train, weights
 from pool import Pools
 
@@ -223,9 +224,11 @@ def test_going_on_from_deepspeeds_adamw_names_the_second_group_and_the_warm_star
     pool(2).run(save, Case("AdamW", {"torch_adam": True}, stage=stage), folder)
     ours = Case("ds_optim.AdamW", stage=stage)
     for control, changed in pool(2).run(deepspeeds_own_word, ours, folder):
-        assert ("parameter-alignment" if stage == 2 else "not saved by the same optimizer") in control
+        # DeepSpeed's own word since 0.19.7, which is about something else
+        said = "parameter-alignment" if stage == 2 and not DEEPSPEED.is_before("0.19.7") else "same optimizer"
+        assert said in control
         assert "no_decay" not in control
-        assert changed == (stage == 2)
+        assert changed == (stage == 2 and not DEEPSPEED.is_before("0.19.7"))
     for case in (ours, Case("AdamMini", stage=stage)):
         for said in pool(2).run(refused, case, folder):
             assert "its parameters are in 1 group, here in 2 groups" in said

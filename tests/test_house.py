@@ -21,6 +21,11 @@ import pytest
 # The floors, from the ground up. A module may import what stands on lower floors and, unless it is one of `ALONE`, its
 # neighbours on the same floor; imports in functions, for types alone and in tables of lazy names count like all others.
 FLOORS: list[dict[str, str]] = [
+    {"releases": "which releases of torch, deepspeed, transformers and accelerate work, and which were tested"},
+    {
+        "known_torch": "what differs between releases of torch",
+        "known_transformers": "what differs between releases of transformers",
+    },
     {
         "kernels": "fused updates: native (C++), triton (accelerators), eager (oracle and fallback)",
         "linalg": "stacked Newton-Schulz, stacked inverse roots, aligned products",
@@ -51,8 +56,11 @@ FLOORS: list[dict[str, str]] = [
     },
     {"cli": "ds-optim estimate, claims, report, checkpoint, batch-size, doctor, selftest"},
 ]
-ALONE = {"kernels", "linalg"}  # import nothing of ours but themselves
+ALONE = {"kernels", "linalg"}  # import nothing of ours but themselves and what is known of torch
 KNOWS_DEEPSPEED = {"deepspeed"}  # alone imports deepspeed
+KNOW_RELEASES = {"ds_optim.releases", "ds_optim.known_torch", "ds_optim.known_transformers"} | {
+    "ds_optim.deepspeed.differences"
+}
 ENTRIES = {"ds_optim.cli", "launcher"}  # imported by nobody
 LINES, FUNCTION_LINES, METHODS = 400, 60, 25  # at most
 
@@ -217,7 +225,7 @@ def everything_has_a_place(sources: Sources) -> list[str]:
 
 
 def imports_run_downwards(sources: Sources) -> list[str]:
-    """Nobody imports from a higher floor; kernels and linear algebra import nothing of ours."""
+    """Nobody imports from a higher floor; kernels and linear algebra import none of their neighbours."""
     found = []
     for module, text in ours(sources).items():
         here = room(module)
@@ -227,8 +235,8 @@ def imports_run_downwards(sources: Sources) -> list[str]:
                 continue
             if LEVEL[there] > LEVEL[here]:
                 found.append(f"{module}:{one.line} imports {one.module}, from floor {LEVEL[here]} to {LEVEL[there]}")
-            elif here in ALONE:
-                found.append(f"{module}:{one.line} imports {one.module}, and {here} imports nothing of ours")
+            elif here in ALONE and LEVEL[there] == LEVEL[here]:
+                found.append(f"{module}:{one.line} imports {one.module}, and {here} imports no neighbours")
     return found
 
 
@@ -309,6 +317,27 @@ def one_room_knows_deepspeed(sources: Sources) -> list[str]:
     ]
 
 
+def releases_are_compared_in_few_places(sources: Sources) -> list[str]:
+    """What follows from a release of another package is known to the modules of `KNOW_RELEASES` alone."""
+    found = []
+    for module, text in sources.items():
+        if module in KNOW_RELEASES:
+            continue
+        found += [
+            f"{module}:{one.line} imports {one.module}"
+            for one in imports(text, sources)
+            if one.module.split(".")[0] == "packaging"
+        ]
+        for node in nodes(text):
+            if isinstance(node, ast.Attribute) and node.attr == "is_before":
+                found.append(f"{module}:{node.lineno} asks whether a release is before another one")
+            elif isinstance(node, ast.Compare) and any(
+                isinstance(each, ast.Attribute) and each.attr == "__version__" for each in ast.walk(node)
+            ):
+                found.append(f"{module}:{node.lineno} compares a __version__")
+    return found
+
+
 def nobody_imports_the_entries(sources: Sources) -> list[str]:
     """The command line and launcher/ are imported by nobody; launcher's modules may import each other."""
     found = []
@@ -362,6 +391,7 @@ RULES: list[Rule] = [
     nobody_uses_anothers_underscore_names,
     one_room_knows_deepspeed,
     the_hook_knows_the_plugin_alone,
+    releases_are_compared_in_few_places,
     nobody_imports_the_entries,
     nothing_is_too_large,
     a_class_name_has_one_meaning,
@@ -407,14 +437,14 @@ MANY_METHODS = "class Large:\n" + "".join(f"    def method_{index}(self): ...\n"
 PLANTED: list[tuple[Rule, str, str, str]] = [
     (everything_has_a_place, "ds_optim.utils", "", "ds_optim.utils stands on no floor"),
     (everything_has_a_place, "ds_optim.tools.numbers", "", "ds_optim.tools stands on no floor"),
-    (imports_run_downwards, "ds_optim.sharding.layout", "import ds_optim.roles.role", "floor 1 to 2"),
+    (imports_run_downwards, "ds_optim.sharding.layout", "import ds_optim.roles.role", "floor 3 to 4"),
     (imports_run_downwards, "ds_optim.errors", "from ds_optim import rule", ":1 imports ds_optim.rule"),
     (imports_run_downwards, "ds_optim.rule", "def late():\n    from ds_optim.stepping import shards", ":2 imports"),
     (imports_run_downwards, "ds_optim.rule", "if TYPE_CHECKING:\n    from ds_optim.cli import main", ":2 imports"),
     (imports_run_downwards, "ds_optim.rule", "LATE = ['ds_optim.stepping.shards']", "imports ds_optim.stepping.shards"),
     (imports_run_downwards, "ds_optim.optimizers.lion", "from ds_optim import Role", "imports ds_optim,"),
-    (imports_run_downwards, "ds_optim.linalg.polar", "from ds_optim.listing import listed", "imports nothing of ours"),
-    (imports_run_downwards, "ds_optim.kernels.eager", "import ds_optim.linalg.polar", "imports nothing of ours"),
+    (imports_run_downwards, "ds_optim.linalg.polar", "from ds_optim.listing import listed", "imports no neighbours"),
+    (imports_run_downwards, "ds_optim.kernels.eager", "import ds_optim.linalg.polar", "imports no neighbours"),
     (arithmetic_reads_no_dtensor, "ds_optim.sharding.plan", "from ds_optim.sharding import dtensor", "plan:1 imports"),
     (there_are_no_circles, "ds_optim.kernels.eager", "def late():\n    import ds_optim.kernels", "eager -> ds_optim"),
     (
@@ -443,6 +473,19 @@ PLANTED: list[tuple[Rule, str, str, str]] = [
     (one_room_knows_deepspeed, "ds_optim.ranks", "def late():\n    import deepspeed", "ranks:2 imports deepspeed"),
     (the_hook_knows_the_plugin_alone, "ds_optim_autoload", "import torch", "imports torch"),
     (the_hook_knows_the_plugin_alone, "ds_optim_autoload", "import ds_optim.ranks", "imports ds_optim.ranks"),
+    (
+        releases_are_compared_in_few_places,
+        "ds_optim.ranks",
+        "from packaging.version import Version",
+        "imports packaging",
+    ),
+    (releases_are_compared_in_few_places, "ds_optim.ranks", "TORCH.is_before('2.9')", "ranks:1 asks whether"),
+    (
+        releases_are_compared_in_few_places,
+        "ds_optim.ranks",
+        "new = torch.__version__ > '2.9'",
+        "compares a __version__",
+    ),
     (nobody_imports_the_entries, "ds_optim.checkpoint", "def late():\n    from ds_optim import cli", ":2 imports"),
     (nobody_imports_the_entries, "launcher.train", "from ds_optim.cli import main", "launcher.train:1 imports"),
     (nobody_imports_the_entries, "ds_optim.ranks", "import launcher.train", "imports launcher.train"),

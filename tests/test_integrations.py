@@ -25,10 +25,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 import ds_optim.checkpoint
 from ds_optim.checkpoint.convert import convert
+from ds_optim.releases import ACCELERATE, TORCH, TRANSFORMERS
 from ds_optim.roles import canonical_name
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +157,8 @@ def test_the_trainer_on_one_device_under_ddp_and_fsdp2_trains_the_same_model(poo
         check(results, "Shampoo", SHAMPOO)
         assert all(found["lr"] == [0.0, 0.0] for found in results)
         # The clipped norm is summed in another order over shards.
-        assert results[0]["losses"] == pytest.approx(replicated[0]["losses"], abs=1e-5)
+        digits = 1.1e-4 if TRANSFORMERS.is_before("5") else 1e-5  # transformers 4 logs four
+        assert results[0]["losses"] == pytest.approx(replicated[0]["losses"], abs=digits)
     assert [found["is_sharded"] for found in replicated + sharded] == [False, False, True, True]
     assert replicated[0]["state_bytes"] == replicated[1]["state_bytes"]
     for key in ("exp_avg", "factor_0"):
@@ -266,10 +269,15 @@ def trainer_of(output: Path, cls: str, arguments: dict[str, Any]) -> Any:
     from tiny import tiny_llama, windows
     from transformers import Trainer, TrainingArguments
 
+    class InOrder(Trainer):  # type: ignore[misc]
+        """Asked for by ``train_sampling_strategy="sequential"`` in newer releases."""
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
     model = tiny_llama()
     given: dict[str, Any] = {
         "per_device_train_batch_size": ROWS,
-        "train_sampling_strategy": "sequential",
         "max_steps": STEPS,
         "save_strategy": "no",
         "report_to": "none",
@@ -278,7 +286,7 @@ def trainer_of(output: Path, cls: str, arguments: dict[str, Any]) -> Any:
         **arguments,
     }
     chosen = (getattr(ds_optim, cls), {"lr": 4e-3, "roles": model}) if cls else None
-    return Trainer(
+    return InOrder(
         model,
         TrainingArguments(output_dir=str(output), **given),
         train_dataset=windows(),
@@ -374,7 +382,7 @@ def test_the_trainer_under_zero_2_is_a_plain_engine_loop(pool: Any, tmp_path: Pa
     by_trainer = pool(2).run(train, tmp_path, "", None, given)
     by_hand = pool(2).run(plain_engine_loop)
     for (found, _), wanted in zip(by_trainer, by_hand, strict=True):
-        assert_close(found, wanted, 1e-6)
+        assert_close(found, wanted, 5e-6 if TRANSFORMERS.is_before("5") else 1e-6)  # 4 adds the loss up otherwise
 
 
 def fsdp2(**config: Any) -> dict[str, Any]:
@@ -391,14 +399,26 @@ def test_fsdp2_through_the_trainer_is_one_device(cls: str, pool: Any, tmp_path: 
         assert_close(sharded, alone, 1e-4)
 
 
+# Before 1.13, accelerate asks for none of the state that it saved of an FSDP2 optimizer in shards: with torch's own it
+# goes on from zero moments, with ours it fails.
+KINDS = ["SHARDED_STATE_DICT", "FULL_STATE_DICT"]
+FROM_SHARDS = [
+    pytest.param("AdamMini", fsdp2(), id="fsdp2-AdamMini"),
+    pytest.param("Shampoo", fsdp2(state_dict_type="SHARDED_STATE_DICT"), id="fsdp2-sharded-Shampoo"),
+]
+if ACCELERATE.is_before("1.13"):
+    KINDS, FROM_SHARDS = ["FULL_STATE_DICT"], []
+# On CPUs accelerate calls the device "cpu:0", from which older torch restores nothing.
+ALONE = [] if TORCH.is_before("2.9") else [pytest.param("SWAN", {}, id="ddp-SWAN")]
+
+
 @pytest.mark.parametrize(
     ("cls", "given"),
     [
         pytest.param("", {"deepspeed": zero2(type="AdamMini", params={"lr": "auto"})}, id="zero2-AdamMini"),
         pytest.param("", {"deepspeed": zero2(type="Shampoo", params={"lr": "auto"})}, id="zero2-Shampoo"),
-        pytest.param("AdamMini", fsdp2(), id="fsdp2-AdamMini"),
-        pytest.param("Shampoo", fsdp2(state_dict_type="SHARDED_STATE_DICT"), id="fsdp2-sharded-Shampoo"),
-        pytest.param("SWAN", {}, id="ddp-SWAN"),
+        *FROM_SHARDS,
+        *ALONE,
     ],
 )
 def test_the_trainer_goes_on_from_its_own_checkpoint(
@@ -481,7 +501,7 @@ def accelerated(folder: Path, kind: str) -> list[float]:
         return [*losses, steps(*made)]
 
 
-@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_accelerate_goes_on_from_its_own_checkpoint(kind: str, pool: Any, tmp_path: Path) -> None:
     for before, after in pool(2).run(accelerated, tmp_path, kind):
         assert after == before

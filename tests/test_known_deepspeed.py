@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ds_optim.deepspeed import names, versions, wrappers
-from ds_optim.memory.known_torch import MemoryAccountError
+from ds_optim.deepspeed import names, wrappers
+from ds_optim.memory.errors import MemoryAccountError
 from ds_optim.memory.labels import wrapper_of
 from ds_optim.memory.record import Category
 from ds_optim.optimizers import registry
 from ds_optim.optimizers.registry import optimizers
-
-
-def test_setup_requires_the_versions_that_messages_name() -> None:
-    spec = importlib.util.spec_from_file_location("setup_of_ds_optim", Path(__file__).parents[1] / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    assert versions.REQUIREMENT in setup.REQUIREMENTS
+from ds_optim.releases import DEEPSPEED
 
 
 def test_every_wrapper_in_the_table_is_a_class_of_deepspeeds() -> None:
@@ -105,7 +95,7 @@ def test_one_message_says_what_another_deepspeed_lacks_and_which_is_known() -> N
         assert not wrappers.engine_problem(engine, use)
         engine.optimizer = of_class(kind.name, expected[1:])
         problem = wrappers.engine_problem(engine, use)
-        assert f": BF16_Optimizer has no {expected[0]}; {versions.KNOWN_TO_WORK}" in problem
+        assert f": BF16_Optimizer has no {expected[0]}; {DEEPSPEED.known}" in problem
     del type(engine).global_steps
     assert "DeepSpeedEngine has no global_steps, BF16_Optimizer has no" in wrappers.engine_problem(engine, "checkpoint")
     engine.optimizer = of_class("FP16_Optimizer", ("fp16_groups_flat", "fp32_groups_flat"))
@@ -122,7 +112,7 @@ def test_what_need_not_import_deepspeed_does_not() -> None:
     code = """
 import sys
 from importlib import import_module
-for name in "wrappers versions facts predict engine_state checkpoint_files reader gradient_window".split():
+for name in "wrappers differences facts predict engine_state checkpoint_files reader gradient_window".split():
     import_module(f"ds_optim.deepspeed.{name}")
 import ds_optim.memory.accountant, ds_optim.memory.estimate, ds_optim.checkpoint.convert, ds_optim.batch_size.estimator
 print([name for name in sys.modules if name.split(".")[0] == "deepspeed"])

@@ -21,6 +21,7 @@ import engines
 import meshes
 from ds_optim import checkpoint
 from ds_optim.checkpoint.warm_start import warm_start
+from ds_optim.releases import TORCH
 from engines import Case, assembled, engine_for, masters
 from expected import by_one_process
 from meshes import MeshCase, make, weights
@@ -157,7 +158,8 @@ def loaded_by_torch(mesh_case: MeshCase, folder: str, options: StateDictOptions)
         ("Adan", 2, 2, "fsdp", False),
         ("AdamMini", 2, 3, "fsdp", False),
         ("AdamMini", 3, 2, "fsdp", True),
-        ("Shampoo", 2, 3, "fsdp", True),
+        # torch before 2.10 cannot put flattened state together again where a rank holds none of it
+        ("Shampoo", 2, 3, "fsdp", not TORCH.is_before("2.10")),
         ("Shampoo", 4, 2, "hsdp", False),
         ("SWAN", 3, 4, "fsdp", False),
     ],

@@ -134,9 +134,9 @@ def test_a_zero_2_run_and_an_fsdp2_run_agree(pool: Pools, case: Case) -> None:
     for one, two in zip(by_zero, by_fsdp, strict=True):
         assert one.keys() == two.keys()
         for name, values in one.items():
-            moved = (values - start[name]).abs().max()
+            moved = (values - start[name]).norm()
             assert moved > 0
-            assert (values - two[name]).abs().max() <= 1e-3 * moved, name  # gradients are added up in another order
+            assert (values - two[name]).norm() <= 1e-3 * moved, name  # gradients are added up in another order
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -211,7 +211,21 @@ def two_dimensional(cls: Any) -> float:
             optimizer.step()
             optimizer.zero_grad()
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
-    return max(((o.full_tensor() if isinstance(o, DTensor) else o) - t).abs().max().item() for o, t in pairs)
+    return max((local_of(one) - shard_of(two, one)).abs().max().item() for one, two in pairs if local_of(one).numel())
+
+
+def shard_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that is cut as another one is: tensor parallelism cuts first, FSDP2 the rest.
+
+    By hand, since ``full_tensor()`` puts such shards together in another order in torch 2.8.
+    """
+    assert isinstance(like, DTensor)
+    mesh, part = like.device_mesh, whole.detach()
+    for dimension in reversed(range(mesh.ndim)):
+        placement: Any = like.placements[dimension]
+        if not placement.is_replicate():
+            part = part.chunk(mesh.size(dimension), placement.dim)[mesh.get_local_rank(dimension)]
+    return part
 
 
 @pytest.mark.parametrize("cls", [ds_optim.AdamW, ds_optim.Lion])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_optim.releases import DEEPSPEED
 from engines import Case, assembled, build_model, constant_gradient, engine_for, learning_rate, masters, train
 from expected import block_labels, distance, weight_decays
 from pool import Pools
@@ -77,6 +78,9 @@ NAN = {
     (3, "fp32"): "skipped",
     (3, "bf16"): "skipped",
 }
+if DEEPSPEED.is_before("0.19.8"):  # which looks at fp16 and at ZeRO-0 alone, and fails an assertion in BF16_Optimizer
+    del NAN[1, "bf16_optimizer"]
+    NAN.update({(stage, precision): "stepped" for stage in (1, 2, 3) for precision in ("fp32", "bf16")})
 
 
 @pytest.mark.parametrize(("stage", "precision"), NAN)

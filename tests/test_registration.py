@@ -242,7 +242,7 @@ def test_the_doctor_says_which_numbers_a_file_really_trains_with(
 
 def test_the_doctor_reports_what_deepspeed_itself_refuses(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"optimizer": {"type": "AdamMini"}, "sparse_gradients": True}))
+    file.write_text(json.dumps({"optimizer": {"type": "AdamMini"}, "zero_optimization": {"stage": 4}}))
     judged = CliRunner().invoke(app, ["doctor", "--deepspeed", str(file)], env={"COLUMNS": "400"})
     assert judged.exit_code == 1
     assert "DeepSpeed refuses it" in judged.output

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ds_optim.optimizers.adam_mini import adam_mini_blocks
 from ds_optim.optimizers.matrix_roles import is_matrix
+from ds_optim.releases import TRANSFORMERS
 from ds_optim.roles import (
     canonical_name,
     infer_roles,
@@ -352,7 +353,12 @@ def test_a_block_of_any_other_matrix_is_an_output_neuron(name: str, models: Call
         handle.remove()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4"])
+# Transformers 5 stacked the experts of models whose experts were modules, and gave modules other names.
+IS_4 = TRANSFORMERS.is_before("5")
+STACKED = ["gpt_oss", "llama4"] if IS_4 else ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4"]
+
+
+@pytest.mark.parametrize("name", STACKED)
 def test_a_block_of_stacked_experts_is_one_neuron_of_one_expert(name: str, models: Callable[[str], nn.Module]) -> None:
     model = models(name)
     roles = infer_roles(model)
@@ -366,8 +372,8 @@ def test_a_block_of_stacked_experts_is_one_neuron_of_one_expert(name: str, model
         if name == "llama4":
             return experts(tokens)
         chosen = torch.arange(3)[:, None]
-        weights = torch.ones(3, 3) if name == "gpt_oss" else torch.ones(3, 1)
-        return experts(tokens, chosen, weights)
+        weights = (torch.eye(3) if IS_4 else torch.ones(3, 3)) if name == "gpt_oss" else torch.ones(3, 1)
+        return experts(tokens, chosen, weights).reshape(3, -1)
 
     down, up = experts.get_parameter("down_proj"), experts.get_parameter("gate_up_proj")
     saved = down.detach().clone()
@@ -481,7 +487,7 @@ def test_a_lora_model_keeps_the_roles_of_the_model_under_it(models: Callable[[st
     assert unclaimed_by_adam_mini(roles, shapes) == []
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "vit"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", *["vit"][IS_4:]])
 def test_lora_b_has_the_output_rows_of_its_weight_and_lora_a_directions(name: str) -> None:
     layers = {"gpt2": ["c_attn", "c_proj", "c_fc"], "gpt_neox": ["query_key_value", "dense"]}
     model = lora(name, target_modules=layers.get(name, ["q_proj", "k_proj", "v_proj", "o_proj"]))
@@ -556,6 +562,7 @@ def test_vectors_of_an_adapter() -> None:
     }
 
 
+@pytest.mark.skipif(IS_4, reason="Mixtral's experts are modules in transformers 4")
 def test_adapters_of_convolutions_stacked_experts_and_torchs_attention() -> None:
     vit = lora("vit", target_modules=["projection"])
     assert {role.kind for name, role in infer_roles(vit).items() if "lora_" in name} == {"conv"}
@@ -808,6 +815,7 @@ def make_roles() -> ModuleType:
     return module
 
 
+@pytest.mark.skipif(IS_4, reason="the tables are made with transformers 5")
 def test_the_tables_in_the_docs_are_what_the_code_says() -> None:
     script = make_roles()
     written = script.PAGE.read_text().split(script.MARK)[1]

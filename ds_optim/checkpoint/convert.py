@@ -23,7 +23,6 @@ from ds_optim.deepspeed import engine_state
 from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles, RankStates
 from ds_optim.deepspeed.configuration import DsOptimObject
 from ds_optim.deepspeed.names import names
-from ds_optim.deepspeed.versions import MINOR_RELEASE
 from ds_optim.errors import CheckpointError, in_one
 from ds_optim.roles import canonical_name, decayed_then_exempt, exempt_names, shapes_and_roles
 from ds_optim.roles.role import Role
@@ -191,7 +190,7 @@ def _made(
     if sum(sizes) != len(layouts) or len(states.masters) != len(layouts):
         raise CheckpointError(
             f"{files.folder}: the optimizer stepped {sum(sizes)} tensors, {len(states.masters)} were saved, its "
-            f"parameters make {len(layouts)}: {MINOR_RELEASE} did not write it"
+            f"parameters make {len(layouts)}: no DeepSpeed that is known here wrote it"
         )
     options = {key: saved[0][key] for key in inspect.signature(cls).parameters if key in saved[0] and key != "params"}
     elements = (cls.rule.others if isinstance(cls.rule, WholeMatrix) else cls.rule).element_state

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ds_optim.deepspeed.facts import LATEST
-from ds_optim.deepspeed.versions import MINOR_RELEASE
 from ds_optim.errors import CheckpointError, in_one
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
@@ -183,7 +182,9 @@ class DeepSpeedFiles:
         )
         missing = [key for key in expected if key not in saved]
         if missing:
-            raise CheckpointError(f"{self.folder / name} has no {', '.join(missing)}: {MINOR_RELEASE} did not write it")
+            raise CheckpointError(
+                f"{self.folder / name} has no {', '.join(missing)}: no DeepSpeed that is known here wrote it"
+            )
         return saved
 
     def layouts(self, groups: Sequence[Sequence[ParameterSpec]]) -> list[Layout]:

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.deepspeed import wrappers
+from ds_optim.deepspeed import differences, wrappers
 from ds_optim.deepspeed.events import after_zero_grad
 from ds_optim.instance_methods import after, wrap
+from ds_optim.releases import DEEPSPEED
 
 
 def settle_gradients(engine: Any) -> Callable[[], None] | None:
@@ -116,7 +117,6 @@ class GradientWindow:
         self._is_zero_3 = wrappers.kind_of(wrapper) is wrappers.ZERO_3
         self._warn = warn
         self.is_offloaded = bool(wrapper.offload_optimizer if self._is_zero_3 else wrapper.cpu_offload)
-        self._arrived = "_offload_boundary_param_ids" if self._is_zero_3 else "_offload_accumulated_param_ids"
         self._undelivered: set[Tensor] = set()  # that arrived in this window, but not in its last backward pass
         self._written: set[Tensor] = set()  # in this window
         self._stale: set[Tensor] = set()  # in earlier ones, and not cleared since
@@ -151,13 +151,20 @@ class GradientWindow:
         """A wrapper's step under offload: first the masters get what came before the last backward pass alone.
 
         DeepSpeed hands them over in the last one of an accumulation window, and of the parameters in it only.
+
+        Raises:
+            RuntimeError: this DeepSpeed cannot; no weight was changed.
         """
         engine = self._engine()
-        if self._undelivered and not self._ended and engine is not None and engine.managed_gradient_accumulation():
-            ids = {wrapper.get_param_id(parameter) for parameter in self._undelivered}
-            setattr(wrapper, self._arrived, getattr(wrapper, self._arrived) & ids)
-            wrapper.finalize_gradient_accumulation_boundary()  # what DeepSpeed does for all of them if unmanaged
-        self._undelivered = set()
+        undelivered, self._undelivered = self._undelivered, set()
+        is_left = undelivered and not self._ended and engine is not None and differences.is_managed(engine)
+        if is_left and not differences.hand_over(wrapper, undelivered):
+            raise RuntimeError(
+                f"deepspeed {DEEPSPEED.installed} lost gradients of this step: {len(undelivered)} parameters were "
+                "used in earlier backward passes of the accumulation window and not in its last one, whose gradients "
+                "alone are handed over under CPU offload. Use deepspeed 0.19.5 or later, or train without "
+                "zero_optimization.offload_optimizer. No weight was changed"
+            )
         return step(*args, **kwargs)
 
     def is_stale(self, parameter: Tensor) -> bool:
@@ -192,7 +199,7 @@ class GradientWindow:
         self._stale.difference_update(parameters)
         if self.is_offloaded:
             wrapper = self._wrapper()
-            is_last = wrapper is None or wrapper.is_gradient_accumulation_boundary()
+            is_last = wrapper is None or differences.is_boundary(wrapper)
             (self._undelivered.difference_update if is_last else self._undelivered.update)(parameters)
         task = torch._C._current_graph_task_id()
         if self._stale and task != self._task:
@@ -209,9 +216,7 @@ class GradientWindow:
             if wrapper is not None and not wrapper.overflow:  # else the step was skipped
                 self._warn()
             if wrapper is not None and self.is_offloaded:
-                setattr(wrapper, self._arrived, set())  # otherwise only a step empties it
-                if not self._is_zero_3:
-                    wrapper._wait_for_offload_copies()  # to the host, which likewise only a step waits for
+                differences.forget_arrivals(wrapper)
             self._clear()
 
     @torch.no_grad()

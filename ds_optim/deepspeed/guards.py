@@ -84,13 +84,13 @@ def warn_of_skipped_steps(engine: Any) -> None:
     wrapper = engine.optimizer
     if wrappers.kind_of(wrapper) is not wrappers.UNFUSED:
         return
-    at = weakref.ref(engine)
+    at, of_wrapper = weakref.ref(engine), weakref.ref(wrapper)
     told = False
 
     def say() -> None:
         nonlocal told
         engine = at()
-        if not told and engine is not None:
+        if not told and engine is not None and getattr(of_wrapper(), "overflow", False):
             told = True
             warnings.warn(
                 f"step {engine.global_steps + 1} was skipped: a gradient was not finite. At ZeRO-0 DeepSpeed says "
@@ -100,7 +100,7 @@ def warn_of_skipped_steps(engine: Any) -> None:
                 stacklevel=2,
             )
 
-    after(wrapper, "_skip_invalid_grad_norm", say)
+    after(wrapper, "step", say)
 
 
 def refuse_lost_gradients(engine: Any) -> None:
@@ -153,7 +153,7 @@ def _overwritten_at_3(engine: Any) -> Callable[[], str]:
         return (
             f"a second backward pass without a forward pass before it replaced those of {some}. Take each loss's "
             "forward and backward pass before the next one's forward pass, or use ZeRO stage 1 or 2 with "
-            '"managed_gradient_accumulation": false'
+            '"managed_gradient_accumulation": false (deepspeed 0.19.4 and later)'
         )
 
     wrap(engine.optimizer, "partition_grads", partition)
@@ -186,7 +186,8 @@ def _replaced_at_1_and_2(engine: Any) -> Callable[[], str]:
         if is_replaced:
             return (
                 "it has several backward passes at a gradient accumulation boundary, and each replaced the one before. "
-                'Set "managed_gradient_accumulation": false in the JSON, or "gradient_accumulation_steps" to the '
+                'Set "managed_gradient_accumulation": false in the JSON (deepspeed 0.19.4 and later), or '
+                '"gradient_accumulation_steps" to the '
                 "number of passes, with engine.step() behind each; if the last one is to count alone, call "
                 "engine.zero_grad() before it"
             )

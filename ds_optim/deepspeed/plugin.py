@@ -26,6 +26,7 @@ from ds_optim.deepspeed.refusals import engine_problems, untrained
 from ds_optim.deepspeed.resume import guard_resuming
 from ds_optim.errors import raise_on_all_ranks
 from ds_optim.optimizers.registry import when_registered
+from ds_optim.releases import DEEPSPEED, require, say_untested
 from ds_optim.roles import canonical_name, decayed_then_exempt, exempt_names, infer_roles
 from ds_optim.roles.role import Role
 from ds_optim.stepping.deferred import deferred_steps
@@ -37,7 +38,11 @@ def _install() -> None:
     """Make the optimizers' names known, and see to it that every engine does so and is given one of ours.
 
     Runs when this module is imported, whoever imports it, and so once per process.
+
+    Raises:
+        ImportError: this DeepSpeed is outside of the range that works.
     """
+    require(DEEPSPEED)
     when_registered(install_names)
     engine = import_module(ENGINE)
     wrapt.wrap_function_wrapper(engine, "DeepSpeedEngine._configure_optimizer", _configure_optimizer)
@@ -90,6 +95,8 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
         reader.guard_state_access(engine, type(basic).__name__, basic.stepper.element_keys)
         guard_resuming(engine)
         guards.watch(engine)
+        if basic.ranks.index == 0:
+            say_untested()
     return result
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_optim.deepspeed import wrappers
+from ds_optim.deepspeed import differences, wrappers
 from ds_optim.instance_methods import after, wrap
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding.binding import Binding, BoundTensor
@@ -49,7 +49,7 @@ def read(engine: Any) -> Binding:
     refused = wrappers.engine_problem(engine, "training")
     if refused:
         return Binding({}, ranks_of(engine), (refused,))
-    reader = _EngineReader(
+    reader = EngineReader(
         engine, {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
     )
     reader.read(engine.optimizer)
@@ -101,7 +101,7 @@ def guard_state_access(engine: Any, optimizer: str, keys: tuple[str, ...]) -> No
         after(wrapper, "_link_all_hp_params", guarded_parameters)
 
 
-class _EngineReader:
+class EngineReader:
     """Collects bound tensors and problems, one method per kind of wrapper."""
 
     def __init__(self, engine: Any, names: Mapping[Tensor, str]) -> None:
@@ -138,13 +138,19 @@ class _EngineReader:
                         )
                     layout = Replicated(self._spec(parameter), world)
                     self._add(tensor, layout, 0, group, {0: parameter.data.reshape(-1)})
+                elif stepped_groups is not None:  # newer releases leave it out
+                    self.problems.append(
+                        f"{self.names.get(parameter)} is frozen, and this DeepSpeed has an fp32 master of it stepped "
+                        "all the same at ZeRO-0 in bf16: leave frozen parameters out of model_parameters, or use ZeRO "
+                        "stage 1"
+                    )
 
     def zero_1_and_2(self, wrapper: Any) -> None:
         """One flat partition per parameter group, round-robin order and alignment padding included."""
         for index, parameters in enumerate(wrapper.round_robin_bit16_groups):
             self._flat(
                 parameters,
-                [int(offset) for offset in wrapper.round_robin_bit16_offsets[index]],
+                differences.offsets(wrapper, index),
                 wrapper.bit16_groups_flat[index],
                 int(wrapper.partition_size[index]),
                 wrapper.single_partition_of_fp32_groups[index],
@@ -166,7 +172,7 @@ class _EngineReader:
     def zero_3(self, wrapper: Any) -> None:
         """One flat tensor per sub-group: this rank's slice of each of its parameters, one behind the other."""
         for index, parameters in enumerate(wrapper.fp16_groups):
-            group = wrapper._get_sub_group_process_group(index)
+            group = differences.sub_group_ranks(wrapper, index)
             rank = dist.get_rank(group)
             layout = SlicedParameters(tuple(map(self._spec, parameters)), dist.get_world_size(group))
             offset = 0

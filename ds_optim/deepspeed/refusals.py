@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ds_optim.deepspeed.configuration import option_problems, trainer_problems
+from ds_optim.deepspeed.differences import gathers_too_early, has_expert_parallelism
 from ds_optim.deepspeed.names import names
 from ds_optim.deepspeed.parameters import is_trained, names_of, roles_of
 from ds_optim.optimizers.registry import optimizers
+from ds_optim.releases import DEEPSPEED
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.roles.role import Role
 from ds_optim.rule import WholeMatrix
@@ -84,9 +86,14 @@ REFUSALS = (
         "checkpoint.load_universal knows Adam's state only: set it to false",
     ),
     Refusal(
-        lambda config, _: config.expert_parallel_config.enabled,
+        lambda config, _: has_expert_parallelism(config),
         "expert_parallel (AutoEP) gives each rank experts of its own, which is not supported: remove it, and use the "
         "model's own (stacked) experts",
+    ),
+    Refusal(
+        lambda config, _: gathers_too_early(config),
+        "ZeRO-3 on CPU uses gathered weights before all of them have arrived in this DeepSpeed (fixed in 0.19.8): set "
+        '"stage3_allgather_sequential": true in "zero_optimization"',
     ),
     Refusal(
         lambda config, _: config.compile_config.deepcompile and config.zero_enabled,
@@ -103,7 +110,15 @@ REFUSALS = (
 
 def refusals(config: Any, cls: type[ShardedOptimizer]) -> list[str]:
     """Every reason why ``cls`` could not be exact under a `DeepSpeedConfig`, each with its remedy."""
-    return [refusal.reason for refusal in REFUSALS if refusal.applies(config, cls)]
+    found = []
+    for refusal in REFUSALS:
+        try:
+            applies = refusal.applies(config, cls)
+        except AttributeError as error:  # settings of a release that is not known are called otherwise
+            found.append(f"deepspeed {DEEPSPEED.installed} keeps a setting elsewhere ({error}); {DEEPSPEED.known}")
+        else:
+            found += [refusal.reason] * applies
+    return found
 
 
 def engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, inferred: Mapping[str, Role]) -> list[str]:

@@ -1,9 +1,9 @@
 """What is read of DeepSpeed's objects: the one table of its optimizer wrappers, and of its engine.
 
 Keyed by the names of classes, so that it can be read where DeepSpeed is not installed. Whoever reads an attribute of a
-wrapper has it listed here, and asks for a problem before: a release that has it no more is named, with the ones that
-have it, instead of an `AttributeError` in the middle of a step. A class that derives from one of these is another one:
-what it does differently is not known here.
+wrapper has it listed here, or in `differences` if not every release that is known has it, and asks for a problem
+before: a release that has it no more is named, with the ones that have it, instead of an `AttributeError` in the middle
+of a step. A class that derives from one of these is another one: what it does differently is not known here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ds_optim.deepspeed.versions import KNOWN_TO_WORK, running
+from ds_optim.releases import DEEPSPEED
 
 Purpose = Literal["parameters", "fp32 master", "gradients", "gradient buckets", "buffers"]
 """What a wrapper keeps tensors for, in the words of the memory accounts' categories."""
@@ -73,22 +73,17 @@ ZERO_1_AND_2 = WrapperKind(
     stage=None,
     training=(
         # the partitions, and who holds them
-        *("round_robin_bit16_groups", "round_robin_bit16_offsets", "bit16_groups", "bit16_groups_flat"),
+        *("round_robin_bit16_groups", "bit16_groups", "bit16_groups_flat"),
         *("partition_size", "real_dp_process_group", "single_partition_of_fp32_groups"),
         # gradients, from the backward pass to the step
         *("averaged_gradients", "all_grad_tensors", "ready_for_gradients", "get_param_id", "_grad_acc_hooks"),
-        *("backward_prologue", "independent_gradient_partition_epilogue", "finalize_gradient_accumulation_boundary"),
-        *("is_gradient_accumulation_boundary", "zero_grad", "unscale_and_clip_grads", "overflow", "loss_scale"),
-        *("cpu_offload", "_wait_for_offload_copies"),
-        "partition_gradients",
+        *("backward_prologue", "independent_gradient_partition_epilogue", "is_gradient_accumulation_boundary"),
+        *("zero_grad", "unscale_and_clip_grads", "overflow", "loss_scale", "cpu_offload", "partition_gradients"),
         # access to state
         *("_hp_optimizer_states_linked", "_lazy_init_hp_params_optimizer_state", "_link_all_hp_params"),
     ),
     says_offloaded="cpu_offload",
-    offloaded=(
-        *("grad_position", "accumulated_grads_in_cpu", "norm_for_param_grads", "local_overflow"),
-        "_offload_accumulated_param_ids",
-    ),
+    offloaded=("grad_position", "accumulated_grads_in_cpu", "norm_for_param_grads", "local_overflow"),
     checkpoint=("update_lp_params", "loss_scaler"),
     tensors={
         "bit16_groups_flat": "parameters",
@@ -112,12 +107,11 @@ ZERO_3 = WrapperKind(
     stage=3,
     training=(
         # the partitions, and who holds them
-        *("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "_get_sub_group_process_group"),
+        *("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "dp_process_group"),
         # gradients, from the backward pass to the step
         *(BUFFERS_OF_ZERO_3, "partition_grads", "micro_step_id", "get_param_id", "_grad_acc_hooks"),
-        *("_leaf_module_hooks", "finalize_gradient_accumulation_boundary", "is_gradient_accumulation_boundary"),
-        *("zero_grad", "unscale_and_clip_grads", "overflow", "loss_scale"),
-        *("offload_optimizer", "_offload_boundary_param_ids"),
+        *("_leaf_module_hooks", "is_gradient_accumulation_boundary", "zero_grad", "unscale_and_clip_grads", "overflow"),
+        *("loss_scale", "offload_optimizer"),
         # the optimizer's groups, which are empty between steps
         *("_set_fp32_optimizer_param_groups", "_clear_fp32_optimizer_param_groups"),
         # access to state
@@ -164,7 +158,7 @@ BF16 = WrapperKind(
 UNFUSED = WrapperKind(
     "FP16_UnfusedOptimizer",  # in bf16 too
     stage=0,
-    training=("fp16_groups", "fp32_groups", "unscale_and_clip_grads", "refresh_fp32_params", "_skip_invalid_grad_norm"),
+    training=("fp16_groups", "fp32_groups", "unscale_and_clip_grads", "refresh_fp32_params", "overflow"),
     checkpoint=("fp16_groups", "fp32_groups"),
     tensors={"fp16_groups": "parameters", "fp32_groups": "fp32 master"},
     at_times={"_global_grad_norm": "buffers"},
@@ -190,7 +184,7 @@ ENGINE_ATTRIBUTES: Mapping[Use, tuple[str, ...]] = {
         *("_config", "zero_optimization_stage", "zero_use_cpu_optimizer", "bfloat16_enabled", "optimizer_name"),
         # the step and what leads to it
         *("global_steps", "skipped_steps", "zero_grad", "inside_no_sync_ctxt", "gradient_accumulation_steps"),
-        *("is_gradient_accumulation_boundary", "managed_gradient_accumulation"),
+        "is_gradient_accumulation_boundary",
         # its checkpoints
         *("load_checkpoint", "use_node_local_storage"),
     ),
@@ -233,7 +227,7 @@ def engine_problem(engine: Any, use: Use) -> str:
         if expected is None:
             return (
                 f"{type(wrapper).__name__} is a DeepSpeed optimizer wrapper that is not known here; use ZeRO stage 0, "
-                f"1, 2 or 3; {KNOWN_TO_WORK}"
+                f"1, 2 or 3; {DEEPSPEED.known}"
             )
         found.append(_missing(wrapper, expected))
     return _in_one(found)
@@ -252,4 +246,4 @@ def _missing(owner: Any, expected: Iterable[str]) -> str:
 def _in_one(found: Iterable[str]) -> str:
     """The one message about a release of DeepSpeed that is another one than expected."""
     told = ", ".join(filter(None, found))
-    return f"{running()}: {told}; {KNOWN_TO_WORK}" if told else ""
+    return f"deepspeed {DEEPSPEED.installed}: {told}; {DEEPSPEED.known}" if told else ""

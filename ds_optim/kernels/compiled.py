@@ -19,6 +19,7 @@ from ds_optim.kernels import eager
 from ds_optim.kernels.operands import Arithmetic, Formula, Operands
 from ds_optim.kernels.rounding import store
 from ds_optim.kernels.tables import ColumnPiece, ColumnRun, RowPiece, Select, iterate_column_runs, iterate_row_runs
+from ds_optim.known_torch import compiled
 
 ALIGNMENT = 16
 """Bytes. Inductor expects of every input what the first one had, and copies an input that is aligned less."""
@@ -142,7 +143,7 @@ def _apply_rows(
     block_state_B1 = [state[:, None] for state in block_states]
     results = update(param_BE, grad_BE, mean_square_B1, *state_BE, *block_state_B1, **scalars)
     store(targets[0], results[0], words)
-    for target, result in zip(targets[1:], results[1:], strict=False):
+    for target, result in zip(targets[1:], results[1 : len(targets)], strict=True):
         target.copy_(result)
     for state, result in zip(block_states, results[len(targets) :], strict=True):
         state.copy_(result[:, 0])
@@ -233,8 +234,4 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 @cache
 def _program(function: Callable[..., Any], update: Arithmetic | None, aligned: bool) -> Callable[..., Any]:
     """Looked up by what must not be mixed in one program; its other variants are dynamo's business."""
-    compile_function: Any = torch.compile  # its overloads know nothing of the last two options
-    program: Callable[..., Any] = compile_function(
-        function, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True
-    )
-    return program
+    return compiled(function)

@@ -138,7 +138,7 @@ def apply(
     else:
         results = update(targets[0].float(), grad, *(t.float() for t in targets[1:]), **scalars)
     store(targets[0], results[0], words)
-    for target, result in zip(targets[1:], results[1:], strict=False):
+    for target, result in zip(targets[1:], results[1 : len(targets)], strict=True):
         target.copy_(result)
 
 

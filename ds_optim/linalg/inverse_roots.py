@@ -36,7 +36,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.precision import full_precision
+from ds_optim.known_torch import full_precision
 
 Method = Literal["eigh", "newton"]
 

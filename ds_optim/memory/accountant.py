@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_optim.memory import cross_checks
-from ds_optim.memory.known_torch import MemoryAccountError
+from ds_optim.memory.errors import MemoryAccountError
 from ds_optim.memory.labels import (
     Labelled,
     Labels,

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from ds_optim.memory.known_torch import MemoryAccountError, unknown_torch
+from ds_optim.memory.errors import MemoryAccountError, unknown_torch
 from ds_optim.memory.record import Amount, Check, CountedBy, Moment
 from ds_optim.memory.steps import StepLog, own_allocations
 

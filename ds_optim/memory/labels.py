@@ -22,7 +22,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ds_optim.deepspeed import wrappers
 from ds_optim.deepspeed.facts import MAKERS_OF_BUCKETS, MAKERS_OF_PARAMETERS
-from ds_optim.memory.known_torch import MemoryAccountError, unknown_torch
+from ds_optim.known_torch import fsdp_parameters
+from ds_optim.memory.errors import MemoryAccountError, unknown_torch
 from ds_optim.memory.record import Category, StateEntry
 from ds_optim.memory.tracker import Storage, StorageTracker
 from ds_optim.stepping.sharded import ShardedOptimizer
@@ -165,7 +166,7 @@ def _held_by_fsdp(model: nn.Module) -> Iterator[Any]:
         if not isinstance(module, FSDPModule):
             continue
         try:
-            held = [one for group in module._get_fsdp_state()._fsdp_param_groups for one in group.fsdp_params]
+            held = list(fsdp_parameters(module))
         except AttributeError as error:
             raise unknown_torch(f"FSDP2 keeps its parameters elsewhere ({error})") from error
         for one in held:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_optim.blueprint import BlueprintError
+from ds_optim.known_transformers import causal_model, checkpoint_activations
 from ds_optim.memory.tracker import Storage, StorageTracker
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.boxes import Ints
@@ -85,7 +86,8 @@ def _flash_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
     """In the place of a transformers attention function: output (B, S, heads, head_dim)."""
-    output: Tensor = _FlashAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    apply: Any = _FlashAttention.apply  # annotated in some releases of torch
+    output: Tensor = apply(query, key, value)
     return output.transpose(1, 2), None
 
 
@@ -129,7 +131,7 @@ def simulate(
 def _simulated(
     config: Mapping[str, Any], dtype: torch.dtype, micro_batch: int, seq_length: int, checkpointing: bool
 ) -> Timeline:
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 
     AttentionInterface.register(_ATTENTION, _flash_attention)
     AttentionMaskInterface.register(_ATTENTION, _without_mask)
@@ -142,9 +144,9 @@ def _simulated(
     short.use_cache = False
     tracker = StorageTracker()
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(short, dtype=dtype, attn_implementation=_ATTENTION)
+        model: Any = causal_model(short, dtype, _ATTENTION)
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         model.train()
         layers = _layers(model, int(short.num_hidden_layers))
         ids = torch.zeros((micro_batch, seq_length), dtype=torch.int64)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from ds_optim.memory.known_torch import MemoryAccountError
+from ds_optim.memory.errors import MemoryAccountError
 from ds_optim.memory.labels import Labels, transient
 from ds_optim.memory.record import Category, CountedBy, Moment, MomentName, Phase, Sample, human, sized
 from ds_optim.memory.tracker import Event, Storage

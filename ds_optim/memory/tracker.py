@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ds_optim.memory.known_torch import MemoryAccountError, unknown_torch
+from ds_optim.memory.errors import MemoryAccountError, unknown_torch
 
 try:
     from torch._C import _current_graph_task_id
@@ -97,6 +97,7 @@ class StorageTracker(MemTracker):
         self._mod_tracker: Any = _NoModules()
         self._of: dict[Any, Storage] = {}
         self._is_abandoned = False
+        self._entered_under: object = None  # the fake mode that was there already
         self.live: set[Storage] = set()
         self.log: list[Event] = []
         self.phase = "init"
@@ -154,6 +155,7 @@ class StorageTracker(MemTracker):
         self.__exit__(None, None, None)
 
     def __enter__(self) -> StorageTracker:
+        self._entered_under = active_fake_mode()
         super().__enter__()
         self.is_entered = True
         return self
@@ -176,7 +178,7 @@ class StorageTracker(MemTracker):
         result = func(*args, **(kwargs or {}))
         if self._is_abandoned:
             return result
-        if active_fake_mode() is self._fake_mode_on_entry:  # DTensor tries shapes out on fake tensors
+        if active_fake_mode() is self._entered_under:  # DTensor tries shapes out on fake tensors
             for one in (result,) if isinstance(result, Tensor) else tree_leaves(result):
                 if isinstance(one, Tensor):
                     self._track(self._any, one)

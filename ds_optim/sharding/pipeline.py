@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_optim.known_torch import all_gather_single
 from ds_optim.sharding.exchange import carrier_of
 from ds_optim.sharding.schedule import Bucket, Piece
 
@@ -219,8 +220,8 @@ class _Outgoing:
                 is_mine = owner == wire.rank
                 share = self._bucket.shares[owner]
                 buffer = mine if is_mine else torch.empty(share, dtype=wire.dtype, device=wire.carrier)
-                pending = dist.broadcast(buffer.view(torch.uint8), group_src=owner, group=wire.group, async_op=True)
-                following = owner, buffer, pending
+                sent: Any = dist.broadcast(buffer.view(torch.uint8), group_src=owner, group=wire.group, async_op=True)
+                following = owner, buffer, sent
                 wire.traffic.messages += 1
                 wire.traffic.sent += share * (len(self._bucket.shares) - 1) if is_mine else 0
                 wire.traffic.received += 0 if is_mine else share
@@ -286,5 +287,5 @@ def _gather_by_all(work: Tensor, bucket: Bucket, wire: Wire) -> tuple[Tensor, Te
     sent = torch.zeros(width, dtype=wire.dtype, device=wire.carrier)
     sent.narrow(0, 0, work.numel()).copy_(work)
     received = torch.empty(width * len(bucket.shares), dtype=wire.dtype, device=wire.carrier)
-    pending = dist.all_gather_single(received.view(torch.uint8), sent.view(torch.uint8), wire.group, async_op=True)
+    pending = all_gather_single(received.view(torch.uint8), sent.view(torch.uint8), wire.group)
     return sent, received, pending

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_optim import kernels
-from ds_optim.linalg.precision import full_precision
+from ds_optim.known_torch import full_precision
 from ds_optim.rule import Stack
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.plan import Plan

@@ -1,10 +1,8 @@
-"""Which torch the accountant knows: it reads private parts of torch, and one message says so where they are others."""
+"""Why memory cannot be accounted for."""
 
 from __future__ import annotations
 
-import torch
-
-KNOWN_VERSIONS = "2.13"
+from ds_optim.releases import TORCH
 
 
 class MemoryAccountError(RuntimeError):
@@ -17,6 +15,4 @@ def unknown_torch(found: object) -> MemoryAccountError:
     Args:
         found: what is missing, as a clause.
     """
-    return MemoryAccountError(
-        f"torch {torch.__version__}: {found}, so storages cannot be followed. Versions known to work: {KNOWN_VERSIONS}"
-    )
+    return MemoryAccountError(f"torch {TORCH.installed}: {found}, so storages cannot be followed; {TORCH.known}")

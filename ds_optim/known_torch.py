@@ -1,0 +1,77 @@
+"""What differs between the releases of torch in the range of `ds_optim.releases`, with the release that brought it.
+
+The one place that knows: others call what stands here, and no release is compared anywhere, since what a build has
+says more than its number. Private parts of torch that are the same in the whole range are named, and tried out, where
+they are used (`ds_optim.memory.tracker`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_gather_single(output: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
+    """Begin to collect every rank's ``shard`` (n,) in ``output`` (ranks * n,).
+
+    By its name of 2.13, which came with a warning about the older one, `all_gather_into_tensor`.
+    """
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return cast(dist.Work, gather(output, shard, group, async_op=True))
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` for shapes of all sizes, with room for 64 variants of this function.
+
+    ``recompile_limit`` and ``isolate_recompiles`` came with 2.12; before, all functions of a process that have the
+    same code share dynamo's limit of eight, and those beyond it fail: ``fullgraph`` lets none run uncompiled unseen.
+    """
+    make: Any = torch.compile
+    try:
+        made = make(function, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True)
+    except TypeError:
+        made = make(function, dynamic=True, fullgraph=True)
+    return cast(Callable[..., Any], made)
+
+
+def fsdp_parameters(module: Any) -> Iterator[Any]:
+    """FSDP2's own objects of one of its modules, one for each parameter: several groups since 2.12, one before.
+
+    Raises:
+        AttributeError: this torch keeps them elsewhere.
+    """
+    state = module._get_fsdp_state()
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for group in groups:
+        if group is not None:  # a module whose parameters all belong to others
+            yield from group.fsdp_params
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of fp32 matrices in fp32, though training may have allowed TF32 or bf16 for them: 1e-3 is too coarse.
+
+    Each backend has a setting of its own since 2.9, which must not be mixed with the one for all that there was before.
+    """
+    backends: list[Any] = [getattr(of, "matmul", None) for of in (torch.backends.cuda, torch.backends.mkldnn)]
+    if all(hasattr(backend, "fp32_precision") for backend in backends):
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+    else:
+        allowed = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(allowed)

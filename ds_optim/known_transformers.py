@@ -1,0 +1,26 @@
+"""What differs between the releases of transformers in the range of `ds_optim.releases`, each with its release.
+
+The one place that knows. transformers is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+def causal_model(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
+    """A causal language model with weights of ``dtype``, an argument that was called ``torch_dtype`` before 4.56."""
+    from transformers import AutoModelForCausalLM
+
+    name = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # configs were renamed with it
+    made = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **{name: dtype})
+    return cast(nn.Module, made)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass, by non-reentrant checkpoints: this name since 5.23."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

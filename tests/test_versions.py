@@ -1,0 +1,336 @@
+"""What follows from the releases that are installed: refused in one sentence, said in one line, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from ds_optim import AdamMini, known_torch, known_transformers, releases
+from ds_optim.cli import app
+from ds_optim.deepspeed import differences
+from ds_optim.releases import ALL, DEEPSPEED, TORCH, Releases
+from pool import Pools
+
+ROOT = Path(__file__).parents[1]
+SOME = Releases("some", "1.8", "3", ("1.8.2", "2.1"))
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "standing"),
+    [
+        ("1.7.9", "too old"),
+        ("1.8", "untested"),
+        ("1.8.0a0+5228986c39.nv25.06", "untested"),  # a preview that a vendor ships as the release
+        ("1.8.2+cpu", "tested"),
+        ("2.0.1", "untested"),
+        ("2.1.0", "tested"),
+        ("2.1.1", "newer"),
+        ("3.0", "too new"),
+        ("", "not installed"),
+    ],
+)
+def test_a_release_stands_where_its_numbers_say(version: str, standing: str) -> None:
+    assert SOME.standing(version) == standing
+    assert bool(SOME.problem(version)) == (standing in ("too old", "too new"))
+    assert bool(SOME.note(version)) == (standing == "newer")
+
+
+def test_a_problem_names_what_is_wrong_what_works_and_the_remedy() -> None:
+    assert SOME.problem("1.7.9") == (
+        "some 1.7.9 is too old: pip install 'some>=1.8,<3'; some versions known to work: 1.8 and later, below 3 "
+        "(tested: 1.8.2, 2.1)"
+    )
+
+
+def test_setup_requires_the_releases_that_messages_name() -> None:
+    setup = runpy.run_path(str(ROOT / "setup.py"), run_name="requirements")
+    required = [*setup["REQUIREMENTS"], *setup["TRAINER"]]
+    assert {one.requirement for one in ALL} <= set(required)
+
+
+def test_what_is_called_tested_is_what_passed() -> None:
+    rows = json.loads((ROOT / "docs" / "results" / "versions.json").read_text(encoding="utf-8"))
+    rows.pop("beside", None)
+    passed = [row for row in rows.values() if all(not area["failed"] for area in row["areas"].values())]
+    for one in ALL:
+        found = {row["releases"][one.package] for row in passed}
+        assert set(one.tested) == found, one.package
+        assert list(one.tested) == sorted(one.tested, key=lambda text: [int(part) for part in text.split(".")])
+        assert one.tested[0] == f"{one.first}.0" or one.tested[0] == one.first
+
+
+# -- what a user sees -------------------------------------------------------------------------------------------------
+
+
+def ran(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A script of its own."""
+    script = folder / "script.py"
+    script.write_text(code, encoding="utf-8")
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    return subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=folder,
+        env={**os.environ, **launched},
+    )
+
+
+@pytest.mark.parametrize(("version", "standing"), [("2.6.0+cu124", "too old"), ("3.0.0", "too new")])
+def test_an_import_under_another_torch_is_one_sentence(tmp_path: Path, version: str, standing: str) -> None:
+    done = ran(f"import torch\ntorch.__version__ = {version!r}\nfrom ds_optim import AdamMini\n", tmp_path)
+    assert done.returncode == 1
+    assert f"ImportError: ds_optim cannot work here: torch {version} is {standing}: pip install 'torch>=" in done.stderr
+    assert "AttributeError" not in done.stderr
+
+
+ENGINE = """
+import importlib.metadata
+found = importlib.metadata.version
+importlib.metadata.version = lambda name: "VERSION" if name == "deepspeed" else found(name)
+import torch
+import deepspeed
+deepspeed.__version__ = "VERSION"
+
+def train(client, **config):
+    model = torch.nn.Linear(8, 4)
+    made = client(model.parameters()) if client else None
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, **config}
+    engine = deepspeed.initialize(model=model, optimizer=made, config=config)[0]
+    engine.backward(engine(torch.ones(1, 8)).sum())
+    engine.step()
+    return type(engine.basic_optimizer).__name__
+
+def said(*arguments, **config):
+    try:
+        print("RESULT trained with", train(*arguments, **config))
+    except Exception as error:
+        print("RESULT", type(error).__name__, " ".join(str(error).split()))
+
+from ds_optim import Lion
+said(None, optimizer={"type": "AdamMini", "params": {"lr": 0.1}})
+said(lambda parameters: Lion(parameters, lr=0.1), zero_allow_untested_optimizer=True)
+said(torch.optim.SGD, zero_allow_untested_optimizer=True)
+"""
+
+
+def results(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines that a script printed."""
+    assert done.returncode == 0, done.stderr
+    return [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+@pytest.mark.parametrize(("version", "standing"), [("0.15.4", "too old"), ("1.0.0", "too new")])
+def test_an_engine_of_another_deepspeed_is_refused_in_one_sentence(tmp_path: Path, version: str, standing: str) -> None:
+    done = ran(ENGINE.replace("VERSION", version), tmp_path)
+    named, given, foreign = results(done)
+    why = f"deepspeed {version} is {standing}: pip install '{DEEPSPEED.requirement}'"
+    assert why in done.stderr  # when DeepSpeed is imported
+    for message in (named, given):
+        assert message.startswith("RuntimeError")
+        assert why in message
+    assert "'AdamMini' is no optimizer of DeepSpeed's or torch's" in named
+    assert foreign == "trained with SGD"  # and stays out of everybody else's way
+
+
+def test_a_newer_deepspeed_that_fits_trains_and_is_named_once(tmp_path: Path) -> None:
+    done = ran(ENGINE.replace("VERSION", "0.99.1"), tmp_path)
+    assert results(done) == ["trained with AdamMini", "trained with Lion", "trained with SGD"]
+    assert done.stderr.count("deepspeed 0.99.1 is newer than the newest that was tested with ds_optim") == 1
+
+
+def test_doctor_says_where_every_package_stands_and_fails_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
+    assert judged.exit_code == 0, judged.output
+    for one in ALL:
+        assert f"{one.first} and later, below {one.end}" in judged.output
+    monkeypatch.setattr(transformers, "__version__", "4.40.1")
+    judged = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
+    assert judged.exit_code == 1
+    assert "problem: transformers 4.40.1 is too old: pip install 'transformers>=" in judged.output
+    monkeypatch.setattr(transformers, "__version__", "5.999.0")
+    judged = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
+    assert judged.exit_code == 0
+    assert "newer than all that were" in judged.output
+
+
+def test_what_is_newer_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "ALL", (replace(TORCH, tested=("2.0.0",)),))
+    releases.say_untested.cache_clear()
+    with pytest.warns(UserWarning, match=r"^torch .* is newer than the newest that was tested with ds_optim, 2\.0\.0"):
+        releases.say_untested()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        releases.say_untested()
+    releases.say_untested.cache_clear()
+
+
+# -- what older releases lack -----------------------------------------------------------------------------------------
+
+
+class Older:
+    """An object without what newer releases have."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+
+def test_offsets_are_running_sums_where_deepspeed_states_none() -> None:
+    parameters = [torch.empty(3), torch.empty(2, 2), torch.empty(5)]
+    assert differences.offsets(Older(round_robin_bit16_groups=[parameters]), 0) == [0, 3, 7]
+    stated = Older(round_robin_bit16_groups=[parameters], round_robin_bit16_offsets=[torch.tensor([0, 8, 16])])
+    assert differences.offsets(stated, 0) == [0, 8, 16]
+
+
+def test_all_sub_groups_have_the_same_ranks_where_they_have_none_of_their_own() -> None:
+    assert differences.sub_group_ranks(Older(dp_process_group="all"), 3) == "all"
+    newer = Older(dp_process_group="all", _get_sub_group_process_group=lambda index: f"of {index}")
+    assert differences.sub_group_ranks(newer, 3) == "of 3"
+
+
+def test_a_boundary_is_a_value_or_a_method() -> None:
+    for found in (True, False):
+        assert differences.is_boundary(Older(is_gradient_accumulation_boundary=found)) is found
+        assert differences.is_boundary(Older(is_gradient_accumulation_boundary=lambda found=found: found)) is found
+
+
+def test_accumulation_is_managed_unless_it_is_turned_off() -> None:
+    assert differences.is_managed(Older())
+    assert not differences.is_managed(Older(managed_gradient_accumulation=lambda: False))
+
+
+def test_gradients_are_handed_over_where_deepspeed_can() -> None:
+    parameters = [torch.empty(1), torch.empty(1)]
+    older = Older()
+    assert not differences.hand_over(older, parameters)
+    differences.forget_arrivals(older)
+    done: list[str] = []
+    newer = Older(
+        _offload_accumulated_param_ids={0, 7},
+        get_param_id=lambda one: 0 if one is parameters[0] else 5,
+        finalize_gradient_accumulation_boundary=lambda: done.append("finalized"),
+        _wait_for_offload_copies=lambda: done.append("waited"),
+    )
+    assert differences.hand_over(newer, parameters)
+    assert (newer._offload_accumulated_param_ids, done) == ({0}, ["finalized"])
+    differences.forget_arrivals(newer)
+    assert (newer._offload_accumulated_param_ids, done) == (set(), ["finalized", "waited"])
+
+
+def test_expert_parallelism_is_a_setting_that_older_ones_lack() -> None:
+    assert not differences.has_expert_parallelism(Older())
+    assert differences.has_expert_parallelism(Older(expert_parallel_config=SimpleNamespace(enabled=True)))
+
+
+def test_groups_of_fsdp_are_several_or_one() -> None:
+    group = SimpleNamespace(fsdp_params=["a", "b"])
+    for state in (Older(_fsdp_param_groups=[group]), Older(_fsdp_param_group=group)):
+        assert list(known_torch.fsdp_parameters(Older(_get_fsdp_state=lambda state=state: state))) == ["a", "b"]
+    empty = Older(_fsdp_param_group=None)
+    assert not list(known_torch.fsdp_parameters(Older(_get_fsdp_state=lambda: empty)))
+    with pytest.raises(AttributeError):
+        list(known_torch.fsdp_parameters(Older(_get_fsdp_state=Older)))
+
+
+def test_functions_are_compiled_with_the_options_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    def older(function: Any, *, dynamic: bool, fullgraph: bool) -> Any:
+        given.append({"dynamic": dynamic, "fullgraph": fullgraph})
+        return function
+
+    monkeypatch.setattr(torch, "compile", older)
+    assert known_torch.compiled(len) is len
+    assert given == [{"dynamic": True, "fullgraph": True}]
+
+
+def test_products_are_exact_by_the_older_setting_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())
+    allowed: list[str] = ["medium"]
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: allowed[-1])
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", allowed.append)
+    with known_torch.full_precision():
+        assert allowed[-1] == "highest"
+    assert allowed[-1] == "medium"
+
+
+def test_activations_are_checkpointed_by_either_name() -> None:
+    asked: list[Any] = []
+    known_transformers.checkpoint_activations(Older(gradient_checkpointing_enable=asked.append))
+    known_transformers.checkpoint_activations(Older(activation_checkpointing_enable=asked.append))
+    assert asked == [{"use_reentrant": False}] * 2
+
+
+# -- faults of older releases -----------------------------------------------------------------------------------------
+
+
+def test_zero_3_on_cpu_is_refused_where_gathers_are_not_waited_for(
+    pool: Pools,
+) -> None:
+    assert pool(2).run(gathers, "0.19.7", {}) == [True, True]
+    assert pool(2).run(gathers, "0.19.7", {"stage3_allgather_sequential": True}) == [False, False]
+    assert pool(2).run(gathers, "0.19.8", {}) == [False, False]
+    assert pool(1).run(gathers, "0.19.7", {}) == [False]
+
+
+def gathers(version: str, zero: dict[str, Any]) -> bool:
+    """A job: whether a configuration is refused for its gathers under a release of DeepSpeed."""
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from ds_optim import AdamW
+    from ds_optim.deepspeed.refusals import refusals
+
+    config = DeepSpeedConfig(
+        {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **zero}},
+    )
+    with patch.object(deepspeed, "__version__", version):
+        return any("before all of them have arrived" in reason for reason in refusals(config, AdamW))
+
+
+def test_settings_that_are_called_otherwise_are_a_reason_and_no_error() -> None:
+    from ds_optim.deepspeed.refusals import refusals
+
+    reasons = refusals(SimpleNamespace(zero_config=SimpleNamespace()), AdamMini)
+    assert any("keeps a setting elsewhere" in reason and "float16_config" in reason for reason in reasons)
+    assert all(DEEPSPEED.known in reason for reason in reasons)
+
+
+def test_frozen_parameters_that_deepspeed_would_step_are_refused(pool: Pools) -> None:
+    """Before 0.19.1 its wrapper at ZeRO-0 in bf16 has masters of all parameters of a group."""
+    (said,) = pool(1).run(frozen_at_zero_0)
+    assert said == (
+        "frozen is frozen, and this DeepSpeed has an fp32 master of it stepped all the same at ZeRO-0 in bf16: leave "
+        "frozen parameters out of model_parameters, or use ZeRO stage 1"
+    )
+
+
+def frozen_at_zero_0() -> str:
+    """A job: what the reader finds wrong with one trained and one frozen parameter."""
+    from ds_optim.deepspeed.reader import EngineReader
+
+    weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2), requires_grad=False)]
+    reader = EngineReader(
+        SimpleNamespace(seq_data_parallel_group=None), dict(zip(weights, ("trained", "frozen"), strict=True))
+    )
+    reader.replicated([weights], [[weight.detach().clone() for weight in weights]])
+    (problem,) = reader.problems
+    return problem
