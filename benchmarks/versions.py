@@ -263,9 +263,9 @@ def page(known: Mapping[str, Any]) -> str:
     lines = [
         "# Releases that were tried together",
         "",
-        "`python benchmarks/versions.py` makes an environment for each row: the releases first, then `pip install .`, which",
-        "leaves them as they are; and runs in it the suite's parts that touch versions. A number: tests that passed.",
-        "`ds-optim doctor` says where your own installation stands; [limits](../limits.md#releases) what older ones lack.",
+        "`python benchmarks/versions.py` makes an environment for each row: releases first, then `pip install .`, which",
+        "leaves them as they are; it runs the parts of the suite that touch versions. A number: tests that passed.",
+        "`ds-optim doctor` says where your installation stands, [limits](../limits.md#releases) what older ones lack.",
         "",
         f"| combination | Python | {' | '.join(PACKAGES)} | {' | '.join(AREAS)} | GB | min |",
         "|---|---|" + "---|" * (len(PACKAGES) + len(AREAS) + 2),
