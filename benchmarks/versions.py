@@ -263,7 +263,7 @@ def page(known: Mapping[str, Any]) -> str:
     lines = [
         "# Releases that were tried together",
         "",
-        "`python benchmarks/versions.py` makes an environment for each row: releases first, then `pip install .`, which",
+        "`python benchmarks/versions.py` makes an environment for each row: releases, then `pip install .`, which",
         "leaves them as they are; it runs the parts of the suite that touch versions. A number: tests that passed.",
         "`ds-optim doctor` says where your installation stands, [limits](../limits.md#releases) what older ones lack.",
         "",
