@@ -1,6 +1,7 @@
 """Checkpoints that an earlier version wrote load, and go on where that version would have gone.
 
-What lies in ``tests/written/VERSION`` was written once, by that version on another machine, and is never written again.
+What lies in ``tests/written/VERSION`` was written once, by that version on another machine, and is never written again;
+``0.1.0-deepspeed-0.18.6`` by today's, with torch 2.8.0 and deepspeed 0.18.6.
 A later format gets a folder of its own beside it:
 
     python tests/test_written_checkpoints.py tests/written/VERSION
