@@ -21,6 +21,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -235,7 +236,9 @@ def tried(folder: Path, arguments: list[str]) -> dict[str, Any]:
         outcome = "failed" if bad is not None else "skipped" if case.find("skipped") is not None else "passed"
         found[outcome] += 1
         if bad is not None:
-            reasons[case.get("name", "")] = " ".join(bad.get("message", "").split())[:300]
+            said = f"{bad.get('message', '')}\n{bad.text}"
+            errors = [one for one in re.findall(r"\w*(?:Error|Exception): .*", said) if "RanksFailedError" not in one]
+            reasons[case.get("name", "")] = " ".join((errors or [said])[-1].split())[:300]
     return {**found, "reasons": reasons} if reasons else found
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ds_optim.deepspeed.names import json_names
+from ds_optim.known_transformers import checkpoint_activations
 
 MODEL = {
     "model_type": "llama",
@@ -72,7 +73,7 @@ def measured(case: MemoryCase, model: dict[str, Any] = MODEL, **options: Any) ->
         torch.manual_seed(0)
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
         if case.checkpointing:
-            network.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(network)
         engine, *_ = deepspeed.initialize(model=network, config=case.config())
         account.watch(engine)
         ids = torch.randint(0, model["vocab_size"], (case.micro_batch, case.seq_length))
