@@ -57,8 +57,9 @@ class Releases:
             return ""
 
     def is_before(self, version: str) -> bool:
-        """Whether the installed release is older than ``version``."""
-        return _numbers(self.installed) < _numbers(version)
+        """Whether the installed release is older than ``version``; one that does not say which it is, is not."""
+        installed = self.installed
+        return bool(installed) and _numbers(installed) < _numbers(version)
 
     def standing(self, version: str) -> Standing:
         """Where a release stands. Builds (``2.13.0+cpu``) and previews (``2.8.0a0``) count as their release."""
@@ -84,8 +85,8 @@ class Releases:
         if self.standing(version) != "newer":
             return ""
         return (
-            f"{self.package} {version} is newer than the newest that was tested with ds_optim, {self.tested[-1]}: what "
-            "is read of it is checked all the same"
+            f"{self.package} {version} is newer than the newest that was tested with ds_optim, {self.tested[-1]}: "
+            "`ds-optim doctor` says more"
         )
 
 

@@ -99,8 +99,6 @@ class Case:
     def config(self) -> dict[str, Any]:
         """The DeepSpeed configuration."""
         zero = {"stage": self.stage, **self.zero}
-        if self.stage == 3 and DEEPSPEED.is_before("0.19.8"):  # what is refused on CPU otherwise
-            zero.setdefault("stage3_allgather_sequential", True)
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.accumulation,
@@ -113,6 +111,8 @@ class Case:
             config["bf16"] = {"enabled": True}
         if self.precision == "bf16_optimizer":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
+            if DEEPSPEED.is_before("0.19.0"):  # what is refused otherwise
+                config["bf16"]["immediate_grad_update"] = True
         if self.precision == "fp16":
             config["fp16"] = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}
         if not self.client:

@@ -46,6 +46,8 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
+from ds_optim.releases import DEEPSPEED
+
 START_TIMEOUT = 300.0  # seconds until every rank of a new set must have joined the process group
 JOB_TIMEOUT = 300.0  # seconds a job may take unless `run` is told otherwise
 GRACE = 10.0  # seconds the other ranks get to answer once one has failed; they usually wait for it in a collective
@@ -232,6 +234,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
     jobs: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(connection, jobs), daemon=True).start()
     connection.send_bytes(_attempt(_join_group, rank, world_size, port))
+    _gather_one_by_one()
     # DeepSpeed collects garbage in every engine that it builds; modules are none, and there are many.
     gc.freeze()
     is_first = True
@@ -250,6 +253,15 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
         sys.stdout.flush()
         sys.stderr.flush()
         connection.send_bytes(answer)
+
+
+def _gather_one_by_one() -> None:
+    """Older releases of DeepSpeed are refused at ZeRO-3 on CPUs unless they do: here it is their default."""
+    if DEEPSPEED.is_before("0.19.8"):
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        DeepSpeedZeroConfig.model_fields["allgather_sequential"].default = True
+        DeepSpeedZeroConfig.model_rebuild(force=True)
 
 
 def _receive(connection: Connection, jobs: queue.SimpleQueue[bytes]) -> None:

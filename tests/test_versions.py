@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from typer.testing import CliRunner
 
@@ -285,10 +286,11 @@ def test_activations_are_checkpointed_by_either_name() -> None:
 def test_zero_3_on_cpu_is_refused_where_gathers_are_not_waited_for(
     pool: Pools,
 ) -> None:
-    assert pool(2).run(gathers, "0.19.7", {}) == [True, True]
-    assert pool(2).run(gathers, "0.19.7", {"stage3_allgather_sequential": True}) == [False, False]
-    assert pool(2).run(gathers, "0.19.8", {}) == [False, False]
-    assert pool(1).run(gathers, "0.19.7", {}) == [False]
+    together, one_by_one = ({"stage3_allgather_sequential": value} for value in (False, True))
+    assert pool(2).run(gathers, "0.19.7", together) == [True, True]
+    assert pool(2).run(gathers, "0.19.7", one_by_one) == [False, False]
+    assert pool(2).run(gathers, "0.19.8", together) == [False, False]
+    assert pool(1).run(gathers, "0.19.7", together) == [False]
 
 
 def gathers(version: str, zero: dict[str, Any]) -> bool:
@@ -334,3 +336,80 @@ def frozen_at_zero_0() -> str:
     reader.replicated([weights], [[weight.detach().clone() for weight in weights]])
     (problem,) = reader.problems
     return problem
+
+
+# -- what a step is made of -------------------------------------------------------------------------------------------
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+FP32_SUMS: dict[str, Any] = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
+STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "0": ({"stage": 0}, {}),
+    "0 bf16": ({"stage": 0}, BF16),
+    "1": ({"stage": 1}, {}),
+    "1 bf16": ({"stage": 1}, BF16),
+    "1 bf16, fp32 sums": ({"stage": 1}, FP32_SUMS),
+    "1 offload": ({"stage": 1, **OFFLOAD}, {}),
+    "1 no buckets": ({"stage": 1, "contiguous_gradients": False}, {}),
+    "2": ({"stage": 2}, {}),
+    "2 bf16": ({"stage": 2}, BF16),
+    "2 offload": ({"stage": 2, **OFFLOAD}, {}),
+    "2 no buckets": ({"stage": 2, "contiguous_gradients": False}, {}),
+    "3": ({"stage": 3}, {}),
+    "3 bf16": ({"stage": 3}, BF16),
+    "3 offload": ({"stage": 3, **OFFLOAD}, {}),
+}
+REFUSED = ("before 0.19.0", "before 0.19.8")
+
+
+def gradient_of_a_step(zero: dict[str, Any], more: dict[str, Any], passes: int, by_hand: bool) -> list[float] | str:
+    """A job: the gradient that a step sees, by the first moment it leaves, of data that no two passes share."""
+    import deepspeed
+
+    from ds_optim.checkpoint import full_state
+
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3, bias=False)).to(torch.bfloat16 if "bf16" in more else None)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1 if by_hand else passes,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "optimizer": {"type": "ds_optim.AdamW", "params": {"lr": 1e-3, "betas": [0.0, 0.9]}},
+        **more,
+    }
+    try:
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    try:
+        for index in range(passes):
+            if by_hand:
+                engine.set_gradient_accumulation_boundary(index == passes - 1)
+            data = torch.full((1, 5), 8.0 * (dist.get_rank() + 1) * (index + 1), dtype=next(model.parameters()).dtype)
+            engine.backward(engine(data).sum())
+            engine.step()
+        return [float(value) for value in full_state(engine, "0.weight")["exp_avg"].unique()]
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
+@pytest.mark.parametrize("passes", [1, 4])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_has_the_mean_over_all_ranks_and_micro_batches_or_is_refused(
+    pool: Pools, strategy: str, passes: int
+) -> None:
+    zero, more = STRATEGIES[strategy]
+    mean = 8 * 1.5 * (1 if passes == 1 else 2.5)
+    for found in pool(2).run(gradient_of_a_step, zero, more, passes, False):
+        is_refused = isinstance(found, str) and any(reason in found for reason in REFUSED)
+        assert found == [mean] or (is_refused and DEEPSPEED.is_before("0.19.8")), found
+
+
+@pytest.mark.parametrize("strategy", ["1 offload", "2 offload", "3 offload"])
+def test_so_has_one_whose_boundary_was_set_by_hand(pool: Pools, strategy: str) -> None:
+    zero, more = STRATEGIES[strategy]
+    for found in pool(2).run(gradient_of_a_step, zero, more, 4, True):
+        is_refused = isinstance(found, str) and "lost gradients of this step" in found
+        assert found == [8 * 1.5 * 10] or (is_refused and DEEPSPEED.is_before("0.19.5")), found

@@ -29,7 +29,7 @@ _OWN_KEYS = (
     *("module", "buffer_names", "optimizer", "param_shapes", "shared_params", "frozen_param_shapes"),
     *("frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_steps"),
     *("global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version"),
-    "universal_checkpoint_info",
+    *("universal_checkpoint_info", "sparse_tensor_module_names", "csr_tensor_module_names"),
 )
 
 _UNIVERSAL = ("exp_avg", "exp_avg_sq")

@@ -27,11 +27,9 @@ def offsets(wrapper: Any, group: int) -> list[int]:
 
 def sub_group_ranks(wrapper: Any, sub_group: int) -> dist.ProcessGroup:
     """Who shares a sub-group of ZeRO-3 (0.19.3); before, all sub-groups are shared by the same ranks."""
-    if hasattr(wrapper, "_get_sub_group_process_group"):
-        found: dist.ProcessGroup = wrapper._get_sub_group_process_group(sub_group)
-    else:
-        found = wrapper.dp_process_group
-    return found
+    own = getattr(wrapper, "_get_sub_group_process_group", None)
+    ranks: dist.ProcessGroup = own(sub_group) if own is not None else wrapper.dp_process_group
+    return ranks
 
 
 def is_boundary(wrapper: Any) -> bool:
@@ -53,11 +51,11 @@ def hand_over(wrapper: Any, parameters: Iterable[Tensor]) -> bool:
     """Under offload, let the masters get gradients that only earlier passes of a window brought (0.19.5).
 
     Returns:
-        Whether DeepSpeed can do so; before, it loses them.
+        Whether they are there; before, they are lost where a backward pass hands over what it reduces.
     """
     arrived = _arrived(wrapper)
     if arrived is None:
-        return False
+        return not (getattr(wrapper, "partition_gradients", True) or wrapper.overlap_comm)
     ids = {wrapper.get_param_id(parameter) for parameter in parameters}
     setattr(wrapper, arrived, getattr(wrapper, arrived) & ids)
     wrapper.finalize_gradient_accumulation_boundary()  # what DeepSpeed does for all of them if unmanaged
@@ -83,6 +81,9 @@ def has_expert_parallelism(config: Any) -> bool:
     return setting is not None and bool(setting.enabled)
 
 
+# -- faults of older releases that no object shows -------------------------------------------------------------------
+
+
 def gathers_too_early(config: Any) -> bool:
     """Whether ZeRO-3 on CPU would use gathered weights before all of them have arrived, as it does before 0.19.8.
 
@@ -90,13 +91,71 @@ def gathers_too_early(config: Any) -> bool:
     the last one alone; gloo's do not come in order. Gathered one by one they are waited for. On an accelerator a stream
     keeps the order.
     """
-    from deepspeed.accelerator import get_accelerator
-
     return (
         DEEPSPEED.is_before("0.19.8")
         and config.zero_optimization_stage == 3
         and not config.zero_config.allgather_sequential
-        and get_accelerator().device_name() == "cpu"
-        and dist.is_initialized()
-        and dist.get_world_size() > 1
+        and _ranks_are_on_cpu()
     )
+
+
+def reduces_nothing(config: Any) -> bool:
+    """Whether ZeRO-1/2 on CPU would leave every rank its own gradients, as it does without buckets before 0.19.8."""
+    return (
+        DEEPSPEED.is_before("0.19.8")
+        and config.zero_optimization_stage in (1, 2)
+        and not config.zero_config.contiguous_gradients
+        and not _offloads(config)  # which needs buckets
+        and _ranks_are_on_cpu()
+    )
+
+
+def loses_middle_passes(config: Any) -> bool:
+    """Whether ZeRO-2 under CPU offload would drop all but the first and last pass of a window, as before 0.19.0."""
+    return (
+        DEEPSPEED.is_before("0.19.0")
+        and config.zero_optimization_stage == 2
+        and _offloads(config)
+        and config.gradient_accumulation_steps > 2
+    )
+
+
+def loses_earlier_passes(engine: Any) -> bool:
+    """Whether an offloading ZeRO-2 engine whose boundaries are set by hand keeps the last pass alone, as before 0.19.0.
+
+    It adds passes up only where the configuration says that there are several.
+    """
+    return (
+        DEEPSPEED.is_before("0.19.0")
+        and engine.zero_optimization_stage() == 2
+        and engine.gradient_accumulation_steps() == 1
+    )
+
+
+def reduces_before_it_adds(wrapper: Any) -> bool:
+    """Whether a BF16_Optimizer takes the last backward pass of a window into its buffers after they were reduced.
+
+    Before 0.19.0 every rank then steps with gradients of its own, unless each gradient is taken when it is there.
+    """
+    return DEEPSPEED.is_before("0.19.0") and not wrapper.immediate_grad_update
+
+
+def mixes_frozen_groups_up() -> bool:
+    """Whether ZeRO-3 gives the groups behind a frozen one the options of others, as before 0.19.3."""
+    return DEEPSPEED.is_before("0.19.3")
+
+
+def lays_out_empty_parameters() -> bool:
+    """Whether ZeRO-1/2 has parameters without elements in its partitions, as before 0.19.8."""
+    return DEEPSPEED.is_before("0.19.8")
+
+
+def _offloads(config: Any) -> bool:
+    offload = config.zero_config.offload_optimizer
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "cpu"
+
+
+def _ranks_are_on_cpu() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().device_name() == "cpu" and dist.is_initialized() and dist.get_world_size() > 1

@@ -118,6 +118,7 @@ class GradientWindow:
         self._warn = warn
         self.is_offloaded = bool(wrapper.offload_optimizer if self._is_zero_3 else wrapper.cpu_offload)
         self._undelivered: set[Tensor] = set()  # that arrived in this window, but not in its last backward pass
+        self._keeps_last_alone = self.is_offloaded and differences.loses_earlier_passes(engine)
         self._written: set[Tensor] = set()  # in this window
         self._stale: set[Tensor] = set()  # in earlier ones, and not cleared since
         self._ended = True  # by zero_grad(), which an engine calls after each step as well
@@ -160,10 +161,9 @@ class GradientWindow:
         is_left = undelivered and not self._ended and engine is not None and differences.is_managed(engine)
         if is_left and not differences.hand_over(wrapper, undelivered):
             raise RuntimeError(
-                f"deepspeed {DEEPSPEED.installed} lost gradients of this step: {len(undelivered)} parameters were "
-                "used in earlier backward passes of the accumulation window and not in its last one, whose gradients "
-                "alone are handed over under CPU offload. Use deepspeed 0.19.5 or later, or train without "
-                "zero_optimization.offload_optimizer. No weight was changed"
+                f"deepspeed {DEEPSPEED.installed} lost gradients of this step, under CPU offload: those that "
+                f"{len(undelivered)} parameters got in earlier backward passes than the last one. Use deepspeed 0.19.5 "
+                "or later, or train without zero_optimization.offload_optimizer. No weight was changed"
             )
         return step(*args, **kwargs)
 
@@ -199,8 +199,10 @@ class GradientWindow:
         self._stale.difference_update(parameters)
         if self.is_offloaded:
             wrapper = self._wrapper()
-            is_last = wrapper is None or differences.is_boundary(wrapper)
-            (self._undelivered.difference_update if is_last else self._undelivered.update)(parameters)
+            if wrapper is not None and not differences.is_boundary(wrapper):
+                self._undelivered.update(parameters)
+            elif not self._keeps_last_alone:
+                self._undelivered.difference_update(parameters)
         task = torch._C._current_graph_task_id()
         if self._stale and task != self._task:
             self._task = task

@@ -159,6 +159,11 @@ class EngineReader:
 
     def bf16_optimizer(self, wrapper: Any) -> None:
         """ZeRO-1 in bf16 with fp32 gradient accumulation: a flat partition per group, in the group's own order."""
+        if differences.reduces_before_it_adds(wrapper) and self.engine.seq_dp_world_size > 1:
+            self.problems.append(
+                "with fp32 gradient accumulation in bf16 deepspeed before 0.19.0 steps every rank with its own "
+                'gradients: set "bf16": {"enabled": true, "immediate_grad_update": true}, or use ZeRO stage 2'
+            )
         for index, parameters in enumerate(wrapper.bf16_groups):
             offsets, total = [], 0
             for parameter in parameters:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ds_optim.deepspeed.configuration import option_problems, trainer_problems
-from ds_optim.deepspeed.differences import gathers_too_early, has_expert_parallelism
+from ds_optim.deepspeed.differences import (
+    gathers_too_early,
+    has_expert_parallelism,
+    lays_out_empty_parameters,
+    loses_middle_passes,
+    mixes_frozen_groups_up,
+    reduces_nothing,
+)
 from ds_optim.deepspeed.names import names
 from ds_optim.deepspeed.parameters import is_trained, names_of, roles_of
 from ds_optim.optimizers.registry import optimizers
@@ -92,8 +99,18 @@ REFUSALS = (
     ),
     Refusal(
         lambda config, _: gathers_too_early(config),
-        "ZeRO-3 on CPU uses gathered weights before all of them have arrived in this DeepSpeed (fixed in 0.19.8): set "
-        '"stage3_allgather_sequential": true in "zero_optimization"',
+        "ZeRO-3 on CPU with several ranks uses gathered weights before all of them have arrived in deepspeed before "
+        '0.19.8: set "stage3_allgather_sequential": true in "zero_optimization", and give zero.Init the same config',
+    ),
+    Refusal(
+        lambda config, _: reduces_nothing(config),
+        "ZeRO-1/2 on CPU with several ranks and contiguous_gradients false reduces no gradients in deepspeed before "
+        "0.19.8: leave it out",
+    ),
+    Refusal(
+        lambda config, _: loses_middle_passes(config),
+        "ZeRO-2 with CPU offload and gradient_accumulation_steps above 2 keeps the first and the last micro-batch "
+        "alone in deepspeed before 0.19.0: use ZeRO stage 1 or 3, or deepspeed 0.19.0 or later",
     ),
     Refusal(
         lambda config, _: config.compile_config.deepcompile and config.zero_enabled,
@@ -169,6 +186,18 @@ def untrained(engine: Any, groups: list[list[Tensor]]) -> list[str]:
                 f"parameter group {index} ({listed}) has nothing to train, which DeepSpeed cannot lay out at ZeRO "
                 f"stage {stage}: leave the group out"
             )
+        elif group and stage == 3 and mixes_frozen_groups_up() and not any(p.requires_grad for p in group):
+            problems.append(
+                f"parameter group {index} is frozen, and at ZeRO stage 3 deepspeed before 0.19.3 gives the groups "
+                "behind it the options of others: leave the group out"
+            )
+    if stage in (1, 2) and lays_out_empty_parameters():
+        problems += [
+            f"{name} of shape {logical_shape(parameter)} has no elements, which deepspeed before 0.19.8 cannot lay out "
+            f"at ZeRO stage {stage}: take it out of the model, or freeze it"
+            for parameter, name in named.items()
+            if parameter.requires_grad and not is_trained(parameter)
+        ]
     if stage == 3:
         problems += [
             f"{name} of shape {logical_shape(parameter)} has no elements, which DeepSpeed cannot gather at ZeRO stage "
