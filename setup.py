@@ -73,12 +73,12 @@ if __name__ == "__main__":
         license_files=["LICENSE"],
         python_requires=">=3.10",
         packages=find_packages(include=["ds_optim", "ds_optim.*"]),
-        py_modules=["ds_optim_autoload"],
+        py_modules=["ds_optim_autoload", "ds_optim_command"],
         package_data={"ds_optim": ["py.typed", "kernels/*.cpp", "kernels/*.h", "memory/templates/*.j2"]},
         install_requires=REQUIREMENTS,
         extras_require=EXTRAS,
         entry_points={
-            "console_scripts": ["ds-optim = ds_optim.cli:main"],
+            "console_scripts": ["ds-optim = ds_optim_command:main"],
             # Called at the end of `import torch`, so that a script needs no import of ds_optim.
             "torch.backends": ["ds_optim = ds_optim_autoload:autoload"],
         },

@@ -12,6 +12,7 @@ from torch import nn
 from ds_optim.deepspeed.configuration import DsOptimObject, option_problems
 from ds_optim.deepspeed.names import names
 from ds_optim.optimizers.registry import optimizers
+from ds_optim.releases import TRANSFORMERS
 from ds_optim.roles import canonical_name, decayed_then_exempt, exempt_names, shapes_and_roles
 from ds_optim.roles.role import Role
 from ds_optim.sharding.layout import ParameterSpec
@@ -79,8 +80,12 @@ def meta_model(config: Mapping[str, Any]) -> nn.Module:
     """A causal language model of transformers, made from its ``config.json`` on the meta device.
 
     Raises:
-        BlueprintError: no ``model_type``, one that transformers does not know, or values that it refuses.
+        BlueprintError: no ``model_type``, one that transformers does not know, or values that it refuses; or this
+            transformers is outside of the range that works.
     """
+    problem = TRANSFORMERS.problem(TRANSFORMERS.installed)
+    if problem:
+        raise BlueprintError(problem)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if "model_type" not in config:

@@ -96,7 +96,7 @@ def _print_versions(console: Console) -> list[str]:
         works = f"{one.first} and later, below {one.end}"
         table.add_row(one.package, one.installed or "not installed", works, _standing(one))
     console.print(table)
-    return [problem for one in releases.ALL if (problem := one.problem(one.installed))]
+    return releases.problems()
 
 
 def _standing(one: releases.Releases) -> str:

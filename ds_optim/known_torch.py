@@ -28,15 +28,23 @@ def all_gather_single(output: Tensor, shard: Tensor, group: dist.ProcessGroup | 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile` for shapes of all sizes, with room for 64 variants of this function.
 
-    ``recompile_limit`` and ``isolate_recompiles`` came with 2.12; before, all functions of a process that have the
-    same code share dynamo's limit of eight, and those beyond it fail: ``fullgraph`` lets none run uncompiled unseen.
+    ``recompile_limit`` and ``isolate_recompiles`` came with 2.12. Before, functions of a process that have the same
+    code share dynamo's limit of eight, beyond which ``fullgraph`` fails: it is raised while they run.
     """
     make: Any = torch.compile
     try:
-        made = make(function, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True)
+        return cast(
+            Callable[..., Any],
+            make(function, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True),
+        )
     except TypeError:
         made = make(function, dynamic=True, fullgraph=True)
-    return cast(Callable[..., Any], made)
+
+    def roomy(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=1024):
+            return made(*arguments)
+
+    return roomy
 
 
 def fsdp_parameters(module: Any) -> Iterator[Any]:

@@ -98,10 +98,10 @@ def _numbers(version: str) -> tuple[int, ...]:
     return (*release, *[0] * (4 - len(release)))
 
 
-TORCH = Releases("torch", "2.8", "3", ())
-DEEPSPEED = Releases("deepspeed", "0.18.6", "1", ())
-TRANSFORMERS = Releases("transformers", "4.55", "6", ())
-ACCELERATE = Releases("accelerate", "1.10", "2", ())
+TORCH = Releases("torch", "2.8", "3", ("2.8.0", "2.11.0"))
+DEEPSPEED = Releases("deepspeed", "0.18.6", "1", ("0.18.6", "0.19.8"))
+TRANSFORMERS = Releases("transformers", "4.55", "6", ("4.55.0", "5.17.0"))
+ACCELERATE = Releases("accelerate", "1.10", "2", ("1.10.0", "1.15.0"))
 
 ALL = (TORCH, DEEPSPEED, TRANSFORMERS, ACCELERATE)
 
@@ -110,11 +110,15 @@ def require(releases: Releases) -> None:
     """Refuse what does not do; what is not installed is somebody else's concern.
 
     Raises:
-        ImportError: the release is outside of the range.
+        ImportError: the release is outside of the range. What else is outside is said as well.
     """
-    problem = releases.problem(releases.installed)
-    if problem:
-        raise ImportError(f"ds_optim cannot work here: {problem}", name=releases.package)
+    if releases.problem(releases.installed):
+        raise ImportError(f"ds_optim cannot work here: {'; '.join(problems())}", name=releases.package)
+
+
+def problems() -> list[str]:
+    """Why installed releases do not do, one sentence for each that is outside of its range."""
+    return [problem for one in ALL if (problem := one.problem(one.installed))]
 
 
 @cache

@@ -21,6 +21,7 @@ import transformers
 from typer.testing import CliRunner
 
 from ds_optim import AdamMini, known_torch, known_transformers, releases
+from ds_optim.blueprint import BlueprintError, meta_model
 from ds_optim.cli import app
 from ds_optim.deepspeed import differences
 from ds_optim.releases import ALL, DEEPSPEED, TORCH, Releases
@@ -68,7 +69,9 @@ def test_setup_requires_the_releases_that_messages_name() -> None:
 def test_what_is_called_tested_is_what_passed() -> None:
     rows = json.loads((ROOT / "docs" / "results" / "versions.json").read_text(encoding="utf-8"))
     rows.pop("beside", None)
-    passed = [row for row in rows.values() if all(not area["failed"] for area in row["areas"].values())]
+    areas = runpy.run_path(str(ROOT / "benchmarks" / "versions.py"), run_name="areas")["AREAS"]
+    whole = [row for row in rows.values() if areas.keys() <= row["areas"].keys()]
+    passed = [row for row in whole if all(area["passed"] and not area["failed"] for area in row["areas"].values())]
     for one in ALL:
         found = {row["releases"][one.package] for row in passed}
         assert set(one.tested) == found, one.package
@@ -101,6 +104,15 @@ def test_an_import_under_another_torch_is_one_sentence(tmp_path: Path, version: 
     assert done.returncode == 1
     assert f"ImportError: ds_optim cannot work here: torch {version} is {standing}: pip install 'torch>=" in done.stderr
     assert "AttributeError" not in done.stderr
+
+
+def test_the_command_says_what_is_wrong_with_every_package(tmp_path: Path) -> None:
+    code = "import torch\ntorch.__version__ = '2.7.1'\nimport deepspeed\ndeepspeed.__version__ = '0.16.9'\n"
+    done = ran(f"{code}from ds_optim_command import main\nmain()\n", tmp_path)
+    assert done.returncode == 1
+    assert "ds-optim: ds_optim cannot work here: torch 2.7.1 is too old: pip install" in done.stderr
+    assert "; deepspeed 0.16.9 is too old: pip install" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 ENGINE = """
@@ -259,7 +271,8 @@ def test_functions_are_compiled_with_the_options_that_torch_has(monkeypatch: pyt
         return function
 
     monkeypatch.setattr(torch, "compile", older)
-    assert known_torch.compiled(len) is len
+    assert known_torch.compiled(lambda text: (len(text), torch._dynamo.config.recompile_limit))("four") == (4, 1024)
+    assert torch._dynamo.config.recompile_limit < 1024
     assert given == [{"dynamic": True, "fullgraph": True}]
 
 
@@ -271,6 +284,12 @@ def test_products_are_exact_by_the_older_setting_too(monkeypatch: pytest.MonkeyP
     with known_torch.full_precision():
         assert allowed[-1] == "highest"
     assert allowed[-1] == "medium"
+
+
+def test_the_blueprint_of_a_model_needs_transformers_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "4.40.1")
+    with pytest.raises(BlueprintError, match=r"^transformers 4\.40\.1 is too old: pip install"):
+        meta_model({"model_type": "llama"})
 
 
 def test_activations_are_checkpointed_by_either_name() -> None:

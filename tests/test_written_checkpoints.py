@@ -20,6 +20,7 @@ from torch import Tensor
 
 import ds_optim
 from ds_optim import checkpoint
+from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles
 from engines import Case, assembled, build_model, engine_for, learning_rate, masters, train
 from expected import by_one_process, distance, gradient
 from pool import Pools
@@ -135,6 +136,13 @@ def write_all(root: Path) -> None:
             torch.save(states, root / "torch" / f"{name}.pt")
         alone.train(range(SAVED_AT + 1, STEPS + 1))
         torch.save({"engine": by_one_process(case), "alone": alone.weights()}, root / "ends" / f"{name}.pt")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_deepspeeds_own_entries_are_not_taken_for_the_users(version: str) -> None:
+    for optimizer in FORMS["deepspeed"]:
+        files = DeepSpeedFiles(WRITTEN / version / "deepspeed" / optimizer, None)
+        assert files.client_state == {}
 
 
 if __name__ == "__main__":
