@@ -186,10 +186,9 @@ def _replaced_at_1_and_2(engine: Any) -> Callable[[], str]:
         if is_replaced:
             return (
                 "it has several backward passes at a gradient accumulation boundary, and each replaced the one before. "
-                'Set "managed_gradient_accumulation": false in the JSON (deepspeed 0.19.4 and later), or '
-                '"gradient_accumulation_steps" to the '
-                "number of passes, with engine.step() behind each; if the last one is to count alone, call "
-                "engine.zero_grad() before it"
+                'Set "managed_gradient_accumulation": false in the JSON (deepspeed 0.19.4 and later, 0.19.5 under '
+                'offload), or "gradient_accumulation_steps" to the number of passes, with engine.step() behind each; '
+                "if the last one is to count alone, call engine.zero_grad() before it"
             )
         if getattr(of_wrapper(), "ready_for_gradients", False):
             return (
