@@ -63,7 +63,6 @@ AREAS: dict[str, list[str]] = {
     "registration": ["tests/test_registration.py", "tests/test_known_deepspeed.py", "-k", "not gets_no_slower"],
     "vectors": ["tests/test_vectors.py", "tests/test_plain_torch.py", "tests/test_kernels.py"],
     "invariance": ["tests/test_invariance.py"],
-    "gradients": ["tests/test_versions.py", "-k", "not called_tested"],  # of data that no two passes share
     "matrix engines": ["tests/test_matrix_engines.py"],
     "DeepSpeed checkpoints": ["tests/test_engine_checkpoints.py", "tests/test_written_checkpoints.py"],
     "canonical checkpoints": ["tests/test_canonical_checkpoint.py", "tests/test_mesh_checkpoints.py"],

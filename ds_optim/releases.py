@@ -98,10 +98,10 @@ def _numbers(version: str) -> tuple[int, ...]:
     return (*release, *[0] * (4 - len(release)))
 
 
-TORCH = Releases("torch", "2.8", "3", ("2.8.0", "2.11.0"))
-DEEPSPEED = Releases("deepspeed", "0.18.6", "1", ("0.18.6", "0.19.8"))
-TRANSFORMERS = Releases("transformers", "4.55", "6", ("4.55.0", "5.17.0"))
-ACCELERATE = Releases("accelerate", "1.10", "2", ("1.10.0", "1.15.0"))
+TORCH = Releases("torch", "2.8", "3", ("2.11.0",))
+DEEPSPEED = Releases("deepspeed", "0.18.6", "1", ("0.19.8",))
+TRANSFORMERS = Releases("transformers", "4.55", "6", ("5.17.0",))
+ACCELERATE = Releases("accelerate", "1.10", "2", ("1.15.0",))
 
 ALL = (TORCH, DEEPSPEED, TRANSFORMERS, ACCELERATE)
 
@@ -122,9 +122,8 @@ def problems() -> list[str]:
 
 
 @cache
-def say_untested() -> None:
-    """Say, once per process, what is installed that is newer than all that was tested."""
-    for one in ALL:
-        note = one.note(one.installed)
-        if note:
-            warnings.warn(note, stacklevel=2)
+def say_untested(releases: Releases) -> None:
+    """Say, once per process, that a package is newer than all of its releases that were tested."""
+    note = releases.note(releases.installed)
+    if note:
+        warnings.warn(note, stacklevel=2)

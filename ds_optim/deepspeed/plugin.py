@@ -96,7 +96,7 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
         guard_resuming(engine)
         guards.watch(engine)
         if basic.ranks.index == 0:
-            say_untested()
+            say_untested(DEEPSPEED)
     return result
 
 
