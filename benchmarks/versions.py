@@ -42,13 +42,13 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "peft")
 # nothing else decides, releases that came out together stand together. {name: Python, `PACKAGES`, and why}
 COMBINATIONS = {
     "newest": "3.13 2.15.0 0.19.8 5.24.0 1.15.0 0.21.2 the newest of everything",
-    "ci": "3.11 2.14.1 0.19.8 5.24.0 1.15.0 0.21.2 constraints.txt",
+    "torch-2.14": "3.11 2.14.1 0.19.8 5.24.0 1.15.0 0.21.2",
     "oldest": "3.10 2.8.0 0.18.6 4.55.0 1.10.0 0.17.0 the oldest of everything",
     "gpu-machine": "3.12 2.11.0 0.19.8 5.17.0 1.15.0 0.21.2 the image of a machine with a GPU",
     "torch-2.9": "3.11 2.9.1 0.18.9 4.57.6 1.12.0 0.18.0 the last 4.x of transformers",
     "torch-2.10": "3.12 2.10.0 0.19.0 5.0.0 1.12.0 0.18.1 the first 5.x",
     "torch-2.12": "3.13 2.12.1 0.19.4 5.10.4 1.13.0 0.19.1",
-    "torch-2.13": "3.11 2.13.0 0.19.8 5.23.0 1.15.0 0.21.2 what the other results were measured with",
+    "torch-2.13": "3.11 2.13.0 0.19.8 5.23.0 1.15.0 0.21.2 constraints.txt",
     "llama-factory": "3.11 2.13.0 0.19.5 5.6.0 1.11.0 0.18.1 what LLaMA-Factory 0.9.5 asks for",
     "axolotl": "3.11 2.13.0 0.18.9 5.16.1 1.13.0 0.20.0 what Axolotl 0.19 asks for",
     "deepspeed-0.19.1": "3.11 2.13.0 0.19.1 5.20.0 1.15.0 0.21.0",
@@ -167,6 +167,8 @@ def fill(made: Path, one: Mapping[str, str], cache: Path) -> None:
     for package, release in zip(PACKAGES, said, strict=True):
         if release.partition("+")[0] != one[package]:
             raise SystemExit(f"installing ds-optim replaced {package} {one[package]} by {release}")
+    own = {**settings, "TORCH_EXTENSIONS_DIR": str(made / "torch_extensions"), "DS_ACCELERATOR": "cpu"}
+    subprocess.run([python, str(ROOT / "tests" / "operators.py")], check=True, env=own, stdout=subprocess.DEVNULL)
 
 
 def beside(tool: str) -> dict[str, str]:

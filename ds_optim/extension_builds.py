@@ -1,11 +1,12 @@
 """Where operators are built on first use, and the locks that killed builds leave there.
 
 torch keeps what it builds (DeepSpeed's operators) in one folder per version of Python, whichever environment asks: two
-environments with different releases rebuild each other's. And its lock is a mere file (`torch/utils/file_baton.py`): it
-outlives a holder that is killed, and whoever comes later waits for it for ever, without a word. Here: a folder for each
-environment, and which locks nobody can hold. Nothing is removed here; the user is told the command.
+environments with different releases rebuild each other's. And before 2.14 its lock is a mere file
+(`torch/utils/file_baton.py`): it outlives a holder that is killed, and whoever comes later waits for it for ever,
+without a word. Here: a folder for each environment, and which locks nobody can hold. Nothing is removed here; the user
+is told the command.
 
-Standard library only: it is asked before torch is imported. Our own kernels need none of it, see `kernels.build`.
+It is asked before torch is imported. Our own kernels need none of it, see `kernels.build`.
 
     python -m ds_optim.extension_builds         prints the folder, for shells
 """
@@ -22,6 +23,8 @@ import time
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from ds_optim.releases import lock_files_block
 
 VARIABLE = "TORCH_EXTENSIONS_DIR"
 """What tells torch where to build."""
@@ -118,7 +121,9 @@ class Lock:
 
 
 def locks(roots: Iterable[Path]) -> list[Lock]:
-    """The locks of all builds in these folders."""
+    """The locks of all builds in these folders; none of a torch that is not stopped by a file that was left behind."""
+    if not lock_files_block():
+        return []
     paths = {path for root in roots for pattern in ("*/lock", "*/*/lock") for path in root.glob(pattern)}
     before = {path: _identity(path) for path in sorted(paths)}
     holders, is_blind = _processes(before) if before else ({}, False)

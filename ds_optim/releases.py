@@ -121,6 +121,11 @@ def problems() -> list[str]:
     return [problem for one in ALL if (problem := one.problem(one.installed))]
 
 
+def lock_files_block() -> bool:
+    """Whether torch waits for a build's lock file while it is there; since 2.14 the system drops a holder's lock."""
+    return TORCH.is_before("2.14")
+
+
 @cache
 def say_untested(releases: Releases) -> None:
     """Say, once per process, that a package is newer than all of its releases that were tested."""

@@ -13,5 +13,7 @@ DS_OPTIM_EXTRAS=test source launcher/install.sh || { echo "tests/run.sh: the ins
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}" TOKENIZERS_PARALLELISM=false
 # Tests build their models from configs; nothing may be fetched.
 export HF_HUB_OFFLINE=1
+# A minute, once: a test that is cut off while DeepSpeed builds an operator would leave its lock behind for all others.
+python tests/operators.py > /dev/null
 # Two at a time: a test of several ranks waits for the slowest of them, and one of a launcher for imports.
 exec python -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ds_optim.extension_builds import LONGEST_BUILD, VARIABLE, Lock, folders, locks, own_folder, use_own_folder
@@ -159,6 +160,13 @@ def test_a_lock_of_a_living_build_is_not_stale_however_old(tmp_path: Path) -> No
         assert found.holders == (ninja.pid,)
         assert not found.is_stale
     assert [one.is_stale for one in locks([tmp_path])] == [True]
+
+
+def test_a_torch_that_asks_the_system_is_not_stopped_by_a_file(
+    left_behind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.14.0")
+    assert locks(folders()) == []
 
 
 def test_our_own_kernels_lock_is_none(tmp_path: Path) -> None:
