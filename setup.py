@@ -44,7 +44,7 @@ EXTRAS = {
         "hypothesis>=6.115",
         "allpairspy>=2.5",
         "peft>=0.17",
-        "uv>=0.9",  # benchmarks/versions.py, which runs a part of the suite on the oldest releases
+        "uv>=0.9",  # benchmarks/versions.py
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<2.5",
     ],

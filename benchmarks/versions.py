@@ -58,7 +58,7 @@ COMBINATIONS = {
     "deepspeed-0.19.7": "3.11 2.13.0 0.19.7 5.20.0 1.15.0 0.21.0",
 }
 
-# {area: what pytest is given}. "smoke" is what continuous integration runs on the oldest combination.
+# {area: what pytest is given}. "smoke" is short: for a first look at a combination.
 AREAS: dict[str, list[str]] = {
     "registration": ["tests/test_registration.py", "tests/test_known_deepspeed.py", "-k", "not gets_no_slower"],
     "vectors": ["tests/test_vectors.py", "tests/test_plain_torch.py", "tests/test_kernels.py"],
