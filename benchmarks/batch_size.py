@@ -15,7 +15,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from processor import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -161,7 +161,7 @@ def _collect(out: Path) -> dict[str, Any]:
     seconds = out / "seconds.json"
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "seconds": json.loads(seconds.read_text()) if seconds.exists() else None,
         "readings": readings,
@@ -171,14 +171,6 @@ def _collect(out: Path) -> dict[str, Any]:
 
 def _step(path: Path) -> int:
     return int(path.parent.name.rpartition("_")[2])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _markdown(found: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 import typer
+from processor import processor
 from torch import Tensor
 
 from ds_optim.linalg.inverse_roots import inverse_roots
@@ -78,10 +78,7 @@ def milliseconds(function: Callable[[Tensor], Tensor], stack: Tensor, rounds: in
 
 def machine() -> str:
     """Where and when, in one line."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
+    model = processor()
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     return (
         f"{datetime.date.today()}, {model}, {torch.get_num_threads()} threads of {os.cpu_count()}, "

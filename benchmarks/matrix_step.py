@@ -29,7 +29,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -42,6 +41,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from processor import processor
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -366,10 +366,7 @@ def cells(result: Result) -> list[str]:
 
 def machine() -> str:
     """Where and when, in one line."""
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), model)
+    model = processor()
     versions = [f"torch {torch.__version__}"]
     for package in RIVALS:
         try:

@@ -20,7 +20,6 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -31,6 +30,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from processor import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "versions.json"
@@ -307,13 +308,6 @@ def cell(found: Mapping[str, Any]) -> str:
     if passes(found):
         return str(found["passed"])
     return f"**{found['failed']} of {found['passed'] + found['failed']} failed**"
-
-
-def processor() -> str:
-    """What /proc says the processor is, else what Python knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    return names[0] if names else platform.machine()
 
 
 def size(folder: Path) -> int:

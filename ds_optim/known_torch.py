@@ -1,8 +1,8 @@
 """What differs between the releases of torch in the range of `ds_optim.releases`, with the release that brought it.
 
-The one place that knows: others call what stands here, and no release is compared anywhere, since what a build has
-says more than its number. Private parts of torch that are the same in the whole range are named, and tried out, where
-they are used (`ds_optim.memory.tracker`).
+The one place that knows: others call what stands here. No release is compared, since what a build has says more than
+its number; what must be known before torch is imported stands in `ds_optim.releases`. Private parts of torch that are
+the same in the whole range are named, and tried out, where they are used (`ds_optim.memory.tracker`).
 """
 
 from __future__ import annotations

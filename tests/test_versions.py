@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -26,8 +25,13 @@ from ds_optim.cli import app
 from ds_optim.deepspeed import differences
 from ds_optim.releases import ALL, DEEPSPEED, TORCH, Releases
 from pool import Pools
+from test_registration import python
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from versions import AREAS  # noqa: E402
+
 SOME = Releases("some", "1.8", "3", ("1.8.2", "2.1"))
 
 # -- judging ----------------------------------------------------------------------------------------------------------
@@ -69,8 +73,7 @@ def test_setup_requires_the_releases_that_messages_name() -> None:
 def test_what_is_called_tested_is_what_passed() -> None:
     rows = json.loads((ROOT / "docs" / "results" / "versions.json").read_text(encoding="utf-8"))
     rows.pop("beside", None)
-    areas = runpy.run_path(str(ROOT / "benchmarks" / "versions.py"), run_name="areas")["AREAS"]
-    whole = [row for row in rows.values() if areas.keys() <= row["areas"].keys()]
+    whole = [row for row in rows.values() if row["areas"].keys() >= AREAS.keys()]
     passed = [row for row in whole if all(area["passed"] and not area["failed"] for area in row["areas"].values())]
     for one in ALL:
         found = {row["releases"][one.package] for row in passed}
@@ -81,25 +84,9 @@ def test_what_is_called_tested_is_what_passed() -> None:
 # -- what a user sees -------------------------------------------------------------------------------------------------
 
 
-def ran(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A script of its own."""
-    script = folder / "script.py"
-    script.write_text(code, encoding="utf-8")
-    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    return subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=folder,
-        env={**os.environ, **launched},
-    )
-
-
 @pytest.mark.parametrize(("version", "standing"), [("2.6.0+cu124", "too old"), ("3.0.0", "too new")])
 def test_an_import_under_another_torch_is_one_sentence(tmp_path: Path, version: str, standing: str) -> None:
-    done = ran(f"import torch\ntorch.__version__ = {version!r}\nfrom ds_optim import AdamMini\n", tmp_path)
+    done = python(f"import torch\ntorch.__version__ = {version!r}\nfrom ds_optim import AdamMini\n", tmp_path)
     assert done.returncode == 1
     assert f"ImportError: ds_optim cannot work here: torch {version} is {standing}: pip install 'torch>=" in done.stderr
     assert "AttributeError" not in done.stderr
@@ -107,7 +94,7 @@ def test_an_import_under_another_torch_is_one_sentence(tmp_path: Path, version: 
 
 def test_the_command_says_what_is_wrong_with_every_package(tmp_path: Path) -> None:
     code = "import torch\ntorch.__version__ = '2.7.1'\nimport deepspeed\ndeepspeed.__version__ = '0.16.9'\n"
-    done = ran(f"{code}from ds_optim_command import main\nmain()\n", tmp_path)
+    done = python(f"{code}from ds_optim_command import main\nmain()\n", tmp_path)
     assert done.returncode == 1
     assert "ds-optim: ds_optim cannot work here: torch 2.7.1 is too old: pip install" in done.stderr
     assert "; deepspeed 0.16.9 is too old: pip install" in done.stderr
@@ -152,7 +139,7 @@ def results(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 @pytest.mark.parametrize(("version", "standing"), [("0.15.4", "too old"), ("1.0.0", "too new")])
 def test_an_engine_of_another_deepspeed_is_refused_in_one_sentence(tmp_path: Path, version: str, standing: str) -> None:
-    done = ran(ENGINE.replace("VERSION", version), tmp_path)
+    done = python(ENGINE.replace("VERSION", version), tmp_path)
     named, given, foreign = results(done)
     why = f"deepspeed {version} is {standing}: pip install '{DEEPSPEED.requirement}'"
     assert why in done.stderr  # when DeepSpeed is imported
@@ -164,7 +151,7 @@ def test_an_engine_of_another_deepspeed_is_refused_in_one_sentence(tmp_path: Pat
 
 
 def test_a_newer_deepspeed_that_fits_trains_and_is_named_once(tmp_path: Path) -> None:
-    done = ran(ENGINE.replace("VERSION", "0.99.1"), tmp_path)
+    done = python(ENGINE.replace("VERSION", "0.99.1"), tmp_path)
     assert results(done) == ["trained with AdamMini", "trained with Lion", "trained with SGD"]
     assert done.stderr.count("deepspeed 0.99.1 is newer than the newest that was tested with ds_optim") == 1
 

@@ -9,15 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim.deepspeed import differences
 from ds_optim.deepspeed.configuration import option_problems, trainer_problems
-from ds_optim.deepspeed.differences import (
-    gathers_too_early,
-    has_expert_parallelism,
-    lays_out_empty_parameters,
-    loses_middle_passes,
-    mixes_frozen_groups_up,
-    reduces_nothing,
-)
 from ds_optim.deepspeed.names import names
 from ds_optim.deepspeed.parameters import is_trained, names_of, roles_of
 from ds_optim.optimizers.registry import optimizers
@@ -93,22 +86,22 @@ REFUSALS = (
         "checkpoint.load_universal knows Adam's state only: set it to false",
     ),
     Refusal(
-        lambda config, _: has_expert_parallelism(config),
+        lambda config, _: differences.has_expert_parallelism(config),
         "expert_parallel (AutoEP) gives each rank experts of its own, which is not supported: remove it, and use the "
         "model's own (stacked) experts",
     ),
     Refusal(
-        lambda config, _: gathers_too_early(config),
+        lambda config, _: differences.gathers_too_early(config),
         "ZeRO-3 on CPU with several ranks uses gathered weights before all of them have arrived in deepspeed before "
         '0.19.8: set "stage3_allgather_sequential": true in "zero_optimization", and give zero.Init the same config',
     ),
     Refusal(
-        lambda config, _: reduces_nothing(config),
+        lambda config, _: differences.reduces_nothing(config),
         "ZeRO-1/2 on CPU with several ranks and contiguous_gradients false reduces no gradients in deepspeed before "
         "0.19.8: leave it out",
     ),
     Refusal(
-        lambda config, _: loses_middle_passes(config),
+        lambda config, _: differences.loses_middle_passes(config),
         "ZeRO-2 with CPU offload and gradient_accumulation_steps above 2 keeps the first and the last micro-batch "
         "alone in deepspeed before 0.19.0: use ZeRO stage 1 or 3, or deepspeed 0.19.0 or later",
     ),
@@ -186,22 +179,19 @@ def untrained(engine: Any, groups: list[list[Tensor]]) -> list[str]:
                 f"parameter group {index} ({listed}) has nothing to train, which DeepSpeed cannot lay out at ZeRO "
                 f"stage {stage}: leave the group out"
             )
-        elif group and stage == 3 and mixes_frozen_groups_up() and not any(p.requires_grad for p in group):
+        elif group and stage == 3 and differences.mixes_frozen_groups_up() and not any(p.requires_grad for p in group):
             problems.append(
                 f"parameter group {index} is frozen, and at ZeRO stage 3 deepspeed before 0.19.3 gives the groups "
                 "behind it the options of others: leave the group out"
             )
-    if stage in (1, 2) and lays_out_empty_parameters():
-        problems += [
-            f"{name} of shape {logical_shape(parameter)} has no elements, which deepspeed before 0.19.8 cannot lay out "
-            f"at ZeRO stage {stage}: take it out of the model, or freeze it"
-            for parameter, name in named.items()
-            if parameter.requires_grad and not is_trained(parameter)
-        ]
+    why = ""
     if stage == 3:
+        why = "DeepSpeed cannot gather at ZeRO stage 3: take it out of the model, or use stage 1 or 2"
+    elif stage and differences.lays_out_empty_parameters():
+        why = f"deepspeed before 0.19.8 cannot lay out at ZeRO stage {stage}: take it out of the model, or freeze it"
+    if why:
         problems += [
-            f"{name} of shape {logical_shape(parameter)} has no elements, which DeepSpeed cannot gather at ZeRO stage "
-            "3: take it out of the model, or use stage 1 or 2"
+            f"{name} of shape {logical_shape(parameter)} has no elements, which {why}"
             for parameter, name in named.items()
             if parameter.requires_grad and not is_trained(parameter)
         ]

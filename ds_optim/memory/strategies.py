@@ -1,6 +1,6 @@
 """What a strategy keeps, and what it makes in passing, on one rank: DeepSpeed ZeRO 0 to 3, and plain PyTorch.
 
-Read off the DeepSpeed of `ds_optim.releases` (`engine.py`, `stage_1_and_2.py`, `stage3.py`,
+Read off deepspeed 0.19.8 (`engine.py`, `stage_1_and_2.py`, `stage3.py`,
 `unfused_optimizer.py`) and held against measured records. Bytes, of a steady step (the second and later ones), with
 one micro-batch per step.
 """
