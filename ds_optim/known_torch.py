@@ -1,8 +1,8 @@
 """What differs between the releases of torch in the range of `ds_optim.releases`, with the release that brought it.
 
-The one place that knows: others call what stands here. No release is compared, since what a build has says more than
-its number; what must be known before torch is imported stands in `ds_optim.releases`. Private parts of torch that are
-the same in the whole range are named, and tried out, where they are used (`ds_optim.memory.tracker`).
+The one place that knows: others call what stands here. What a build has says more than its number, which is compared
+for mistakes alone; what must be known before torch is imported stands in `ds_optim.releases`. Private parts of torch
+that are the same in the whole range are named, and tried out, where they are used (`ds_optim.memory.tracker`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ds_optim.releases import TORCH
 
 
 def all_gather_single(output: Tensor, shard: Tensor, group: dist.ProcessGroup | None) -> dist.Work:
@@ -58,6 +60,14 @@ def fsdp_parameters(module: Any) -> Iterator[Any]:
     for group in groups:
         if group is not None:  # a module whose parameters all belong to others
             yield from group.fsdp_params
+
+
+def sums_for_averages(device_type: str) -> bool:
+    """Whether a reduce-scatter of CPU tensors gives the sum where it is asked for the average, as gloo does before 2.9.
+
+    FSDP2 asks for the average of gradients, unless it is told to use sums alone, which it divides itself.
+    """
+    return device_type == "cpu" and TORCH.is_before("2.9")
 
 
 @contextmanager

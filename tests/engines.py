@@ -73,6 +73,12 @@ def learning_rate(step: int) -> float:
     return 1e-2 * min(step / 3, 1.0) * 0.93**step
 
 
+FLAT_BF16: dict[str, Any] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+"""What gives ZeRO-1 DeepSpeed's BF16_Optimizer."""
+if DEEPSPEED.is_before("0.19.0"):  # what is refused otherwise
+    FLAT_BF16["bf16"]["immediate_grad_update"] = True
+
+
 @dataclass(frozen=True)
 class Case:
     """One training run of a few steps."""
@@ -107,12 +113,10 @@ class Case:
             "zero_allow_untested_optimizer": False,
             **self.extra,
         }
-        if self.precision.startswith("bf16"):
+        if self.precision == "bf16":
             config["bf16"] = {"enabled": True}
         if self.precision == "bf16_optimizer":
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
-            if DEEPSPEED.is_before("0.19.0"):  # what is refused otherwise
-                config["bf16"]["immediate_grad_update"] = True
+            config |= FLAT_BF16
         if self.precision == "fp16":
             config["fp16"] = {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}
         if not self.client:

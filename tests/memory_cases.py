@@ -10,8 +10,9 @@ import torch
 
 from ds_optim.deepspeed.names import json_names
 from ds_optim.known_transformers import checkpoint_activations
+from ds_optim.releases import DEEPSPEED, TORCH
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 1000,
     "hidden_size": 256,
@@ -22,6 +23,8 @@ MODEL = {
     "max_position_embeddings": 1024,
     "use_cache": False,
 }
+if TORCH.is_before("2.9"):  # on CPUs fewer keys than queries cost it a matrix of scores
+    MODEL["num_key_value_heads"] = 4
 OPTIMIZERS = tuple(json_names())
 
 
@@ -51,6 +54,8 @@ class MemoryCase:
     def config(self) -> dict[str, Any]:
         """The DeepSpeed JSON."""
         small = {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000} if self.stage else {}
+        if self.stage == 3 and DEEPSPEED.is_before("0.19.8"):  # what is refused otherwise
+            small["stage3_allgather_sequential"] = True
         found: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.passes,
@@ -78,7 +83,8 @@ def measured(case: MemoryCase, model: dict[str, Any] = MODEL, **options: Any) ->
         account.watch(engine)
         ids = torch.randint(0, model["vocab_size"], (case.micro_batch, case.seq_length))
         for _ in range(3 * case.passes):
-            loss = engine(input_ids=ids, labels=ids).loss
+            # transformers 4 would make a mask, one for every layer, if it was not told that there is no padding.
+            loss = engine(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
             engine.backward(loss)
             engine.step()
         record = account.gather()

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ds_optim
+from ds_optim import known_torch
 from ds_optim.roles import canonical_name
 from engines import VOCABULARY, Case, build_model, learning_rate
 from expected import gradient, weight_decays
@@ -73,6 +74,7 @@ def make(mesh_case: MeshCase, seed: int = 0) -> tuple[nn.Module, nn.Module, Any]
         for layer in model.llama.model.layers:
             fully_shard(layer, **settings)
         fully_shard(model, **settings)
+        average(model)
     if optimizer is None:
         roles = wrapped if mesh_case.strategy == "ddp" else model
         optimizer = cls(_groups(model, case), roles=roles, **options)
@@ -82,6 +84,13 @@ def make(mesh_case: MeshCase, seed: int = 0) -> tuple[nn.Module, nn.Module, Any]
         for group in optimizer.param_groups:
             group["params"] = [swapped[parameter] for parameter in group["params"]]
     return wrapped, model, optimizer
+
+
+def average(model: nn.Module) -> None:
+    """Let FSDP2's gradients be what they should be, as our warning says for torch before 2.9."""
+    for module in model.modules() if known_torch.sums_for_averages("cpu") else ():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def set_gradients(model: nn.Module, case: Case, step: int) -> None:

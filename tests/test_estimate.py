@@ -20,6 +20,7 @@ from ds_optim.memory.agreement import agreement
 from ds_optim.memory.estimate import Request, highest, largest_micro_batch, predict, request_of
 from ds_optim.memory.estimate_command import device_bytes, size_bytes
 from ds_optim.memory.record import Category, Record
+from ds_optim.releases import DEEPSPEED, TRANSFORMERS
 from memory_cases import MODEL, OPTIMIZERS, MemoryCase, measured, request
 from pool import Pools
 
@@ -46,7 +47,8 @@ CASES = [
     (2, MemoryCase("AdamMini", 1, "bf16", passes=3)),
     (2, MemoryCase("AdamMini", 2, "bf16", passes=3)),
     (2, MemoryCase("AdamMini", 3, "bf16", passes=3)),
-    (2, MemoryCase("ds_optim.AdamW", 2, "bf16", zero=OFFLOAD, passes=3)),
+    (2, MemoryCase("ds_optim.AdamW", 2, "bf16", zero=OFFLOAD, passes=2 if DEEPSPEED.is_before("0.19.0") else 3)),
+    (2, MemoryCase("AdamMini", 3, zero={"stage3_allgather_sequential": True})),
     (2, MemoryCase("AdamMini", 3, zero={"stage3_max_live_parameters": 1_000_000})),
     (2, MemoryCase("AdamMini", 3, zero={"stage3_max_reuse_distance": 1_000_000, "sub_group_size": 500_000})),
 ]
@@ -70,7 +72,8 @@ def test_what_is_predicted_is_what_is_measured(pool: Pools, ranks: int, case: Me
     lines = agreement(found, predict(request(case, ranks)))
     assert {line.rank for line in lines} == set(range(ranks))
     kept = [line for line in lines if line.name == "activations after forward"]
-    assert all(abs(line.difference) < 0.001 for line in kept)  # they are not just within the limit, they are exact
+    if not TRANSFORMERS.is_before("5"):  # which copies queries, keys and values for SDPA
+        assert all(abs(line.difference) < 0.001 for line in kept)  # they are not just within the limit, they are exact
     wrong = [
         f"rank {x.rank} {x.name}: {x.measured:,} measured, {x.predicted:,} predicted" for x in lines if not x.passed
     ]

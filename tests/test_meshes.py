@@ -124,7 +124,8 @@ def on_real_data(case: Case, strategy: str) -> dict[str, Tensor]:
     [
         Case("AdamMini", {"lr": 1e-2, "weight_decay": 0.1}, steps=6),
         Case("SWAN", {"lr": 1e-2, "weight_decay": 0.1}, steps=4),
-        Case("ds_optim.AdamW", {"lr": 1e-2, "weight_decay": 0.1}, steps=6),
+        # An eps that is not small: AdamW's step depends on the scale of gradients.
+        Case("ds_optim.AdamW", {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-4}, steps=6),
     ],
     ids=lambda case: case.optimizer,
 )

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from ds_optim.releases import DEEPSPEED
 from engines import Case, assembled, build_model, engine_for, masters, run, train
 from expected import by_oracle, distance, gradients
-from pool import Pools
+from pool import Pools, RanksFailedError
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
@@ -82,10 +83,16 @@ def join_and_leave(case: Case) -> dict[str, Any]:
 
 def test_a_parameter_may_join_and_leave_in_the_middle_of_an_accumulation_window(pool: Pools) -> None:
     """DeepSpeed would add its gradient to what is left of an older one, or under offload take the older one instead."""
-    wanted, *found = (
-        assembled(pool(2).run(join_and_leave, Case("Adan", stage=zero["stage"], zero=zero, accumulation=2)))
+    cases = [
+        Case("Adan", stage=zero["stage"], zero=zero, accumulation=2)
         for zero in ({"stage": 1}, {"stage": 3}, {"stage": 2, **OFFLOAD}, {"stage": 3, **OFFLOAD})
-    )
+    ]
+    if DEEPSPEED.is_before("0.19.5"):  # gradients of earlier passes alone are lost under offload
+        for case in cases[2:]:
+            with pytest.raises(RanksFailedError, match="that 1 parameters got in earlier backward passes than the la"):
+                pool(2).run(join_and_leave, case)
+        del cases[2:]
+    wanted, *found = (assembled(pool(2).run(join_and_leave, case)) for case in cases)
     for weights in found:
         assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
 

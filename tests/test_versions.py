@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-import transformers
+import transformers  # noqa: F401  (its release is asked for where it is imported)
 from typer.testing import CliRunner
 
 from ds_optim import AdamMini, known_torch, known_transformers, releases
@@ -24,6 +24,7 @@ from ds_optim.blueprint import BlueprintError, meta_model
 from ds_optim.cli import app
 from ds_optim.deepspeed import differences
 from ds_optim.releases import ALL, DEEPSPEED, TORCH, Releases
+from ds_optim.sharding import dtensor
 from pool import Pools
 from test_registration import python
 
@@ -161,11 +162,11 @@ def test_doctor_says_where_every_package_stands_and_fails_outside(monkeypatch: p
     assert judged.exit_code == 0, judged.output
     for one in ALL:
         assert f"{one.first} and later, below {one.end}" in judged.output
-    monkeypatch.setattr(transformers, "__version__", "4.40.1")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.40.1")
     judged = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
     assert judged.exit_code == 1
     assert "problem: transformers 4.40.1 is too old: pip install 'transformers>=" in judged.output
-    monkeypatch.setattr(transformers, "__version__", "5.999.0")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.999.0")
     judged = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
     assert judged.exit_code == 0
     assert "newer than all that were" in judged.output
@@ -270,8 +271,37 @@ def test_products_are_exact_by_the_older_setting_too(monkeypatch: pytest.MonkeyP
     assert allowed[-1] == "medium"
 
 
+def scattered(world_size: int = 2) -> float:
+    """The average of every rank's number, by a reduce-scatter."""
+    mine, numbers = torch.zeros(3), torch.full((3 * world_size,), float(dist.get_rank()))
+    dist.reduce_scatter_tensor(mine, numbers, op=dist.ReduceOp.AVG)
+    return float(mine[0])
+
+
+def test_where_gloo_gives_sums_for_averages_is_known(pool: Pools) -> None:
+    assert pool(2).run(scattered) == [1.0 if known_torch.sums_for_averages("cpu") else 0.5] * 2
+
+
+def told_of_sums() -> list[str]:
+    from torch.distributed.fsdp import fully_shard
+
+    dtensor._say_sums.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with patch.object(known_torch, "sums_for_averages", lambda _: True):
+            for _ in range(2):
+                AdamMini(fully_shard(torch.nn.Linear(4, 4)).named_parameters())
+    return [str(one.message) for one in caught if "FSDP2" in str(one.message)]
+
+
+def test_fsdp2_is_told_of_sums_once(pool: Pools) -> None:
+    for told in pool(2).run(told_of_sums):
+        assert len(told) == 1
+        assert "set_force_sum_reduction_for_comms(True) on every FSDPModule" in told[0]
+
+
 def test_the_blueprint_of_a_model_needs_transformers_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "4.40.1")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.40.1")
     with pytest.raises(BlueprintError, match=r"^transformers 4\.40\.1 is too old: pip install"):
         meta_model({"model_type": "llama"})
 

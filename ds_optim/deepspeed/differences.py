@@ -63,7 +63,12 @@ def hand_over(wrapper: Any, parameters: Iterable[Tensor]) -> bool:
 
 
 def forget_arrivals(wrapper: Any) -> None:
-    """Under offload, drop what a window that is dropped has brought, which otherwise only a step does (0.19.5)."""
+    """Under offload, drop what a window that is dropped has brought, which otherwise only a step does (0.19.5).
+
+    ZeRO-1/2 before 0.19.0 would lose the next pass as a middle one: it is told that it is the first.
+    """
+    if DEEPSPEED.is_before("0.19.0") and hasattr(wrapper, "accumulated_grads_in_cpu"):
+        wrapper.micro_step_id = 0 if wrapper.ready_for_gradients else -1  # is counted when buckets are set up
     arrived = _arrived(wrapper)
     if arrived is not None:
         setattr(wrapper, arrived, set())

@@ -225,9 +225,10 @@ def zero_3(one: Partition) -> Terms:
 class _Gathering:
     """ZeRO-3: bytes of whole parameters, all but the persistent ones.
 
-    A parameter is copied out of a flat buffer, which was fetched ahead, and dropped after its use, unless it is needed
-    again within ``max_reuse_distance`` elements (what lies between its two uses counts twice), or was seen by the
-    prefetcher, which looks ahead until ``max_live_parameters`` are there.
+    A parameter is copied out of a flat buffer, which was fetched ahead (with ``allgather_sequential`` each has a buffer
+    of its own, which is not copied), and dropped after its use, unless it is needed again within ``max_reuse_distance``
+    elements (what lies between its two uses counts twice), or was seen by the prefetcher, which looks ahead until
+    ``max_live_parameters`` are there.
 
     Attributes:
         everything: of all parameters that are gathered at some time.
@@ -250,7 +251,7 @@ class _Gathering:
         fetched = int(one.config.prefetch_bucket_size)
         by_distance = everything if 2 * everything <= reach else min(everything, reach // 2)
         kept = max(by_distance, min(everything, live) if fetched else 0)
-        ahead = min(everything, fetched, live)
+        ahead = 0 if one.config.allgather_sequential else min(everything, fetched, live)
         largest = max(spec.numel for group in one.groups for spec in group) if kept < everything else 0
         return cls(everything * one.width, kept * one.width, ahead * one.width, largest * one.width)
 

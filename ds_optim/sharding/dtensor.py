@@ -5,8 +5,10 @@ Nothing is asked of other ranks: a DTensor knows its mesh and its placements.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -15,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ds_optim import known_torch
 from ds_optim.sharding.binding import BoundTensor, whole
 from ds_optim.sharding.exchange import Ranks, group_over
 from ds_optim.sharding.layout import ParameterSpec, Replicated, RowSharded, Scattered
@@ -45,6 +48,8 @@ def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -
         return BoundTensor(Scattered(held, placements=str(tensor.placements)))
     dim = cut[0]
     shards = mesh.size(dim)
+    if known_torch.sums_for_averages(mesh.device_type):
+        _say_sums()
     return BoundTensor(
         RowSharded(spec, shards),
         mesh.get_local_rank(dim),
@@ -81,6 +86,16 @@ def problems(tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stocha
             "number of ranks: shard it along dimension 0 of one mesh dimension, or set bf16_stochastic_round=False"
         )
     return found
+
+
+@cache
+def _say_sums() -> None:
+    """Once per process: only the model knows whether its owner has done so."""
+    warnings.warn(
+        "torch before 2.9 adds gradients of FSDP2 up over CPU ranks (gloo) instead of averaging them: call "
+        "set_force_sum_reduction_for_comms(True) on every FSDPModule, or use a newer torch",
+        stacklevel=2,
+    )
 
 
 def replicas_of(model: object) -> dict[Tensor, dist.ProcessGroup]:
