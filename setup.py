@@ -45,6 +45,7 @@ EXTRAS = {
         "allpairspy>=2.5",
         "peft>=0.17",
         "uv>=0.9",  # benchmarks/versions.py
+        "triton>=3.4; platform_system == 'Linux'",  # whose interpreter runs our programs; torch for CPUs brings none
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<2.5",
     ],

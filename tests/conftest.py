@@ -16,6 +16,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # there is no GPU to compile for; machine_code.py compiles all the same
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     # torch finds compiled code again by a key that does not say for which vector registers it was generated.
     os.environ.setdefault(

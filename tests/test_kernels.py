@@ -534,7 +534,7 @@ def test_the_environment_may_force_a_backend(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setenv("DS_OPTIM_KERNELS", name)
         assert kernels.backend_for(None, cpu) == name
     monkeypatch.setenv("DS_OPTIM_KERNELS", "fast")
-    with pytest.raises(ValueError, match="native, compiled, eager"):
+    with pytest.raises(ValueError, match="native, triton, compiled, eager"):
         kernels.backend_for(None, cpu)
 
 

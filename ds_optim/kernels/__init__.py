@@ -10,12 +10,13 @@ arguments, Python floats or 0-dim tensors, rounded to fp32 by every backend::
 ``mean_square`` is a block's mean of squared gradients, divided by its exact size and rounded to fp32 once; it and the
 block states broadcast against the elements. A formula that does not broadcast or that looks at other elements is wrong.
 
-Three backends run a formula on `Operands` (`backend_for` chooses by formula and device, never by size):
+Four backends run a formula on `Operands` (`backend_for` chooses by formula and device, never by size):
 
 - ``native``: C++ on the CPU, built on first use. It knows formulas by ``name`` (`ds_optim.kernels.native.KERNELS`) and
   must agree with them; their ``update`` is then not called. fp32 arithmetic whose result does not depend on how a
   tensor is cut into spans, nor on the number of threads.
-- ``compiled``: `torch.compile` of the formula, for accelerators.
+- ``triton``: Triton's programs, for accelerators: one launch for all tensors, the C++ kernels' arithmetic.
+- ``compiled``: `torch.compile` of the formula, for accelerators where Triton has no program of ours.
 - ``eager``: the formula as it is, piece by piece: the oracle, and the fallback, also of formulas without a C++ kernel.
 
 Parameters, gradients and element states may be fp32, bf16 or fp16, block states are fp32. What is written is rounded to
@@ -33,7 +34,7 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from ds_optim.kernels import compiled, eager, native
+from ds_optim.kernels import compiled, eager, native, triton
 from ds_optim.kernels.build import UnavailableError
 from ds_optim.kernels.operands import Formula, FormulaKind, Operands
 from ds_optim.kernels.rounding import Place, Places, Rounding
@@ -56,7 +57,7 @@ __all__ = [
     "partial_sums",
 ]
 
-Backend = Literal["native", "compiled", "eager"]
+Backend = Literal["native", "triton", "compiled", "eager"]
 
 
 class _Driver(Protocol):
@@ -73,16 +74,21 @@ class _Driver(Protocol):
     ) -> None: ...
 
 
-_DRIVERS: Mapping[Backend, _Driver] = {"native": native, "compiled": compiled, "eager": eager}
+_DRIVERS: Mapping[Backend, _Driver] = {
+    "native": native,
+    "triton": triton,
+    "compiled": compiled,
+    "eager": eager,
+}
 
 
 def backend_for(formula: Formula | None, device: torch.device) -> Backend:
-    """The backend for a formula on ``device``: C++ on the CPU, compiled on accelerators, eager without either.
+    """The backend for a formula on ``device``: C++ on the CPU, Triton or compiled on accelerators, eager without.
 
-    The environment variable ``DS_OPTIM_KERNELS`` (``native``, ``compiled`` or ``eager``) overrides the choice on
-    devices that the named backend can serve. A formula without a C++ kernel is eager wherever it would be native; a
-    warning says so once per formula and kind of device. Nothing is launched to find out, so that the ranks of a shard
-    group, who should agree on the answer, can compare theirs first.
+    The environment variable ``DS_OPTIM_KERNELS`` (``native``, ``triton``, ``compiled`` or ``eager``) overrides the
+    choice on devices that the named backend can serve. A formula without a C++ kernel is eager wherever it would be
+    native; a warning says so once per formula and kind of device. One without a Triton program is compiled. Nothing is
+    launched to find out, so that the ranks of a shard group, who should agree on the answer, can compare theirs first.
 
     Args:
         formula: what is to be run; None for `descend`, which every backend has.
@@ -98,13 +104,17 @@ def backend_for(formula: Formula | None, device: torch.device) -> Backend:
     if forced == "native" and device.type == "cpu":
         native.library()  # a missing compiler must show here, where ranks still compare notes
         chosen: Backend = "native"
-    elif forced and forced != "native":
+    elif forced == "triton" and triton.serves(device.type):
+        chosen = "triton"
+    elif forced and forced not in ("native", "triton"):
         chosen = cast(Backend, forced)
     else:
         chosen = device_backend(device.type)
     if chosen == "native" and formula is not None and not native.has(formula):
         _warn_without_kernel(formula.name, formula.kind, formula.states, formula.block_states, device.type)
         return "eager"
+    if chosen == "triton" and (formula is None or not triton.has(formula)):
+        return "compiled"
     return chosen
 
 
@@ -118,11 +128,9 @@ def device_backend(device_type: str) -> Backend:
         except UnavailableError as problem:
             reason = str(problem)
     elif device_type in ("cuda", "xpu"):
-        from torch.utils._triton import has_triton
-
-        if has_triton():
-            return "compiled"
-        reason = "torch.compile needs triton, which is not installed or does not support this device"
+        reason = triton.problem()
+        if not reason:
+            return "triton"
     else:
         reason = "only cpu, cuda and xpu have them"
     warnings.warn(
