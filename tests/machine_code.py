@@ -10,88 +10,46 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from ds_optim import kernels
-from ds_optim.kernels import Place, Places, Rounding, native
+from ds_optim.kernels import Operands, Place, Places, Rounding
 from ds_optim.kernels.triton import programs
-from test_kernels import FORMULAS, SCALARS, Tensors
+from test_kernels import ADAM_MINI, FORMULAS, SCALARS, Blocks, Tensors
 
-FP32, BF16, FP16 = tl.float32, tl.bfloat16, tl.float16
-CASES: list[tuple[str, tuple[Any, ...], bool]] = [
-    ("adamw", (FP32,) * 4, False),
-    ("adamw", (BF16, BF16, FP32, FP32), True),
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+CASES: list[tuple[str, tuple[torch.dtype, torch.dtype, torch.dtype], bool]] = [
+    ("adamw", (FP32,) * 3, False),
+    ("adamw", (BF16, BF16, FP32), True),
     ("lion", (FP32,) * 3, False),
     ("lion", (FP16, FP16, FP32), False),
-    ("adan", (FP32,) * 6, False),
-    ("adan", (BF16,) * 6, True),
+    ("adan", (FP32,) * 3, False),
+    ("adan", (BF16,) * 3, True),
+    ("adam_mini", (FP32,) * 3, False),
+    ("adam_mini", (BF16, BF16, FP32), True),
 ]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-def compiled(name: str, dtypes: tuple[Any, ...], is_rounded: bool, capability: int) -> Any:
-    """A program's code for one kind of GPU. Scalars are numbers, but for the first, which lies on the device."""
-    scalars = len(native.KERNELS[name].scalars)
-    pointed = (True, *[False] * (scalars - 1))
-    signature = {
-        **dict.fromkeys(("update", "DTYPES", "POINTED", "ROUNDED", "ROW", "BLOCK"), "constexpr"),
-        "addresses": "*i64",
-        "tensors": "i32",
-        "rows": "*i64",
-        "key": "i64",
-        "scalars": tuple("*fp32" if one else "fp32" for one in pointed),
-    }
-    constants = {
-        "update": programs.ARITHMETIC[name],
-        "DTYPES": dtypes,
-        "POINTED": pointed,
-        "ROUNDED": is_rounded,
-        "ROW": programs.ROW,
-        "BLOCK": programs.BLOCK,
-    }
-    signature = {argument: signature[argument] for argument in programs.update_rows.arg_names}
-    source = ASTSource(programs.update_rows, signature, constexprs=constants, attrs={})
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def report(name: str, dtypes: tuple[Any, ...], is_rounded: bool, capability: int) -> dict[str, Any]:
-    """128-bit accesses, registers and spills from the machine code; contractions from what it was assembled from."""
-    code = compiled(name, dtypes, is_rounded, capability)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code.asm["cubin"])
-        file.flush()
-        listed, used = (
-            subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True, check=True).stdout
-            for tool in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
-        )
-    return {
-        "program": f"{name} {' '.join(map(str, dtypes))}{' rounded' * is_rounded}",
-        "target": f"sm_{capability}",
-        "bytes": [dtype.primitive_bitwidth // 8 for dtype in dtypes],
-        "loads": len(re.findall(r"\bLDG\.E\S*\.128\b", listed)),
-        "stores": len(re.findall(r"\bSTG\.E\S*\.128\b", listed)),
-        "numbers": len(re.findall(r"\bLDG\.E\S*\.64\b", listed)),
-        "spilled": len(re.findall(r"\b(?:LDL|STL)\b", listed)),
-        "fused": len(re.findall(r"\bfma\.rn\.f32\b", code.asm["ptx"])),
-        "registers": int(re.findall(r"REG:(\d+)", used)[-1]),
-    }
+PROGRAMS = (
+    *("update_rows", "update_wide_blocks", "update_narrow_blocks"),
+    *("sum_rows", "add_up", "advance_cut", "update_cut_rows"),
+)
 
 
 class Driver:
     """Of a GPU that is not here, as far as Triton asks before it launches."""
 
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability
 
     def get_current_stream(self, _: int) -> int:
         return 0
@@ -100,29 +58,88 @@ class Driver:
 class Warmed:
     """A program that is bound to its arguments and compiled for them, but not launched."""
 
+    made: ClassVar[list[tuple[str, Any]]] = []
+
     def __init__(self, program: Any) -> None:
-        self.program, self.made = program, list[Any]()
+        self.program = program
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        return lambda *arguments, **options: self.made.append(self.program.warmup(*arguments, grid=grid, **options))
+        def launch(*arguments: Any, **options: Any) -> None:
+            made = self.program.warmup(*arguments, grid=grid, **options)
+            self.made.append((self.program.__name__, made))
+
+        return launch
+
+
+def elements(rule: str, numels: list[int], dtypes: Any, rounding_key: int | None, **changed: Any) -> Operands:
+    tensors = Tensors.random(rule, numels, 0, dtypes)
+    spans = [(index, 0, numel) for index, numel in enumerate(numels)]
+    operands = tensors.operands(spans, {**SCALARS[rule], **changed})
+    if rounding_key is not None:
+        operands.rounding = Rounding(rounding_key, Places([Place(*span, span[0], 0) for span in spans]))
+    return operands
+
+
+def calls(rule: str, dtypes: Any, is_rounded: bool) -> None:
+    """Everything that a step may launch for a rule."""
+    if rule != "adam_mini":
+        kernels.elementwise("triton", FORMULAS[rule], elements(rule, [5000, 7], dtypes, 5 if is_rounded else None))
+        return
+    blocks = Blocks([(40, 1), (3, 64), (3, 4096)], None, 1, 0, dtypes).shards([5000], 0)
+    for rank in range(2):
+        operands = blocks._operands(rank, torch.zeros(blocks.num_cuts, dtype=torch.float64))
+        if is_rounded:
+            operands.rounding = Rounding(5, Places([Place(0, 0, operands.params[0].numel(), 3, 0)]))
+        kernels.partial_sums("triton", operands)
+        kernels.blockwise("triton", ADAM_MINI, operands)
+
+
+def report(name: str, code: Any, dtypes: tuple[Any, ...], capability: int) -> dict[str, Any]:
+    """128-bit accesses, registers and spills from the machine code; contractions from what it was assembled from."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code.asm["cubin"])
+        file.flush()
+        listed, used = (
+            subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True, check=True).stdout
+            for tool in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
+    return {
+        "program": name,
+        "target": f"sm_{capability}",
+        "dtypes": [dtype.itemsize for dtype in dtypes],
+        "loads": len(re.findall(r"\bLDG\.E\S*\.128\b", listed)),
+        "stores": len(re.findall(r"\bSTG\.E\S*\.128\b", listed)),
+        "spilled": len(re.findall(r"\b(?:LDL|STL)\b", listed)),
+        "fused": len(re.findall(r"\bfma\.rn\.f32\b", code.asm["ptx"])),
+        "registers": int(re.findall(r"REG:(\d+)", used)[-1]),
+    }
+
+
+def reports() -> list[dict[str, Any]]:
+    """Of every program, for every case and two GPUs."""
+    found = []
+    for capability in (80, 90):
+        triton.runtime.driver.set_active(Driver(capability))
+        for rule, dtypes, is_rounded in CASES:
+            Warmed.made.clear()
+            calls(rule, dtypes, is_rounded)
+            for name, code in {code.hash: (name, code) for name, code in Warmed.made}.values():
+                found.append({"rule": rule, **report(name, code, dtypes, capability)})
+    return found
 
 
 def variants() -> list[int]:
     """How many programs there are after each of some calls that differ in what must not make another one."""
-    triton.runtime.driver.set_active(Driver())
-    warmed = programs.update_rows = Warmed(programs.update_rows)
+    Warmed.made.clear()
     found = []
     calls = [(1e-3, 5, [5000, 17]), (1.0, 16, [70_000]), (torch.tensor(0.5), 7, [33] * 16), (torch.tensor(1.0), 1, [1])]
     for lr, key, numels in calls:
-        tensors = Tensors.random("lion", numels, 0, (torch.bfloat16, torch.float32, torch.bfloat16))
-        spans = [(index, 0, numel) for index, numel in enumerate(numels)]
-        operands = tensors.operands(spans, {**SCALARS["lion"], "lr": lr})
-        operands.rounding = Rounding(key, Places([Place(*span, index, 0) for index, span in enumerate(spans)]))
-        kernels.elementwise("triton", FORMULAS["lion"], operands)
-        found.append(len({one.hash for one in warmed.made}))
+        kernels.elementwise("triton", FORMULAS["lion"], elements("lion", numels, (BF16, FP32, BF16), key, lr=lr))
+        found.append(len({code.hash for _, code in Warmed.made}))
     return found
 
 
 if __name__ == "__main__":
-    reports = [report(*case, capability) for case in CASES for capability in (80, 90)]
-    print(json.dumps({"programs": reports, "variants": variants()}))
+    for name in PROGRAMS:
+        setattr(programs, name, Warmed(getattr(programs, name)))
+    print(json.dumps({"programs": reports(), "variants": variants()}))

@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,21 +18,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import machine_code
 from ds_optim import kernels
 from ds_optim.kernels import Operands, Place, Places, Rounding, Tables
 from ds_optim.kernels import triton as by_triton
 from ds_optim.kernels.tables import table_of
-from ds_optim.kernels.triton import programs
-from test_kernels import FLOATS, FORMULAS, NO_SUMS, SCALARS, Tensors, same_bits
+from ds_optim.kernels.triton import launches, programs
+from test_kernels import ADAM_MINI, FLOATS, FORMULAS, NO_SUMS, SCALARS, Blocks, Tensors, same_bits
 
-MACHINE_CODE = Path(__file__).with_name("machine_code.py")
-ROW = programs.ROW
+ROW = launches.ROW
 
 
 def test_the_interpreter_runs_here_and_every_program_is_named() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
-    assert set(programs.ARITHMETIC) == by_triton.PROGRAMS
-    assert set(FORMULAS) == by_triton.PROGRAMS  # all of them are tested
+    assert {*programs.ARITHMETIC, "adam_mini"} == by_triton.PROGRAMS
+    assert {*FORMULAS, "adam_mini"} == by_triton.PROGRAMS  # all of them are tested
 
 
 # -- what is computed -------------------------------------------------------------------------------------------------
@@ -132,6 +131,83 @@ def test_scalars_may_lie_on_the_device(seed: int) -> None:
     assert same_bits(numbers.flat(), pointed.flat())
 
 
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.integers(1, 9), st.sampled_from((1, 2, 16, 17, 128, 300, 512, 513, 768, 1025, 2048))),
+        min_size=1,
+        max_size=4,
+    ),
+    data=st.data(),
+)
+@settings(max_examples=25)
+def test_blocks_cut_over_ranks_are_updated_as_if_whole(parts: list[tuple[int, int]], data: st.DataObject) -> None:
+    blocks = Blocks(parts, None, 1, data.draw(st.integers(0, 99)))
+    cuts = data.draw(st.lists(st.integers(0, blocks.labels.numel()), max_size=4))
+    padding = data.draw(st.sampled_from((0, 1, 16)))
+    made = blocks.shards(cuts, padding)
+    made.step("triton", split=data.draw(st.booleans()))
+    blocks.check(made, cuts, padding)
+
+
+@pytest.mark.parametrize("dtypes", [(a, b, c) for a in FLOATS for b in FLOATS for c in FLOATS[:2]], ids=str)
+def test_blocks_of_every_dtype(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], seed: int) -> None:
+    blocks = Blocks([(40, 1), (3, 12), (2, 2504), (5, 700)], None, 1, seed, dtypes)
+    cuts = [37, blocks.labels.numel() // 2]
+    made = blocks.shards(cuts, 8)
+    made.step("triton", split=False)
+    blocks.check(made, cuts, 8)
+
+
+def test_parts_of_a_long_cut_block_are_added_up(seed: int) -> None:
+    blocks = Blocks([(1, 3 * launches.PART + 5), (1, 7)], None, 1, seed)
+    cuts = [2 * launches.PART + 3]
+    made = blocks.shards(cuts, 1)
+    made.step("triton", split=True)
+    blocks.check(made, cuts, 1)
+
+
+def test_blocks_without_gradient_decay(seed: int) -> None:
+    blocks = Blocks([(3, 5), (2, 600)], None, 1, seed)
+    zeros, skipped = blocks.shards([1300], 0), blocks.shards([1300], 0)
+    for rank in range(len(zeros.grads)):
+        zeros.grads[rank] = torch.zeros_like(zeros.params[rank])
+        skipped.grads[rank] = None
+    zeros.step("triton", split=False)
+    skipped.step("triton", split=False)
+    assert same_bits([*zeros.params, *zeros.squares], [*skipped.params, *skipped.squares])
+
+
+def test_blocks_of_columns_go_with_those_of_rows(seed: int) -> None:
+    blocks = Blocks([(4, 6), (10, 1)], 34, 20, seed)
+    made = blocks.shards([], 0)
+    made.step("triton", split=False)
+    blocks.check(made, [], 0)
+
+
+def test_blocks_parameters_are_rounded_by_the_same_noise_as_elsewhere(seed: int) -> None:
+    parts = [(1500, 1), (20, 12), (3, 130), (2, 2504), (1, 1)]
+    numel = sum(count * width for count, width in parts)
+    places = Places([Place(0, 0, numel, 77, (1 << 32) - 900)])
+    for cuts in ([], [numel - 4000]):
+        ends = {}
+        for backend in ("native", "triton"):
+            made = Blocks(parts, None, 1, seed, (torch.bfloat16, torch.bfloat16, torch.float32)).shards(cuts, 0)
+            for rank in range(len(made.params)):
+                total = torch.zeros(made.num_cuts, dtype=torch.float64)
+                operands = made._operands(rank, total)
+                operands.rounding = Rounding(5, places)
+                kernels.partial_sums(backend, operands)
+                kernels.blockwise(backend, ADAM_MINI, operands)
+            ends[backend] = made.params
+        for found, wanted in zip(ends["triton"], ends["native"], strict=True):
+            far = (found.view(torch.int16).int() - wanted.view(torch.int16).int()).abs()
+            assert int(far.max()) <= 1  # a factor's last bit may tip one over
+            assert int((far > 0).sum()) <= found.numel() // 2000
+
+
 # -- launches and tables ----------------------------------------------------------------------------------------------
 
 
@@ -151,8 +227,8 @@ def test_any_number_of_tensors_is_one_launch_and_tables_are_sent_when_they_chang
 ) -> None:
     counted, sent = Counted(programs.update_rows), list[int]()
     monkeypatch.setattr(programs, "update_rows", counted)
-    send = by_triton._sent
-    monkeypatch.setattr(by_triton, "_sent", lambda words, device: (sent.append(1), send(words, device))[1])
+    send = launches.sent
+    monkeypatch.setattr(launches, "sent", lambda words, device: (sent.append(1), send(words, device))[1])
     numels = [1 + 37 * i % 90 for i in range(40)]
     tensors = Tensors.random("adamw", numels, seed)
     tables = Tables(spans=table_of([(i, 0, numel) for i, numel in enumerate(numels)], 3))
@@ -172,6 +248,36 @@ def test_any_number_of_tensors_is_one_launch_and_tables_are_sent_when_they_chang
     tensors.params[7] = tensors.params[7].bfloat16()
     assert step() == (2, 4)  # of two dtypes
     assert step() == (2, 0)
+
+
+def test_adam_mini_is_six_launches_at_most(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide blocks, biases, and what a shard boundary cuts, in 20 tensors."""
+    counted = {name: Counted(getattr(programs, name)) for name in machine_code.PROGRAMS}
+    for name, program in counted.items():
+        monkeypatch.setattr(programs, name, program)
+    numel, runs = 3000, []
+    for tensor in range(20):  # a bias of 500, two rows of 1000, and half of a third one
+        runs.append((tensor, 0, 500, 0, 1, 0, -1, -1))
+        runs.append((tensor, 500, 2500, 0, 1000, 500, -1, tensor))
+    generator = torch.Generator().manual_seed(seed)
+    params, grads, averages = (
+        [torch.randn(numel, generator=generator) for _ in range(20)] for _ in ("param", "grad", "average")
+    )
+    sums = torch.zeros(20, dtype=torch.float64)
+    tables = Tables(row_runs=table_of(runs, 8), num_cuts=20)
+    squares = [torch.zeros(503) for _ in range(20)]
+    operands = Operands(params, list(grads), [averages], [squares], tables, SCALARS["adamw"], None, sums)
+    kernels.partial_sums("triton", operands)
+    kernels.blockwise("triton", ADAM_MINI, operands, "uncut")
+    kernels.blockwise("triton", ADAM_MINI, operands, "cut")
+    assert {name: len(one.grids) for name, one in counted.items() if one.grids} == {
+        "update_wide_blocks": 1,
+        "update_narrow_blocks": 1,
+        "sum_rows": 1,
+        "add_up": 1,
+        "advance_cut": 1,
+        "update_cut_rows": 1,
+    }
 
 
 def test_what_has_no_program_is_left_to_the_other_backends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,21 +305,32 @@ def test_without_a_driver_there_is_one_warning_and_eager(monkeypatch: pytest.Mon
 def made() -> dict[str, Any]:
     settings = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, str(MACHINE_CODE)], capture_output=True, text=True, env=settings, check=False
+        [sys.executable, str(machine_code.__file__)], capture_output=True, text=True, env=settings, check=False
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
+def streams_of(one: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Bytes per element of what a program reads and of what it writes 128 bits at a time, each as often as it does."""
+    param, grad, state = one["dtypes"]
+    states = [state] * (FORMULAS[one["rule"]].states if one["rule"] in FORMULAS else ADAM_MINI.states)
+    everything = [param, grad, *states], [param, *states]
+    return {
+        "update_rows": everything,
+        "update_wide_blocks": ([grad, *everything[0]], everything[1]),  # the second time from the cache
+        "update_cut_rows": everything,
+        "sum_rows": ([grad], []),
+    }.get(one["program"], ([], []))
+
+
 def test_whole_rows_move_128_bits_at_a_time_and_each_stream_once(made: dict[str, Any]) -> None:
     assert {one["target"] for one in made["programs"]} == {"sm_80", "sm_90"}
+    assert {one["rule"] for one in made["programs"]} == by_triton.PROGRAMS
     for one in made["programs"]:
-        streams, threads = one["bytes"], 128
-        read = sum(width * programs.BLOCK // threads // 16 for width in streams)
-        written = read - streams[1] * programs.BLOCK // threads // 16  # all but the gradient
+        read, written = (sum(streams) * programs.BLOCK // 128 // 16 for streams in streams_of(one))
         assert (one["loads"], one["stores"]) == (read, written), one
-        assert one["numbers"] <= 12  # of the tables, and scalars that lie on the device
 
 
 def test_nothing_is_spilled_and_nothing_contracted(made: dict[str, Any]) -> None:

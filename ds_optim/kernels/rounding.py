@@ -64,6 +64,7 @@ class Places:
         self.rows = sorted(rows)
         self.table = torch.tensor(self.rows, dtype=torch.int64).reshape(-1, 5)
         self._begins = [row[:2] for row in self.rows]
+        self._narrowed: dict[tuple[tuple[int, int, int, int], ...], Places] = {}
 
     def at(self, tensor: int, start: int) -> Place:
         """The place of an element and of what follows it.
@@ -87,6 +88,19 @@ class Places:
             yield place._replace(length=min(place.length, stop - start))
             start += place.length
 
+    def narrowed(self, stretches: Mapping[int, tuple[int, int, int]]) -> Places:
+        """Of stretches that become tensors of their own, see `Rounding.narrowed`; the same ones are the same object."""
+        key = tuple((index, *stretch) for index, stretch in stretches.items())
+        if key not in self._narrowed:
+            self._narrowed[key] = Places(
+                [
+                    place._replace(tensor=index, start=place.start - start)
+                    for index, tensor, start, length in key
+                    for place in self.within(tensor, start, length)
+                ]
+            )
+        return self._narrowed[key]
+
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
@@ -102,12 +116,7 @@ class Rounding:
 
     def narrowed(self, stretches: Mapping[int, tuple[int, int, int]]) -> Rounding:
         """The same for stretches ``(tensor, start, length)`` that become tensors of their own, by their new index."""
-        rows = [
-            place._replace(tensor=index, start=place.start - start)
-            for index, (tensor, start, length) in stretches.items()
-            for place in self.places.within(tensor, start, length)
-        ]
-        return Rounding(self.key, Places(rows))
+        return Rounding(self.key, self.places.narrowed(stretches))
 
 
 def identity_of(name: str) -> int:

@@ -1,36 +1,31 @@
-"""The drivers on Triton: one launch per call, whatever the number of tensors, over tables that lie on the device.
+"""The drivers on Triton: as many launches per call as there are programs in it, whatever the number of tensors.
 
-A launch's tables are sent when they change: the rows with the layout, the addresses when a tensor has another place in
-memory, as gradients have that are freed between steps. Tensors of other dtypes are another launch. Nothing waits.
+AdamW, Lion and Adan have one; Adam-mini has one for wide blocks, one for each width of narrow ones, and four for those
+that a shard boundary cuts. Tensors of other dtypes are another launch. Blocks of columns, and `descend`, are still
+compiled by torch. Nothing waits, and nothing is copied while tensors stay where they are.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from ds_optim.kernels import compiled, eager, native
+from ds_optim.kernels import compiled, native
 from ds_optim.kernels.operands import Formula, Operands
-from ds_optim.kernels.rounding import Places
-from ds_optim.kernels.tables import Select
+from ds_optim.kernels.tables import Select, Tables
+from ds_optim.kernels.triton import launches
+from ds_optim.kernels.triton.launches import Dtypes, Together
 
-_WORD = 1 << 32  # indices of a row have the same high word
-_STEP = 8  # elements: 16 bytes of the shortest format
-
-Dtypes = tuple[torch.dtype, ...]
-
-
-PROGRAMS = frozenset(("adamw", "lion", "adan"))
+PROGRAMS = frozenset(("adamw", "lion", "adan", "adam_mini"))
 """The names of the formulas that there are programs for."""
+
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""No contraction: a block must not depend on how it is cut."""
 
 
 def has(formula: Formula) -> bool:
@@ -55,27 +50,6 @@ def problem() -> str:
     return ""
 
 
-@dataclass(slots=True)
-class _Launch:
-    """The tensors of a call that have the same dtypes.
-
-    Attributes:
-        members: their indices in the call.
-        rows: int64 (programs, 5) on the device, see `programs.update_rows`.
-        words: of `addresses`, as they were sent.
-        addresses: int64 (streams + 1, members) on the device.
-    """
-
-    members: list[int]
-    rows: Tensor
-    words: list[list[int]] = field(default_factory=list)
-    addresses: Tensor | None = None
-
-
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""{spans: {(dtypes of all tensors, device, places): {dtypes: _Launch}}}"""
-
-
 @torch.no_grad()
 def elementwise(formula: Formula, operands: Operands) -> None:
     """`ds_optim.kernels.elementwise`."""
@@ -83,37 +57,52 @@ def elementwise(formula: Formula, operands: Operands) -> None:
         return
     from ds_optim.kernels.triton import programs
 
-    device = operands.params[0].device
-    scalars = tuple(_scalar(operands.scalars[name], device) for name in native.KERNELS[formula.name].scalars)
-    for dtypes, launch in _launches(operands).items():
-        _send_addresses(launch, operands)
-        is_rounded = operands.rounding is not None and dtypes[0] == torch.bfloat16
-        programs.update_rows[(len(launch.rows),)](
+    scalars = _scalars(formula, operands)
+    for dtypes, group in launches.together(operands, operands.tables.spans, launches.spans).items():
+        rows = group.rows["update_rows"]
+        programs.update_rows[(len(rows),)](
             programs.ARITHMETIC[formula.name],
-            tuple(map(_language, dtypes)),
-            launch.addresses,
-            len(launch.members),
-            launch.rows,
-            operands.rounding.key if is_rounded and operands.rounding is not None else 0,
-            scalars,
-            tuple(isinstance(scalar, Tensor) for scalar in scalars),
-            is_rounded,
-            programs.ROW,
+            *_tensors(dtypes, group),
+            rows,
+            *_rounding(dtypes, operands),
+            *scalars,
             programs.BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
+            **_OPTIONS,
         )
     torch.autograd.graph.increment_version(operands.params)
 
 
+@torch.no_grad()
 def partial_sums(operands: Operands) -> None:
     """`ds_optim.kernels.partial_sums`."""
-    compiled.partial_sums(operands)
+    if not operands.params:
+        return
+    from ds_optim.kernels.triton import programs
+
+    for dtypes, group in launches.together(operands, operands.tables.row_runs, launches.blocks).items():
+        if "parts" in group.rows:
+            parts, cut = group.rows["parts"], group.rows["cut"]
+            partials = operands.cut_sums.new_empty(len(parts))
+            programs.sum_rows[(len(parts),)](*_tensors(dtypes, group), parts, partials, programs.BLOCK, **_OPTIONS)
+            programs.add_up[(len(cut),)](cut, partials, operands.cut_sums, **_OPTIONS)
+    if (columns := _columns(operands)) is not None:
+        compiled.partial_sums(columns)
 
 
+@torch.no_grad()
 def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     """`ds_optim.kernels.blockwise`."""
-    compiled.blockwise(formula, operands, select)
+    if not operands.params:
+        return
+    scalars = _scalars(formula, operands)
+    for dtypes, group in launches.together(operands, operands.tables.row_runs, launches.blocks).items():
+        if select != "cut":
+            _update_whole(dtypes, group, operands, scalars)
+        if select != "uncut" and "parts" in group.rows:
+            _update_cut(dtypes, group, operands, scalars)
+    torch.autograd.graph.increment_version(operands.params)
+    if (columns := _columns(operands)) is not None:
+        compiled.blockwise(formula, columns, select)
 
 
 def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
@@ -121,75 +110,54 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
     compiled.descend(target, update, decay, identity, first, key)
 
 
-def _launches(operands: Operands) -> dict[Dtypes, _Launch]:
-    """What a call launches, from an earlier call if its tables and dtypes are the same."""
-    spans, rounding = operands.tables.spans, operands.rounding
-    streams: Sequence[Sequence[Tensor | None]] = (operands.params, operands.grads, *operands.states)
-    dtypes = tuple(tuple(_dtype(tensor, streams[0][i]) for i, tensor in enumerate(stream)) for stream in streams)
-    device = operands.params[0].device
-    key = (dtypes, device, None if rounding is None else id(rounding.places))
-    known: dict[Any, tuple[Places | None, dict[Dtypes, _Launch]]] = _known.setdefault(spans, {})
-    if key not in known:
-        by_dtypes: dict[Dtypes, list[int]] = {}
-        for index, of_tensor in enumerate(zip(*dtypes, strict=True)):
-            by_dtypes.setdefault(of_tensor, []).append(index)
-        listed = np.array(list(_rows(operands)), dtype=np.int64).reshape(-1, 5)
-        made = {}
-        for of_tensor, members in by_dtypes.items():
-            place = np.full(len(operands.params), -1)
-            place[members] = np.arange(len(members))
-            rows = listed[place[listed[:, 0]] >= 0]
-            rows[:, 0] = place[rows[:, 0]]
-            if len(rows):
-                made[of_tensor] = _Launch(members, _sent(rows, device))
-        known[key] = None if rounding is None else rounding.places, made  # kept: its id is part of the key
-    return known[key][1]
-
-
-def _rows(operands: Operands) -> Iterator[tuple[int, int, int, int, int]]:
-    """The spans in rows, cut so that as many elements as can be are in whole ones."""
+def _update_whole(dtypes: Dtypes, group: Together, operands: Operands, scalars: tuple[Any, Any]) -> None:
     from ds_optim.kernels.triton import programs
 
-    rounding = operands.rounding
-    for tensor, start, length in eager.placed_spans(operands):
-        identity, first, _ = eager.words_at(rounding, operands.params[tensor], tensor, start) or (0, 0, 0)
-        stop = start + length
-        head = min(stop, start + -start % _STEP)
-        edges = {start, head, *range(head, stop, programs.ROW), stop}
-        if rounding is not None:
-            edges |= {start + carry - first for carry in range(first + _WORD - first % _WORD, first + length, _WORD)}
-        for begin, end in itertools.pairwise(sorted(edges)):
-            yield tensor, begin, end - begin, identity, first + begin - start
+    for width, rows in group.rows.items():
+        common = (*_tensors(dtypes, group), rows, *_rounding(dtypes, operands), *scalars)
+        if width == "wide":
+            programs.update_wide_blocks[(len(rows),)](*common, programs.BLOCK, **_OPTIONS)
+        elif width.isdecimal():
+            programs.update_narrow_blocks[(len(rows),)](*common, launches.NARROW[int(width)], int(width), **_OPTIONS)
 
 
-def _send_addresses(launch: _Launch, operands: Operands) -> None:
-    """Have the device know where the tensors are."""
-    streams = (operands.params, operands.grads, *operands.states)
-    words = [[_address(stream[index]) for index in launch.members] for stream in streams]
-    if words != launch.words:
-        aligned = [int(all(word and not word % 16 for word in of_tensor)) for of_tensor in zip(*words, strict=True)]
-        launch.words, launch.addresses = words, _sent(np.array([*words, aligned]), operands.params[0].device)
+def _update_cut(dtypes: Dtypes, group: Together, operands: Operands, scalars: tuple[Any, Any]) -> None:
+    from ds_optim.kernels.triton import programs
+
+    cut, parts = group.rows["cut"], group.rows["parts"]
+    factors = torch.empty(len(cut), dtype=torch.float32, device=cut.device)
+    words, addresses, count = _tensors(dtypes, group)
+    programs.advance_cut[(len(cut),)](addresses, count, cut, operands.cut_sums, factors, *scalars, **_OPTIONS)
+    where = (words, addresses, count, parts, factors)
+    programs.update_cut_rows[(len(parts),)](*where, *_rounding(dtypes, operands), *scalars, programs.BLOCK, **_OPTIONS)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _columns(operands: Operands) -> Operands | None:
+    """The call's runs of columns alone."""
+    columns = operands.tables.column_runs
+    return replace(operands, tables=Tables(column_runs=columns)) if len(columns) else None
 
 
-def _dtype(tensor: Tensor | None, param: Tensor | None) -> torch.dtype:
-    """A gradient that is missing makes no launch of its own."""
-    found = param if tensor is None else tensor
-    assert found is not None
-    return found.dtype
+def _tensors(dtypes: Dtypes, group: Together) -> tuple[Any, Any, int]:
+    """What every program begins with: Triton's words for the dtypes, the addresses, and how many tensors there are."""
+    return tuple(map(_language, dtypes)), group.addresses, len(group.members)
 
 
-def _sent(words: Any, device: torch.device) -> Tensor:
-    """An int64 table on the device: from pinned memory, so that nothing waits for it."""
-    table = torch.from_numpy(np.ascontiguousarray(words, dtype=np.int64))
-    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+def _rounding(dtypes: Dtypes, operands: Operands) -> tuple[int, bool]:
+    """The key of the step, and whether parameters are rounded by it."""
+    if operands.rounding is None or dtypes[0] != torch.bfloat16:
+        return 0, False
+    return operands.rounding.key, True
 
 
-def _scalar(value: float | Tensor, device: torch.device) -> float | Tensor:
-    return value.to(device, torch.float32, non_blocking=True) if isinstance(value, Tensor) else float(value)
+def _scalars(formula: Formula, operands: Operands) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
+    """The formula's scalars, in the order of its program, and which of them lie on the device."""
+    device = operands.params[0].device
+    values = [operands.scalars[name] for name in native.KERNELS[formula.name].scalars]
+    scalars = tuple(
+        one.to(device, torch.float32, non_blocking=True) if isinstance(one, Tensor) else float(one) for one in values
+    )
+    return scalars, tuple(isinstance(one, Tensor) for one in values)
 
 
 @cache
