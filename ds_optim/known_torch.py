@@ -7,7 +7,7 @@ that are the same in the whole range are named, and tried out, where they are us
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -25,28 +25,6 @@ def all_gather_single(output: Tensor, shard: Tensor, group: dist.ProcessGroup | 
     """
     gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return cast(dist.Work, gather(output, shard, group, async_op=True))
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`torch.compile` for shapes of all sizes, with room for 64 variants of this function.
-
-    ``recompile_limit`` and ``isolate_recompiles`` came with 2.12. Before, functions of a process that have the same
-    code share dynamo's limit of eight, beyond which ``fullgraph`` fails: it is raised while they run.
-    """
-    make: Any = torch.compile
-    try:
-        return cast(
-            Callable[..., Any],
-            make(function, dynamic=True, fullgraph=True, recompile_limit=64, isolate_recompiles=True),
-        )
-    except TypeError:
-        made = make(function, dynamic=True, fullgraph=True)
-
-    def roomy(*arguments: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=1024):
-            return made(*arguments)
-
-    return roomy
 
 
 def fsdp_parameters(module: Any) -> Iterator[Any]:

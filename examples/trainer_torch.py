@@ -15,10 +15,10 @@ from transformers import Trainer, TrainingArguments
 from ds_optim import Shampoo
 
 fsdp = "--fsdp" in sys.argv
+SHARDED = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 arguments = TrainingArguments(
     output_dir="unused",
-    fsdp=fsdp,
-    fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]} if fsdp else None,
+    **({"fsdp": True, "fsdp_config": SHARDED} if fsdp else {}),
     weight_decay=0.1,
     max_grad_norm=1.0,
     per_device_train_batch_size=8,

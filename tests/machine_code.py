@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from ds_optim import kernels
 from ds_optim.kernels import Operands, Place, Places, Rounding
-from ds_optim.kernels.triton import programs
+from ds_optim.kernels.triton import blocks, elements
 from test_kernels import ADAM_MINI, FORMULAS, SCALARS, Blocks, Tensors
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -33,10 +33,14 @@ CASES: list[tuple[str, tuple[torch.dtype, torch.dtype, torch.dtype], bool]] = [
     ("adam_mini", (BF16, BF16, FP32), True),
 ]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-PROGRAMS = (
-    *("update_rows", "update_wide_blocks", "update_narrow_blocks"),
-    *("sum_rows", "add_up", "advance_cut", "update_cut_rows"),
-)
+PROGRAMS = {
+    elements: ("update_rows", "descend_rows"),
+    blocks: (
+        *("update_wide_blocks", "update_narrow_blocks", "sum_rows", "sum_columns"),
+        *("add_up", "advance_known", "update_cut_rows", "update_columns"),
+    ),
+}
+"""What is launched, by module."""
 
 
 class Driver:
@@ -71,7 +75,7 @@ class Warmed:
         return launch
 
 
-def elements(rule: str, numels: list[int], dtypes: Any, rounding_key: int | None, **changed: Any) -> Operands:
+def operands_of(rule: str, numels: list[int], dtypes: Any, rounding_key: int | None, **changed: Any) -> Operands:
     tensors = Tensors.random(rule, numels, 0, dtypes)
     spans = [(index, 0, numel) for index, numel in enumerate(numels)]
     operands = tensors.operands(spans, {**SCALARS[rule], **changed})
@@ -83,15 +87,20 @@ def elements(rule: str, numels: list[int], dtypes: Any, rounding_key: int | None
 def calls(rule: str, dtypes: Any, is_rounded: bool) -> None:
     """Everything that a step may launch for a rule."""
     if rule != "adam_mini":
-        kernels.elementwise("triton", FORMULAS[rule], elements(rule, [5000, 7], dtypes, 5 if is_rounded else None))
+        kernels.elementwise("triton", FORMULAS[rule], operands_of(rule, [5000, 7], dtypes, 5 if is_rounded else None))
         return
-    blocks = Blocks([(40, 1), (3, 64), (3, 4096)], None, 1, 0, dtypes).shards([5000], 0)
+    shards = Blocks([(40, 1), (3, 64), (3, 4096)], None, 1, 0, dtypes).shards([5000], 0)
     for rank in range(2):
-        operands = blocks._operands(rank, torch.zeros(blocks.num_cuts, dtype=torch.float64))
+        operands = shards._operands(rank, torch.zeros(shards.num_cuts, dtype=torch.float64))
         if is_rounded:
             operands.rounding = Rounding(5, Places([Place(0, 0, operands.params[0].numel(), 3, 0)]))
         kernels.partial_sums("triton", operands)
         kernels.blockwise("triton", ADAM_MINI, operands)
+    columns = Blocks([(2, 64), (50, 1)], 178, 40, 0, dtypes).shards([3000], 0)._operands(0, torch.zeros(52).double())
+    kernels.partial_sums("triton", columns)
+    kernels.blockwise("triton", ADAM_MINI, columns)
+    if is_rounded:
+        kernels.descend("triton", torch.ones(4, 6).bfloat16()[:, 1:5], torch.ones(4, 4), 0.9, 3, 1, 5)
 
 
 def report(name: str, code: Any, dtypes: tuple[Any, ...], capability: int) -> dict[str, Any]:
@@ -134,12 +143,13 @@ def variants() -> list[int]:
     found = []
     calls = [(1e-3, 5, [5000, 17]), (1.0, 16, [70_000]), (torch.tensor(0.5), 7, [33] * 16), (torch.tensor(1.0), 1, [1])]
     for lr, key, numels in calls:
-        kernels.elementwise("triton", FORMULAS["lion"], elements("lion", numels, (BF16, FP32, BF16), key, lr=lr))
+        kernels.elementwise("triton", FORMULAS["lion"], operands_of("lion", numels, (BF16, FP32, BF16), key, lr=lr))
         found.append(len({code.hash for _, code in Warmed.made}))
     return found
 
 
 if __name__ == "__main__":
-    for name in PROGRAMS:
-        setattr(programs, name, Warmed(getattr(programs, name)))
+    for module, names in PROGRAMS.items():
+        for name in names:
+            setattr(module, name, Warmed(getattr(module, name)))
     print(json.dumps({"programs": reports(), "variants": variants()}))

@@ -511,7 +511,7 @@ def compiled(stage: int, zero: dict[str, Any], backwards: bool) -> tuple[Weights
 
 
 COMPILED = [(1, {}, True), (2, OFFLOAD, False), (3, {}, False)]
-if TORCH.is_before("2.9"):  # whose compiled autograd fails in DeepSpeed's hooks at ZeRO-1 too
+if TORCH.is_before("2.10"):  # whose compiled autograd fails in DeepSpeed's hooks at ZeRO-1 too
     COMPILED[0] = (1, {}, False)
 
 

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -480,61 +479,17 @@ def test_blocks_without_gradient_decay(backend: kernels.Backend, seed: int) -> N
     assert same_bits([*zeros.params, *zeros.squares], [*skipped.params, *skipped.squares])
 
 
-# -- the compiled backend ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def count_programs() -> Callable[[], int]:
-    from torch._dynamo.utils import counters
-
-    return lambda: int(counters["stats"]["unique_graphs"])
-
-
-def test_a_schedule_and_new_lengths_compile_nothing_new(count_programs: Callable[[], int], seed: int) -> None:
-    """The formula is compiled once for a shape of work; learning rates, lengths and places do not matter."""
-    spans = [[(0, 16, 700)], [(0, 32, 100), (0, 256, 200)], [(0, 800, 8)], [(0, 64, 900)]]
-    tensors = Tensors.random("adamw", [1000], seed)
-    expected = tensors.clone()
-    compiled = []
-    for step, table in enumerate(spans):
-        for each, backend in ((tensors, "compiled"), (expected, "eager")):
-            each.step(backend, "adamw", table, step_size=0.01 / (step + 1), bias2_sqrt=0.1 * (step + 1))
-        compiled.append(count_programs())
-    torch.testing.assert_close(tensors.flat(), expected.flat(), rtol=1e-6, atol=1e-7)
-    assert len(set(compiled)) == 1
-
-
-def test_compiled_blocks_agree_and_compile_nothing_new(count_programs: Callable[[], int], seed: int) -> None:
-    compiled = []
-    for rows, width in ((7, 52), (12, 20), (9, 332)):
-        blocks = Blocks([(rows, width)], None, 1, seed)
-        cuts = [3 * width - 4]
-        made = blocks.shards(cuts, 16)
-        made.step("compiled", split=True)
-        blocks.check(made, cuts, 16)
-        compiled.append(count_programs())
-    assert compiled[1] == compiled[2]
-
-
-def test_compiled_column_blocks_agree(seed: int) -> None:
-    blocks = Blocks([(4, 6), (10, 1)], 34, 20, seed, (torch.bfloat16, torch.bfloat16, torch.float32))
-    cuts = [5 * 34 + 7]
-    made = blocks.shards(cuts, 0)
-    made.step("compiled", split=False)
-    blocks.check(made, cuts, 0)
-
-
 # -- choice, build, refusals ---------------------------------------------------------------------------------
 
 
 def test_the_environment_may_force_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert kernels.backend_for(None, cpu) == "native"
-    for name in ("native", "compiled", "eager"):
+    for name in ("native", "triton", "eager"):
         monkeypatch.setenv("DS_OPTIM_KERNELS", name)
         assert kernels.backend_for(None, cpu) == name
     monkeypatch.setenv("DS_OPTIM_KERNELS", "fast")
-    with pytest.raises(ValueError, match="native, triton, compiled, eager"):
+    with pytest.raises(ValueError, match="native, triton, eager"):
         kernels.backend_for(None, cpu)
 
 

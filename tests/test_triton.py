@@ -23,7 +23,7 @@ from ds_optim import kernels
 from ds_optim.kernels import Operands, Place, Places, Rounding, Tables
 from ds_optim.kernels import triton as by_triton
 from ds_optim.kernels.tables import table_of
-from ds_optim.kernels.triton import launches, programs
+from ds_optim.kernels.triton import access, elements, launches
 from test_kernels import ADAM_MINI, FLOATS, FORMULAS, NO_SUMS, SCALARS, Blocks, Tensors, same_bits
 
 ROW = launches.ROW
@@ -31,7 +31,7 @@ ROW = launches.ROW
 
 def test_the_interpreter_runs_here_and_every_program_is_named() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
-    assert {*programs.ARITHMETIC, "adam_mini"} == by_triton.PROGRAMS
+    assert {*elements.ARITHMETIC, "adam_mini"} == by_triton.PROGRAMS
     assert {*FORMULAS, "adam_mini"} == by_triton.PROGRAMS  # all of them are tested
 
 
@@ -180,11 +180,23 @@ def test_blocks_without_gradient_decay(seed: int) -> None:
     assert same_bits([*zeros.params, *zeros.squares], [*skipped.params, *skipped.squares])
 
 
-def test_blocks_of_columns_go_with_those_of_rows(seed: int) -> None:
-    blocks = Blocks([(4, 6), (10, 1)], 34, 20, seed)
-    made = blocks.shards([], 0)
-    made.step("triton", split=False)
-    blocks.check(made, [], 0)
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from((1, 3, 8, 40))), min_size=1, max_size=3),
+    rows=st.sampled_from((1, 2, 5, 33, 600)),
+    data=st.data(),
+)
+@settings(max_examples=15)
+def test_column_blocks_cut_over_ranks_are_updated_as_if_whole(
+    parts: list[tuple[int, int]], rows: int, data: st.DataObject
+) -> None:
+    row_length = sum(count * width for count, width in parts)
+    blocks = Blocks(parts, row_length, rows, data.draw(st.integers(0, 99)))
+    cuts = data.draw(st.lists(st.integers(row_length, max(row_length, (rows - 1) * row_length)), max_size=3))
+    cuts = [cut for cut in cuts if cut < rows * row_length]
+    padding = data.draw(st.sampled_from((0, 3)))
+    made = blocks.shards(cuts, padding)
+    made.step("triton", split=data.draw(st.booleans()))
+    blocks.check(made, cuts, padding)
 
 
 def test_blocks_parameters_are_rounded_by_the_same_noise_as_elsewhere(seed: int) -> None:
@@ -225,8 +237,8 @@ class Counted:
 def test_any_number_of_tensors_is_one_launch_and_tables_are_sent_when_they_change(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted, sent = Counted(programs.update_rows), list[int]()
-    monkeypatch.setattr(programs, "update_rows", counted)
+    counted, sent = Counted(elements.update_rows), list[int]()
+    monkeypatch.setattr(elements, "update_rows", counted)
     send = launches.sent
     monkeypatch.setattr(launches, "sent", lambda words, device: (sent.append(1), send(words, device))[1])
     numels = [1 + 37 * i % 90 for i in range(40)]
@@ -252,9 +264,11 @@ def test_any_number_of_tensors_is_one_launch_and_tables_are_sent_when_they_chang
 
 def test_adam_mini_is_six_launches_at_most(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide blocks, biases, and what a shard boundary cuts, in 20 tensors."""
-    counted = {name: Counted(getattr(programs, name)) for name in machine_code.PROGRAMS}
-    for name, program in counted.items():
-        monkeypatch.setattr(programs, name, program)
+    counted: dict[str, Counted] = {}
+    for module, names in machine_code.PROGRAMS.items():
+        for name in names:
+            counted[name] = Counted(getattr(module, name))
+            monkeypatch.setattr(module, name, counted[name])
     numel, runs = 3000, []
     for tensor in range(20):  # a bias of 500, two rows of 1000, and half of a third one
         runs.append((tensor, 0, 500, 0, 1, 0, -1, -1))
@@ -275,7 +289,7 @@ def test_adam_mini_is_six_launches_at_most(seed: int, monkeypatch: pytest.Monkey
         "update_narrow_blocks": 1,
         "sum_rows": 1,
         "add_up": 1,
-        "advance_cut": 1,
+        "advance_known": 1,
         "update_cut_rows": 1,
     }
 
@@ -284,8 +298,10 @@ def test_what_has_no_program_is_left_to_the_other_backends(monkeypatch: pytest.M
     monkeypatch.setenv("DS_OPTIM_KERNELS", "triton")
     cpu = torch.device("cpu")
     assert kernels.backend_for(FORMULAS["lion"], cpu) == "triton"
+    assert kernels.backend_for(None, cpu) == "triton"
     other = kernels.Formula("lion", FORMULAS["lion"].update, 2, 0)
-    assert kernels.backend_for(other, cpu) == "compiled"
+    with pytest.warns(UserWarning, match="there is no Triton kernel for the elementwise formula 'lion'"):
+        assert kernels.backend_for(other, cpu) == "eager"
     monkeypatch.delenv("TRITON_INTERPRET")
     assert kernels.backend_for(FORMULAS["lion"], cpu) == "native"  # no accelerator, no interpreter
 
@@ -329,7 +345,7 @@ def test_whole_rows_move_128_bits_at_a_time_and_each_stream_once(made: dict[str,
     assert {one["target"] for one in made["programs"]} == {"sm_80", "sm_90"}
     assert {one["rule"] for one in made["programs"]} == by_triton.PROGRAMS
     for one in made["programs"]:
-        read, written = (sum(streams) * programs.BLOCK // 128 // 16 for streams in streams_of(one))
+        read, written = (sum(streams) * access.BLOCK // 128 // 16 for streams in streams_of(one))
         assert (one["loads"], one["stores"]) == (read, written), one
 
 

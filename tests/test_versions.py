@@ -248,19 +248,6 @@ def test_groups_of_fsdp_are_several_or_one() -> None:
         list(known_torch.fsdp_parameters(Older(_get_fsdp_state=Older)))
 
 
-def test_functions_are_compiled_with_the_options_that_torch_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, Any]] = []
-
-    def older(function: Any, *, dynamic: bool, fullgraph: bool) -> Any:
-        given.append({"dynamic": dynamic, "fullgraph": fullgraph})
-        return function
-
-    monkeypatch.setattr(torch, "compile", older)
-    assert known_torch.compiled(lambda text: (len(text), torch._dynamo.config.recompile_limit))("four") == (4, 1024)
-    assert torch._dynamo.config.recompile_limit < 1024
-    assert given == [{"dynamic": True, "fullgraph": True}]
-
-
 def test_products_are_exact_by_the_older_setting_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends, "mkldnn", SimpleNamespace())
     allowed: list[str] = ["medium"]

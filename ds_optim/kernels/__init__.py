@@ -10,14 +10,13 @@ arguments, Python floats or 0-dim tensors, rounded to fp32 by every backend::
 ``mean_square`` is a block's mean of squared gradients, divided by its exact size and rounded to fp32 once; it and the
 block states broadcast against the elements. A formula that does not broadcast or that looks at other elements is wrong.
 
-Four backends run a formula on `Operands` (`backend_for` chooses by formula and device, never by size):
+Three backends run a formula on `Operands` (`backend_for` chooses by formula and device, never by size):
 
 - ``native``: C++ on the CPU, built on first use. It knows formulas by ``name`` (`ds_optim.kernels.native.KERNELS`) and
   must agree with them; their ``update`` is then not called. fp32 arithmetic whose result does not depend on how a
   tensor is cut into spans, nor on the number of threads.
 - ``triton``: Triton's programs, for accelerators: one launch for all tensors, the C++ kernels' arithmetic.
-- ``compiled``: `torch.compile` of the formula, for accelerators where Triton has no program of ours.
-- ``eager``: the formula as it is, piece by piece: the oracle, and the fallback, also of formulas without a C++ kernel.
+- ``eager``: the formula as it is, piece by piece: the oracle, and the fallback, also of formulas without a kernel.
 
 Parameters, gradients and element states may be fp32, bf16 or fp16, block states are fp32. What is written is rounded to
 nearest, bf16 parameters stochastically if a `Rounding` is given. Only elements that a table covers are touched
@@ -27,14 +26,14 @@ accelerator.
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
-from ds_optim.kernels import compiled, eager, native, triton
+from ds_optim.kernels import eager, native, triton
 from ds_optim.kernels.build import UnavailableError
 from ds_optim.kernels.operands import Formula, FormulaKind, Operands
 from ds_optim.kernels.rounding import Place, Places, Rounding
@@ -57,7 +56,7 @@ __all__ = [
     "partial_sums",
 ]
 
-Backend = Literal["native", "triton", "compiled", "eager"]
+Backend = Literal["native", "triton", "eager"]
 
 
 class _Driver(Protocol):
@@ -77,18 +76,23 @@ class _Driver(Protocol):
 _DRIVERS: Mapping[Backend, _Driver] = {
     "native": native,
     "triton": triton,
-    "compiled": compiled,
     "eager": eager,
 }
 
 
-def backend_for(formula: Formula | None, device: torch.device) -> Backend:
-    """The backend for a formula on ``device``: C++ on the CPU, Triton or compiled on accelerators, eager without.
+_KERNELS: Mapping[Backend, tuple[str, Callable[[Formula], bool]]] = {
+    "native": ("C++", native.has),
+    "triton": ("Triton", triton.has),
+}
 
-    The environment variable ``DS_OPTIM_KERNELS`` (``native``, ``triton``, ``compiled`` or ``eager``) overrides the
-    choice on devices that the named backend can serve. A formula without a C++ kernel is eager wherever it would be
-    native; a warning says so once per formula and kind of device. One without a Triton program is compiled. Nothing is
-    launched to find out, so that the ranks of a shard group, who should agree on the answer, can compare theirs first.
+
+def backend_for(formula: Formula | None, device: torch.device) -> Backend:
+    """The backend for a formula on ``device``: C++ on the CPU, Triton on accelerators, eager without either.
+
+    The environment variable ``DS_OPTIM_KERNELS`` (``native``, ``triton`` or ``eager``) overrides the choice on devices
+    that the named backend can serve. A formula without a kernel there is eager; a warning says so once per formula and
+    kind of device. Nothing is launched to find out, so that the ranks of a shard group, who should agree on the answer,
+    can compare theirs first.
 
     Args:
         formula: what is to be run; None for `descend`, which every backend has.
@@ -110,11 +114,11 @@ def backend_for(formula: Formula | None, device: torch.device) -> Backend:
         chosen = cast(Backend, forced)
     else:
         chosen = device_backend(device.type)
-    if chosen == "native" and formula is not None and not native.has(formula):
-        _warn_without_kernel(formula.name, formula.kind, formula.states, formula.block_states, device.type)
+    if formula is not None and chosen in _KERNELS and not _KERNELS[chosen][1](formula):
+        _warn_without_kernel(
+            *(_KERNELS[chosen][0], formula.name, formula.kind, formula.states, formula.block_states, device.type)
+        )
         return "eager"
-    if chosen == "triton" and (formula is None or not triton.has(formula)):
-        return "compiled"
     return chosen
 
 
@@ -142,10 +146,12 @@ def device_backend(device_type: str) -> Backend:
 
 
 @cache
-def _warn_without_kernel(name: str, kind: FormulaKind, states: int, block_states: int, device_type: str) -> None:
+def _warn_without_kernel(
+    of: str, name: str, kind: FormulaKind, states: int, block_states: int, device_type: str
+) -> None:
     """Once per formula, of which there may be many objects, and kind of device."""
     warnings.warn(
-        f"ds_optim: there is no C++ kernel for the {kind} formula {name!r} (states: {states} per element, "
+        f"ds_optim: there is no {of} kernel for the {kind} formula {name!r} (states: {states} per element, "
         f"{block_states} per block), so plain torch operations are used on {device_type} tensors, which compute the "
         "same several times slower",
         stacklevel=3,

@@ -198,7 +198,7 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
     _check_tensors("update", [update])
     if target.dtype != torch.bfloat16 or target.device.type != "cpu" or update.dtype != torch.float32:
         raise ValueError(f"the C++ kernel subtracts fp32 from bf16 on the CPU, not {update.dtype} from {target.dtype}")
-    *outer, (rows, row_stride), (columns, _) = _merged(target)
+    *outer, (rows, row_stride), (columns, _) = merged(target)
     number, begin = float(decay), 0
     for corner in product(*(range(size) for size, _ in outer)):
         skipped = sum(index * stride for index, (_, stride) in zip(corner, outer, strict=True))
@@ -219,7 +219,7 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
     torch.autograd.graph.increment_version(target)
 
 
-def _merged(view: Tensor) -> list[tuple[int, int]]:
+def merged(view: Tensor) -> list[tuple[int, int]]:
     """Sizes and strides of a row-major view with as few dimensions as possible, at least two; the last stride is 1."""
     dims: list[tuple[int, int]] = [(1, view.numel())]
     for size, stride in [*zip(view.shape, view.stride(), strict=True), (1, 1)]:

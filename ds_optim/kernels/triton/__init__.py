@@ -1,25 +1,26 @@
 """The drivers on Triton: as many launches per call as there are programs in it, whatever the number of tensors.
 
 AdamW, Lion and Adan have one; Adam-mini has one for wide blocks, one for each width of narrow ones, and four for those
-that a shard boundary cuts. Tensors of other dtypes are another launch. Blocks of columns, and `descend`, are still
-compiled by torch. Nothing waits, and nothing is copied while tensors stay where they are.
+that a shard boundary cuts or that are columns. Tensors of other dtypes are another launch. Nothing waits, and nothing
+is copied while tensors stay where they are.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-from dataclasses import replace
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_optim.kernels import compiled, native
+from ds_optim.kernels import native
 from ds_optim.kernels.operands import Formula, Operands
-from ds_optim.kernels.tables import Select, Tables
+from ds_optim.kernels.tables import Select
 from ds_optim.kernels.triton import launches
-from ds_optim.kernels.triton.launches import Dtypes, Together
+from ds_optim.kernels.triton.launches import Dtypes, LaunchGroup
 
 PROGRAMS = frozenset(("adamw", "lion", "adan", "adam_mini"))
 """The names of the formulas that there are programs for."""
@@ -55,18 +56,18 @@ def elementwise(formula: Formula, operands: Operands) -> None:
     """`ds_optim.kernels.elementwise`."""
     if not operands.params:
         return
-    from ds_optim.kernels.triton import programs
+    from ds_optim.kernels.triton import access, elements
 
     scalars = _scalars(formula, operands)
-    for dtypes, group in launches.together(operands, operands.tables.spans, launches.spans).items():
+    for dtypes, group in launches.together(operands, (operands.tables.spans,), launches.spans).items():
         rows = group.rows["update_rows"]
-        programs.update_rows[(len(rows),)](
-            programs.ARITHMETIC[formula.name],
+        elements.update_rows[(len(rows),)](
+            elements.ARITHMETIC[formula.name],
             *_tensors(dtypes, group),
             rows,
             *_rounding(dtypes, operands),
             *scalars,
-            programs.BLOCK,
+            access.BLOCK,
             **_OPTIONS,
         )
     torch.autograd.graph.increment_version(operands.params)
@@ -75,70 +76,104 @@ def elementwise(formula: Formula, operands: Operands) -> None:
 @torch.no_grad()
 def partial_sums(operands: Operands) -> None:
     """`ds_optim.kernels.partial_sums`."""
-    if not operands.params:
-        return
-    from ds_optim.kernels.triton import programs
-
-    for dtypes, group in launches.together(operands, operands.tables.row_runs, launches.blocks).items():
-        if "parts" in group.rows:
-            parts, cut = group.rows["parts"], group.rows["cut"]
-            partials = operands.cut_sums.new_empty(len(parts))
-            programs.sum_rows[(len(parts),)](*_tensors(dtypes, group), parts, partials, programs.BLOCK, **_OPTIONS)
-            programs.add_up[(len(cut),)](cut, partials, operands.cut_sums, **_OPTIONS)
-    if (columns := _columns(operands)) is not None:
-        compiled.partial_sums(columns)
+    for dtypes, group in _blocks(operands):
+        if "cut" in group.rows:
+            _sum("cut", dtypes, group, operands.cut_sums)
 
 
 @torch.no_grad()
 def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     """`ds_optim.kernels.blockwise`."""
-    if not operands.params:
-        return
-    scalars = _scalars(formula, operands)
-    for dtypes, group in launches.together(operands, operands.tables.row_runs, launches.blocks).items():
+    for dtypes, group in _blocks(operands):
+        how = (*_rounding(dtypes, operands), *_scalars(formula, operands))
         if select != "cut":
-            _update_whole(dtypes, group, operands, scalars)
-        if select != "uncut" and "parts" in group.rows:
-            _update_cut(dtypes, group, operands, scalars)
+            _update_whole(dtypes, group, how)
+            if "columns" in group.rows:
+                sums = torch.zeros(len(group.rows["columns"]), dtype=torch.float64, device=operands.params[0].device)
+                _sum("columns", dtypes, group, sums)
+                _update("columns", dtypes, group, sums, how)
+        if select != "uncut" and "cut" in group.rows:
+            _update("cut", dtypes, group, operands.cut_sums, how)
     torch.autograd.graph.increment_version(operands.params)
-    if (columns := _columns(operands)) is not None:
-        compiled.blockwise(formula, columns, select)
 
 
+@torch.no_grad()
 def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
     """`ds_optim.kernels.descend`."""
-    compiled.descend(target, update, decay, identity, first, key)
+    from ds_optim.kernels.triton import access, elements
+
+    factor = decay.to(target.device, torch.float32) if isinstance(decay, Tensor) else float(decay)
+    *outer, (rows, stride), (columns, _) = native.merged(target)
+    done = 0
+    for corner in itertools.product(*(range(size) for size, _ in outer)):
+        skipped = sum(index * step for index, (_, step) in zip(corner, outer, strict=True))
+        elements.descend_rows[(rows, -(-columns // access.BLOCK))](
+            target.as_strided((rows, columns), (stride, 1), target.storage_offset() + skipped),
+            update.view(-1)[done : done + rows * columns],
+            *(rows, columns, stride, factor, isinstance(factor, Tensor)),
+            *(identity, first + skipped, key, access.BLOCK),
+            **_OPTIONS,
+        )
+        done += rows * columns
+    torch.autograd.graph.increment_version(target)
 
 
-def _update_whole(dtypes: Dtypes, group: Together, operands: Operands, scalars: tuple[Any, Any]) -> None:
-    from ds_optim.kernels.triton import programs
+How = tuple[int, bool, tuple[Any, ...], tuple[bool, ...]]
+"""What programs take of `_rounding` and of `_scalars`."""
+
+
+def _blocks(operands: Operands) -> Iterable[tuple[Dtypes, LaunchGroup]]:
+    if not operands.params:
+        return ()
+    tables = operands.tables
+    return launches.together(operands, (tables.row_runs, tables.column_runs), launches.blocks).items()
+
+
+def _update_whole(dtypes: Dtypes, group: LaunchGroup, how: How) -> None:
+    """Blocks of neighbouring elements, each in one program."""
+    from ds_optim.kernels.triton import access, blocks
 
     for width, rows in group.rows.items():
-        common = (*_tensors(dtypes, group), rows, *_rounding(dtypes, operands), *scalars)
+        common = (*_tensors(dtypes, group), rows, *how)
         if width == "wide":
-            programs.update_wide_blocks[(len(rows),)](*common, programs.BLOCK, **_OPTIONS)
+            blocks.update_wide_blocks[(len(rows),)](*common, access.BLOCK, **_OPTIONS)
         elif width.isdecimal():
-            programs.update_narrow_blocks[(len(rows),)](*common, launches.NARROW[int(width)], int(width), **_OPTIONS)
+            tile = launches.NARROW[int(width)], int(width)
+            blocks.update_narrow_blocks[(len(rows),)](*common, *tile, **_OPTIONS)
 
 
-def _update_cut(dtypes: Dtypes, group: Together, operands: Operands, scalars: tuple[Any, Any]) -> None:
-    from ds_optim.kernels.triton import programs
+def _sum(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor) -> None:
+    """Add this rank's squares to the sums of cut blocks, or of whole ones of columns."""
+    from ds_optim.kernels.triton import access, blocks
 
-    cut, parts = group.rows["cut"], group.rows["parts"]
-    factors = torch.empty(len(cut), dtype=torch.float32, device=cut.device)
+    known, parts, tiles = (group.rows.get(f"{which}{of}") for of in ("", " parts", " sums"))
+    assert known is not None
+    partials = torch.zeros(group.partials[which], dtype=torch.float64, device=sums.device)
+    if parts is not None:
+        blocks.sum_rows[(len(parts),)](*_tensors(dtypes, group), parts, partials, access.BLOCK, **_OPTIONS)
+    if tiles is not None:
+        tile = launches.HIGH, launches.BROAD
+        blocks.sum_columns[(len(tiles),)](*_tensors(dtypes, group), tiles, partials, *tile, **_OPTIONS)
+    blocks.add_up[(len(known),)](known, partials, sums, launches.BROAD, **_OPTIONS)
+
+
+def _update(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor, how: How) -> None:
+    """Blocks whose sums are known."""
+    from ds_optim.kernels.triton import access, blocks
+
+    known, parts, tiles = (group.rows.get(f"{which}{of}") for of in ("", " parts", " updates"))
+    assert known is not None
+    factors = torch.empty(len(known), dtype=torch.float32, device=sums.device)
     words, addresses, count = _tensors(dtypes, group)
-    programs.advance_cut[(len(cut),)](addresses, count, cut, operands.cut_sums, factors, *scalars, **_OPTIONS)
-    where = (words, addresses, count, parts, factors)
-    programs.update_cut_rows[(len(parts),)](*where, *_rounding(dtypes, operands), *scalars, programs.BLOCK, **_OPTIONS)
+    blocks.advance_known[(len(known),)](addresses, count, known, sums, factors, *how[2:], **_OPTIONS)
+    if parts is not None:
+        blocks.update_cut_rows[(len(parts),)](words, addresses, count, parts, factors, *how, access.BLOCK, **_OPTIONS)
+    if tiles is not None:
+        tile = launches.HIGH, launches.BROAD
+        blocks.update_columns[(len(tiles),)](words, addresses, count, tiles, factors, *how, *tile, **_OPTIONS)
 
 
-def _columns(operands: Operands) -> Operands | None:
-    """The call's runs of columns alone."""
-    columns = operands.tables.column_runs
-    return replace(operands, tables=Tables(column_runs=columns)) if len(columns) else None
-
-
-def _tensors(dtypes: Dtypes, group: Together) -> tuple[Any, Any, int]:
+def _tensors(dtypes: Dtypes, group: LaunchGroup) -> tuple[Any, Any, int]:
     """What every program begins with: Triton's words for the dtypes, the addresses, and how many tensors there are."""
     return tuple(map(_language, dtypes)), group.addresses, len(group.members)
 

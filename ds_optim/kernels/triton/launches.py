@@ -19,35 +19,36 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_optim.kernels import eager
 from ds_optim.kernels.operands import Operands
-from ds_optim.kernels.tables import iterate_row_runs
+from ds_optim.kernels.tables import Select, iterate_column_runs, iterate_row_runs
 
 Dtypes = tuple[torch.dtype, ...]
 Rows = npt.NDArray[np.int64]
-Place = tuple[int, int]
-"""Of a row's first element: the parameter's identity, and the index in it."""
 
 ROW = 4096  # elements of an elementwise program
 PART = 16384  # elements of a cut block that one program takes
 NARROW = {1: 1024, 16: 64, 128: 8, 512: 2}
 """{elements of a block, at most: how many blocks a program takes}. Wider ones have a program each."""
+TALL, HIGH, BROAD = 256, 8, 128  # rows of a program for columns, of them at a time, and columns
 _STEP = 8  # elements: 16 bytes of the shortest format
 _WORD = 1 << 32  # indices of a row have the same high word
 _REMEMBERED = 16  # dtypes and places that one layout has been seen with
 
 
 @dataclass(slots=True)
-class Together:
+class LaunchGroup:
     """The tensors of a call that have the same dtypes.
 
     Attributes:
         members: their indices in the call.
-        rows: {program: int64 (programs, ...) on the device}, see `programs`; empty ones are left out.
+        rows: {name: int64 (programs, ...) on the device}, see `spans` and `blocks`; empty ones are left out.
+        partials: {name: how many numbers the sums of these blocks are made of}.
         addresses: int64 (rows, members) on the device.
         words: what was sent as these.
     """
 
     members: list[int]
     rows: dict[str, Tensor]
+    partials: dict[str, int]
     addresses: Tensor | None = None
     words: list[list[int]] = field(default_factory=list)
 
@@ -56,22 +57,22 @@ Build = Callable[[Operands, frozenset[int]], dict[str, Rows]]
 """The rows of some members of a call, which count tensors as the call does."""
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""{a layout's table: {(dtypes of all tensors, device, places): (the places, {dtypes: Together})}}"""
+"""{a layout's first table: {(dtypes of all tensors, device, places, other tables): ({dtypes: LaunchGroup}, ...)}}"""
 
 
-def together(operands: Operands, layout: Tensor, build: Build) -> dict[Dtypes, Together]:
+def together(operands: Operands, layout: Sequence[Tensor], build: Build) -> dict[Dtypes, LaunchGroup]:
     """What is launched together, with the addresses of this call.
 
     Args:
-        layout: the table of the call that its rows are made from: the same one, as an object, has the same rows.
+        layout: the tables of the call that its rows are made from: the same ones, as objects, have the same rows.
         build: makes rows.
     """
     streams: Sequence[Sequence[Tensor | None]] = (operands.params, operands.grads, *operands.states)
     dtypes = tuple(tuple(_dtype(tensor, streams[0][i]) for i, tensor in enumerate(stream)) for stream in streams)
     device = operands.params[0].device
     places = None if operands.rounding is None else operands.rounding.places
-    known: dict[Any, Any] = _known.setdefault(layout, {})
-    key = (dtypes, device, id(places))
+    known: dict[Any, Any] = _known.setdefault(layout[0], {})
+    key = (dtypes, device, id(places), *map(id, layout[1:]))
     if key not in known:
         if len(known) >= _REMEMBERED:
             known.clear()
@@ -79,24 +80,26 @@ def together(operands: Operands, layout: Tensor, build: Build) -> dict[Dtypes, T
         for index, of_tensor in enumerate(zip(*dtypes, strict=True)):
             by_dtypes.setdefault(of_tensor, []).append(index)
         made = {one: _built(operands, members, build) for one, members in by_dtypes.items()}
-        known[key] = places, {one: group for one, group in made.items() if group.rows}  # places: their id is in the key
-    found: dict[Dtypes, Together] = known[key][1]
+        kept = (places, *layout[1:])  # their ids are in the key
+        known[key] = {one: group for one, group in made.items() if group.rows}, kept
+    found: dict[Dtypes, LaunchGroup] = known[key][0]
     for group in found.values():
         _send_addresses(group, operands)
     return found
 
 
-def _built(operands: Operands, members: list[int], build: Build) -> Together:
+def _built(operands: Operands, members: list[int], build: Build) -> LaunchGroup:
     position = {index: at for at, index in enumerate(members)}
+    tables = {name: table for name, table in build(operands, frozenset(members)).items() if len(table)}
+    partials: dict[str, int] = {name: int(tables[name][:, 5].max()) for name in ("cut", "columns") if name in tables}
     rows = {}
-    for program, table in build(operands, frozenset(members)).items():
-        if len(table):
-            table[:, 0] = [position[index] for index in table[:, 0].tolist()]
-            rows[program] = sent(table, operands.params[0].device)
-    return Together(members, rows)
+    for name, table in tables.items():
+        table[:, 0] = [position[index] for index in table[:, 0].tolist()]
+        rows[name] = sent(table, operands.params[0].device)
+    return LaunchGroup(members, rows, partials)
 
 
-def _send_addresses(group: Together, operands: Operands) -> None:
+def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
     streams = (operands.params, operands.grads, *operands.states, *operands.block_states)
     words = [[_address(stream[index]) for index in group.members] for stream in streams]
     if words != group.words:
@@ -141,9 +144,11 @@ def spans(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
 
 
 def blocks(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
-    """Of a blockwise call, whose runs of columns are not looked at: the rows of every program, see there.
+    """Of a blockwise call: the rows of every program, see there.
 
-    Those for whole blocks are called ``wide`` or after their width in `NARROW`.
+    Whole blocks of neighbouring elements are called ``wide``, or after their width in `NARROW`. Of the others the sums
+    come first: ``cut`` lists those that a shard boundary cuts, ``columns`` the whole ones of columns; ``cut parts`` are
+    rows of elements, ``cut sums``, ``cut updates``, ``columns sums`` and ``columns updates`` tiles of columns.
     """
     whole: dict[str, list[Rows]] = {}
     for piece in iterate_row_runs(operands.tables.row_runs, "uncut"):
@@ -170,10 +175,56 @@ def blocks(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
             ]
             cut.append((piece.tensor, piece.slot, piece.cut, piece.numel, before, len(parts)))
     tables = {name: np.concatenate(rows) for name, rows in whole.items()}
-    return {**tables, "parts": _table(parts, 6), "cut": _table(cut, 6)}
+    cut_columns = _columns(operands, members, "cut", len(cut), len(parts))
+    whole_columns = _columns(operands, members, "uncut", 0, 0)
+    return {
+        **tables,
+        "cut parts": _table(parts, 6),
+        "cut": _table([*cut, *cut_columns[0]], 6),
+        "cut sums": _table(cut_columns[1], 11),
+        "cut updates": _table(cut_columns[2], 11),
+        "columns": _table(whole_columns[0], 6),
+        "columns sums": _table(whole_columns[1], 11),
+        "columns updates": _table(whole_columns[2], 11),
+    }
 
 
-def _place(operands: Operands, tensor: int, start: int) -> Place:
+def _columns(
+    operands: Operands, members: frozenset[int], select: Select, block: int, partial: int
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Blocks of columns, the tiles that their sums are made of, and those that are updated.
+
+    Args:
+        block: of those that others have taken, in the factors; sums of whole ones are numbered likewise.
+        partial: numbers that others have taken, among the parts of sums.
+    """
+    blocks, sums, updates = list[tuple[int, ...]](), list[tuple[int, ...]](), list[tuple[int, ...]]()
+    for run in iterate_column_runs(operands.tables.column_runs, select):
+        if run.tensor not in members:
+            continue
+        bands = [
+            (piece.start + top * run.row_length, min(TALL, piece.rows - top), run.row_length, piece.first, piece.last)
+            for piece in run.pieces()
+            for top in range(0, piece.rows, TALL)
+        ]
+        for number, band in enumerate(bands):
+            identity, index = _place(operands, run.tensor, band[0])
+            for tile in range(band[3] // BROAD * BROAD, band[4], BROAD):
+                here = (run.tensor, *band, tile)
+                sums.append((*here, partial + tile * len(bands) + number, len(bands), 0, 0))
+                updates.append((*here, block, run.width, identity, index))
+        for number in range(run.blocks):
+            place = block + number if run.cut < 0 else run.cut + number
+            begin = partial + number * run.width * len(bands)
+            end = begin + run.width * len(bands)
+            blocks.append((run.tensor, run.slot + number, place, run.block_numel, begin, end))
+        block += run.blocks
+        partial += run.blocks * run.width * len(bands)
+    return blocks, sums, updates
+
+
+def _place(operands: Operands, tensor: int, start: int) -> tuple[int, int]:
+    """Of an element: the parameter's identity, and the index in it."""
     words = eager.words_at(operands.rounding, operands.params[tensor], tensor, start)
     return (words[0], words[1]) if words else (0, 0)
 

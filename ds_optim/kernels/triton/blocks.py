@@ -1,0 +1,270 @@
+"""Triton's programs for Adam-mini: one second moment for a block. Importing this needs triton.
+
+A whole block of neighbouring elements has a program of its own, or a share of one, and its gradient is fetched from
+memory once. Of blocks that a shard boundary cuts, and of those that are columns of a matrix, the sums come first: in
+parts, which are added up in their order, so that no result depends on which program was first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ds_optim.kernels.triton.access import bases_of, get, numbers, put, put_param
+
+
+@triton.jit
+def advance(square, mean_square, scalars):
+    """A block's new state, and what its momentum is multiplied by."""
+    _, _, beta2, one_minus_beta2, step_size, bias2_sqrt, eps = scalars
+    square = square * beta2 + one_minus_beta2 * mean_square
+    return square, tl.div_rn(step_size, tl.div_rn(tl.sqrt_rn(square), bias2_sqrt) + eps)
+
+
+@triton.jit
+def move(bases, present, offsets, mask, factor, index, mixed, scalars, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements whose blocks' factors are known."""
+    param = get(bases[0], offsets, mask, ALIGNED)
+    grad = get(bases[1], offsets, mask & present, ALIGNED)
+    average = get(bases[2], offsets, mask, ALIGNED)
+    average = average + (grad - average) * scalars[1]
+    put_param(bases[0], offsets, mask, param * scalars[0] - average * factor, index, mixed, ROUNDED, ALIGNED)
+    put(bases[2], offsets, mask, average, ALIGNED)
+
+
+@triton.jit
+def squares(base, present, length, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of squares of a row's gradient, fp64; a part of `BLOCK` elements is added up in fp32."""
+    total = tl.zeros((), tl.float64)
+    for at in range(0, length, BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        grad = get(base, offsets, (offsets < length) & present, ALIGNED)
+        total += tl.sum(grad * grad).to(tl.float64)
+    return total
+
+
+@triton.jit
+def update_wide_block(
+    bases,
+    square,
+    present,
+    width,
+    index,
+    mixed,
+    scalars,
+    ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = squares(bases[1], present, width, ALIGNED, BLOCK)
+    advanced, factor = advance(tl.load(square), (total / width).to(tl.float32), scalars)
+    tl.store(square, advanced)
+    for at in range(0, width, BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        move(bases, present, offsets, offsets < width, factor, index, mixed, scalars, ROUNDED, ALIGNED)
+
+
+@triton.jit(do_not_specialize=["tensors", "key"])
+def update_wide_blocks(
+    DTYPES: tl.constexpr,
+    addresses,
+    tensors,
+    rows,
+    key,
+    ROUNDED: tl.constexpr,
+    scalars,
+    POINTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Adam-mini on one whole block, whose gradient is read again from the cache.
+
+    Args:
+        DTYPES: of parameter, gradient and average; squares are fp32.
+        addresses: int64 (5, tensors): parameter, gradient, average, whether these are aligned, squares.
+        rows: int64 (programs, 7): tensor, start, width, 1, place of the square, identity, index.
+    """
+    row = rows + tl.program_id(0).to(tl.int64) * 7
+    tensor, start, width = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    mixed, index = tl.load(row + 5) ^ key, tl.load(row + 6)
+    values = numbers(scalars, POINTED)
+    bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
+    square = tl.load(addresses + 4 * tensors + tensor).to(tl.pointer_type(tl.float32)) + tl.load(row + 4)
+    if is_aligned & (width % 8 == 0):
+        wide = width // 8 * 8
+        update_wide_block(bases, square, present, wide, index, mixed, values, ROUNDED, True, BLOCK)
+    else:
+        update_wide_block(bases, square, present, width, index, mixed, values, ROUNDED, False, BLOCK)
+
+
+@triton.jit(do_not_specialize=["tensors", "key"])
+def update_narrow_blocks(
+    DTYPES: tl.constexpr,
+    addresses,
+    tensors,
+    rows,
+    key,
+    ROUNDED: tl.constexpr,
+    scalars,
+    POINTED: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Adam-mini on at most `COUNT` neighbouring whole blocks of at most `WIDTH` elements; see `update_wide_blocks`.
+
+    Args:
+        rows: their fourth column is the number of blocks.
+    """
+    row = rows + tl.program_id(0).to(tl.int64) * 7
+    tensor, start, width, count = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    mixed, index = tl.load(row + 5) ^ key, tl.load(row + 6)
+    values = numbers(scalars, POINTED)
+    bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
+    block, element = tl.arange(0, COUNT), tl.arange(0, WIDTH)
+    square = tl.load(addresses + 4 * tensors + tensor).to(tl.pointer_type(tl.float32)) + tl.load(row + 4) + block
+    offsets = block[:, None] * width + element[None, :]
+    mask = (block < count)[:, None] & (element < width)[None, :]
+    grad = get(bases[1], offsets, mask & present, False)
+    mean_square = (tl.sum(grad * grad, axis=1).to(tl.float64) / width).to(tl.float32)
+    advanced, factor = advance(tl.load(square, mask=block < count, other=0.0), mean_square, values)
+    tl.store(square, advanced, mask=block < count)
+    move(bases, present, offsets, mask, factor[:, None], index, mixed, values, ROUNDED, False)
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def sum_rows(DTYPES: tl.constexpr, addresses, tensors, rows, partials, BLOCK: tl.constexpr):
+    """Squares of parts of blocks that a shard boundary cuts, each into a number of its own (fp64, or what has none).
+
+    Args:
+        rows: int64 (programs, 6): tensor, start, length, ...
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = rows + program * 6
+    tensor, start, length = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
+    if is_aligned & (length % 8 == 0):
+        tl.store(partials + program, squares(bases[1], present, length // 8 * 8, True, BLOCK))
+    else:
+        tl.store(partials + program, squares(bases[1], present, length, False, BLOCK))
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def sum_columns(DTYPES: tl.constexpr, addresses, tensors, rows, partials, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Squares of some columns over some rows of a matrix, each column into a number of its own.
+
+    Args:
+        rows: int64 (programs, 11): tensor, start, rows, row length, first and last column that there are, first column
+            of the program; where the first column's number is and how far the next one's; ...
+    """
+    row = rows + tl.program_id(0).to(tl.int64) * 11
+    tensor, start, height, length = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    first, last = tl.load(row + 4), tl.load(row + 5)
+    columns = tl.load(row + 6) + tl.arange(0, WIDTH)
+    bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
+    total = tl.zeros((WIDTH,), tl.float64)
+    inside = (columns >= first) & (columns < last)
+    for top in range(0, height, HEIGHT):
+        down = top + tl.arange(0, HEIGHT)
+        mask = (down < height)[:, None] & inside[None, :] & present
+        grad = get(bases[1], down[:, None] * length + (columns - first)[None, :], mask, False)
+        total += tl.sum(grad * grad, axis=0).to(tl.float64)
+    tl.store(partials + tl.load(row + 7) + tl.arange(0, WIDTH) * tl.load(row + 8), total, mask=inside)
+
+
+@triton.jit
+def add_up(blocks, partials, sums, BLOCK: tl.constexpr):
+    """Add the parts of each block, in their order, to its sum. ``blocks``: as in `advance_known`."""
+    row = blocks + tl.program_id(0).to(tl.int64) * 6
+    where, first, last = sums + tl.load(row + 2), tl.load(row + 4), tl.load(row + 5)
+    total = tl.load(where)
+    for part in range(first, last, BLOCK):
+        here = part + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(partials + here, mask=here < last, other=0.0))
+    tl.store(where, total)
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def advance_known(addresses, tensors, blocks, sums, factors, scalars, POINTED: tl.constexpr):
+    """The state of one block whose sum is known.
+
+    Args:
+        blocks: int64 (programs, 6): tensor, place of its square, place in ``sums``, elements of the whole block, and
+            where its parts begin and end.
+        factors: fp32 (programs,): of the blocks.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    row = blocks + program * 6
+    square = tl.load(addresses + 4 * tensors + tl.load(row)).to(tl.pointer_type(tl.float32)) + tl.load(row + 1)
+    mean_square = (tl.load(sums + tl.load(row + 2)) / tl.load(row + 3)).to(tl.float32)
+    advanced, factor = advance(tl.load(square), mean_square, numbers(scalars, POINTED))
+    tl.store(square, advanced)
+    tl.store(factors + program, factor)
+
+
+@triton.jit(do_not_specialize=["tensors", "key"])
+def update_cut_rows(
+    DTYPES: tl.constexpr,
+    addresses,
+    tensors,
+    rows,
+    factors,
+    key,
+    ROUNDED: tl.constexpr,
+    scalars,
+    POINTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The elements of one part of a cut block.
+
+    Args:
+        rows: int64 (programs, 6): tensor, start, length, block (in ``factors``), identity, index.
+    """
+    row = rows + tl.program_id(0).to(tl.int64) * 6
+    tensor, start, length = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    factor, mixed, index = tl.load(factors + tl.load(row + 3)), tl.load(row + 4) ^ key, tl.load(row + 5)
+    values = numbers(scalars, POINTED)
+    bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
+    if is_aligned & (length % 8 == 0):
+        whole = length // 8 * 8
+        for at in range(0, whole, BLOCK):
+            offsets = at + tl.arange(0, BLOCK)
+            move(bases, present, offsets, offsets < whole, factor, index, mixed, values, ROUNDED, True)
+    else:
+        for ragged in range(0, length, BLOCK):
+            singly = ragged + tl.arange(0, BLOCK)
+            move(bases, present, singly, singly < length, factor, index, mixed, values, ROUNDED, False)
+
+
+@triton.jit(do_not_specialize=["tensors", "key"])
+def update_columns(
+    DTYPES: tl.constexpr,
+    addresses,
+    tensors,
+    rows,
+    factors,
+    key,
+    ROUNDED: tl.constexpr,
+    scalars,
+    POINTED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The elements of some columns of some rows.
+
+    Args:
+        rows: int64 (programs, 11): the first seven as in `sum_columns`; first column's block (in ``factors``), columns
+            of a block, identity, index of the element at ``start``.
+    """
+    row = rows + tl.program_id(0).to(tl.int64) * 11
+    tensor, start, height, length = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    first, last = tl.load(row + 4), tl.load(row + 5)
+    columns = tl.load(row + 6) + tl.arange(0, WIDTH)
+    mixed, index = tl.load(row + 9) ^ key, tl.load(row + 10)
+    values = numbers(scalars, POINTED)
+    bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
+    inside = (columns >= first) & (columns < last)
+    factor = tl.load(factors + tl.load(row + 7) + columns // tl.load(row + 8), mask=inside, other=0.0)
+    for top in range(0, height, HEIGHT):
+        down = top + tl.arange(0, HEIGHT)
+        mask = (down < height)[:, None] & inside[None, :]
+        offsets = down[:, None] * length + (columns - first)[None, :]
+        move(bases, present, offsets, mask, factor[None, :], index, mixed, values, ROUNDED, False)
