@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from ds_optim.known_transformers import tied
 from ds_optim.optimizers.adam_mini import adam_mini_blocks
 from ds_optim.roles import infer_roles, logical_shape
 from ds_optim.roles.role import Role
@@ -26,7 +27,7 @@ MARK = "<!-- everything below is written by docs/make_roles.py -->\n"
 def causal_lm(family: str, **shapes: object) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         config = getattr(transformers, f"{family}Config")(num_hidden_layers=1, **shapes)
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return tied(transformers.AutoModelForCausalLM.from_config(config))
 
     return build
 

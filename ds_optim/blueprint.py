@@ -11,6 +11,7 @@ from torch import nn
 
 from ds_optim.deepspeed.configuration import DsOptimObject, option_problems
 from ds_optim.deepspeed.names import names
+from ds_optim.known_transformers import tied
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.releases import TRANSFORMERS
 from ds_optim.roles import canonical_name, decayed_then_exempt, exempt_names, shapes_and_roles
@@ -95,13 +96,12 @@ def meta_model(config: Mapping[str, Any]) -> nn.Module:
     try:
         made = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(made)
+            return tied(AutoModelForCausalLM.from_config(made))
     except Exception as error:  # validators of its own kinds, and whatever a model's constructor does
         said = " ".join(str(error).split())[:200]
         raise BlueprintError(
             f"transformers cannot make a causal language model of type {config['model_type']!r} from this: {said}"
         ) from error
-    return model
 
 
 def _optimizer(config: Mapping[str, Any], name: str | None) -> tuple[type[ShardedOptimizer], dict[str, Any]]:

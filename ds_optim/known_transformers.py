@@ -17,7 +17,13 @@ def causal_model(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
 
     name = "dtype" if hasattr(config, "dtype") else "torch_dtype"  # configs were renamed with it
     made = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **{name: dtype})
-    return cast(nn.Module, made)
+    return tied(made)
+
+
+def tied(model: Any) -> nn.Module:
+    """A model with its output head tied, if its config says so: 5.0 leaves that out on the meta device."""
+    model.tie_weights()
+    return cast(nn.Module, model)
 
 
 def checkpoint_activations(model: Any) -> None:

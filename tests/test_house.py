@@ -338,6 +338,23 @@ def releases_are_compared_in_few_places(sources: Sources) -> list[str]:
     return found
 
 
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "tensor", "zeros"}
+
+
+def every_new_tensor_names_its_device(sources: Sources) -> list[str]:
+    """A tensor that is made from nothing says where: `torch.set_default_device` is the user's, not ours."""
+    return [
+        f"{module}:{node.lineno} makes a tensor by torch.{node.func.attr} on whatever device is the default"
+        for module, text in ours(sources).items()
+        for node in nodes(text)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and (node.func.value.id, node.func.attr in FACTORIES) == ("torch", True)
+        and not any(keyword.arg in ("device", None) for keyword in node.keywords)
+    ]
+
+
 def nobody_imports_the_entries(sources: Sources) -> list[str]:
     """The command line and launcher/ are imported by nobody; launcher's modules may import each other."""
     found = []
@@ -392,6 +409,7 @@ RULES: list[Rule] = [
     one_room_knows_deepspeed,
     the_hook_knows_the_plugin_alone,
     releases_are_compared_in_few_places,
+    every_new_tensor_names_its_device,
     nobody_imports_the_entries,
     nothing_is_too_large,
     a_class_name_has_one_meaning,
@@ -478,6 +496,12 @@ PLANTED: list[tuple[Rule, str, str, str]] = [
         "ds_optim.ranks",
         "from packaging.version import Version",
         "imports packaging",
+    ),
+    (
+        every_new_tensor_names_its_device,
+        "ds_optim.ranks",
+        "x = torch.zeros(3)",
+        "ranks:1 makes a tensor by torch.zeros",
     ),
     (releases_are_compared_in_few_places, "ds_optim.ranks", "TORCH.is_before('2.9')", "ranks:1 asks whether"),
     (

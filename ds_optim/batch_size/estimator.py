@@ -100,8 +100,8 @@ class Estimator:
         if min_updates < 2:
             raise ValueError(f"min_updates is {min_updates}; a variance needs 2 or more")
         self.beta, self.min_updates = beta, min_updates
-        self._first = torch.zeros(rows, 3, dtype=torch.float64)
-        self._second = torch.zeros(rows, 3, 3, dtype=torch.float64)
+        self._first = torch.zeros(rows, 3, dtype=torch.float64, device="cpu")
+        self._second = torch.zeros(rows, 3, 3, dtype=torch.float64, device="cpu")
 
     def update(self, small: Tensor, big: Tensor, small_size: Tensor, big_size: Tensor, is_good: Tensor) -> None:
         """One optimizer step.
@@ -143,7 +143,7 @@ class Estimator:
         Raises:
             ValueError: another beta, or other rows.
         """
-        first = torch.tensor(state["first"], dtype=torch.float64)
+        first = torch.tensor(state["first"], dtype=torch.float64, device="cpu")
         if state["beta"] != self.beta or first.shape != self._first.shape:
             raise ValueError(
                 f"the saved noise scale has beta {state['beta']} and {len(first)} sets of parameters, this one "

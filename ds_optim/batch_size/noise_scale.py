@@ -116,7 +116,7 @@ class NoiseScale:
         except BaseException:
             self._strategy.detach()
             raise
-        self._counts = torch.zeros(1 + len(_LEFT_OUT), dtype=torch.float64)
+        self._counts = torch.zeros(1 + len(_LEFT_OUT), dtype=torch.float64, device="cpu")
         self._batch = 0
         self._start_step()
         self._hooks = GradientHooks(self._strategy.module, self._strategy.parameters, self.gradient_arrived)

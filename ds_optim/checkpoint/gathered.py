@@ -45,7 +45,7 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
     moves, gathered = StateMoves(), dict[str, Tensor]()
     for key, logical in one.state.items():
         if logical.numel:
-            gathered[key] = torch.zeros(logical.numel, dtype=logical.dtype)
+            gathered[key] = torch.zeros(logical.numel, dtype=logical.dtype, device="cpu")
             have = content.held_parts(logical.written, state.get(key)) if state else []
             moves.add([(start, part.to("cpu", logical.dtype)) for start, part in have], [(0, gathered[key])])
     moves.run(ranks.group, torch.device("cpu"))

@@ -62,7 +62,7 @@ class Places:
 
     def __init__(self, rows: Sequence[Place]) -> None:
         self.rows = sorted(rows)
-        self.table = torch.tensor(self.rows, dtype=torch.int64).reshape(-1, 5)
+        self.table = torch.tensor(self.rows, dtype=torch.int64, device="cpu").reshape(-1, 5)
         self._begins = [row[:2] for row in self.rows]
         self._narrowed: dict[tuple[tuple[int, int, int, int], ...], Places] = {}
 

@@ -38,7 +38,7 @@ Select = Literal["all", "uncut", "cut"]
 
 def table_of(rows: Sequence[Sequence[int]], columns: int) -> Tensor:
     """Rows of numbers as a table, int64 (n, columns), also if there are none."""
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, columns)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, columns)
 
 
 @dataclass(slots=True)

@@ -166,7 +166,7 @@ def _eigh_root(a: Tensor, exponent: float, eps: float, relative: bool) -> tuple[
     eigenvalues = eigenvalues + (ridge - eigenvalues[0]).clamp_min(0)
     product = torch.mm(q * eigenvalues.pow(exponent), q.mT, out=matrix.view(n, n)).to(a.dtype)
     root = (product + product.mT).mul_(0.5)
-    return root, ~root.abs().amax().isfinite() if n else torch.zeros((), dtype=torch.bool)
+    return root, ~root.abs().amax().isfinite() if n else torch.zeros((), dtype=torch.bool, device=root.device)
 
 
 def _newton(stack: Tensor, p: int, eps: float, relative: bool) -> tuple[Tensor, Tensor]:

@@ -149,7 +149,7 @@ def _simulated(
             checkpoint_activations(model)
         model.train()
         layers = _layers(model, int(short.num_hidden_layers))
-        ids = torch.zeros((micro_batch, seq_length), dtype=torch.int64)
+        ids = torch.zeros((micro_batch, seq_length), dtype=torch.int64, device="cpu")
         starts: list[int] = []
         output = model.get_output_embeddings()
         at_head: list[int] = []

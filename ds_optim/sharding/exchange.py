@@ -129,10 +129,10 @@ class HostCopy:
         self.values = values.detach()
         self._event: torch.Event | None = None
         if values.device.type != "cpu":
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self.values.copy_(values, non_blocking=True)
             self._event = torch.Event(values.device)
-            self._event.record()
+            self._event.record(torch.accelerator.current_stream(values.device))  # not that of the current device
 
     def read(self) -> list[Any]:
         if self._event is not None:

@@ -48,7 +48,7 @@ def state_begins(plan: Plan, blocks: Sequence[int], state_of_block: StateOfBlock
 def identities(plan: Plan, blocks: Sequence[int]) -> Tensor:
     """(parameter, index) of blocks, (B, 2) int64."""
     entries = [(plan.blocks[block].parameter, plan.blocks[block].index) for block in blocks]
-    return torch.tensor(entries, dtype=torch.int64).reshape(-1, 2)
+    return torch.tensor(entries, dtype=torch.int64, device="cpu").reshape(-1, 2)
 
 
 def by_identity(plan: Plan, blocks: Sequence[int], kept: Tensor) -> list[int] | None:

@@ -33,6 +33,7 @@ from ds_optim.stepping.owned_blocks import OwnedBlocks
 from ds_optim.stepping.shards import ParameterShards, Shards
 from ds_optim.stepping.state_dict import StateDictForm, release
 from ds_optim.stepping.stepper import Together, fresh_state, logical_of, other_structure
+from ds_optim.stepping.surroundings import refuse_capture, without_autocast
 
 waiting: WeakSet[ShardedOptimizer] = WeakSet()
 """Those that no engine has taken: some strategies drop an optimizer without a word."""
@@ -229,14 +230,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """One step over all gradients at hand. Returns the closure's loss, if one is given.
 
         A NaN or infinity in a gradient reaches the elements (under Adam-mini: the blocks) that it belongs to, as in
-        torch.optim; nothing waits for the device to find out.
+        torch.optim; nothing waits for the device to find out. Autocast is off inside.
+
+        Raises:
+            RuntimeError: it would be captured in a CUDA graph.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if is_deferred():
-            return loss
+        if not is_deferred():
+            refuse_capture()
+            with without_autocast():
+                self._step_now()
+        return loss
+
+    def _step_now(self) -> None:
         self._freezing.check()
         active = [
             (group, tensor)
@@ -250,7 +259,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._is_phantom(active):
             for _, tensor in active:
                 self.state_of(tensor)
-            return loss
+            return
         together: dict[Together, list[Tensor]] = {}
         groups: dict[int, dict[str, Any]] = {}
         for group, tensor in active:
@@ -264,7 +273,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.state[tensor]["step"] += 1
         for launch in launches:
             launch()
-        return loss
 
     def _is_phantom(self, active: Sequence[tuple[dict[str, Any], Tensor]]) -> bool:
         """Whether this is torch's state initialization (`torch.distributed.checkpoint.state_dict._init_optim_state`).

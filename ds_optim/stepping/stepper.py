@@ -140,7 +140,7 @@ class Stepper(Protocol):
 
 def fresh_state(stepper: Stepper, tensor: Tensor) -> dict[str, Any]:
     """The state of a local tensor before its first step. State per element of a DTensor is a DTensor."""
-    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32)}
+    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
     for name, (shape, dtype) in stepper.spec(tensor).items():
         if isinstance(tensor, DTensor) and name in stepper.element_state and shape == tuple(tensor.shape):
             state[name] = torch.zeros_like(tensor.detach(), dtype=dtype)
