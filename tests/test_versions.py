@@ -79,6 +79,7 @@ def test_what_is_called_tested_is_what_passed() -> None:
     for one in ALL:
         found = {row["releases"][one.package] for row in passed}
         assert set(one.tested) == found, one.package
+        assert one.standing(one.first) == "tested", one.package
         assert list(one.tested) == sorted(one.tested, key=lambda text: [int(part) for part in text.split(".")])
 
 

@@ -7,6 +7,7 @@ is copied while tensors stay where they are.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterable
@@ -58,42 +59,51 @@ def elementwise(formula: Formula, operands: Operands) -> None:
         return
     from ds_optim.kernels.triton import access, elements
 
-    scalars = _scalars(formula, operands)
-    for dtypes, group in launches.together(operands, (operands.tables.spans,), launches.spans).items():
-        rows = group.rows["update_rows"]
-        elements.update_rows[(len(rows),)](
-            elements.ARITHMETIC[formula.name],
-            *_tensors(dtypes, group),
-            rows,
-            *_rounding(dtypes, operands),
-            *scalars,
-            access.BLOCK,
-            **_OPTIONS,
-        )
+    with _current(operands.params[0].device):
+        scalars = _scalars(formula, operands)
+        for dtypes, group in launches.together(operands, (operands.tables.spans,), launches.spans).items():
+            rows = group.rows["update_rows"]
+            elements.update_rows[(len(rows),)](
+                elements.ARITHMETIC[formula.name],
+                *_tensors(dtypes, group),
+                rows,
+                *_rounding(dtypes, operands),
+                *scalars,
+                access.BLOCK,
+                **_OPTIONS,
+            )
     torch.autograd.graph.increment_version(operands.params)
 
 
 @torch.no_grad()
 def partial_sums(operands: Operands) -> None:
     """`ds_optim.kernels.partial_sums`."""
-    for dtypes, group in _blocks(operands):
-        if "cut" in group.rows:
-            _sum("cut", dtypes, group, operands.cut_sums)
+    if not operands.params:
+        return
+    with _current(operands.params[0].device):
+        for dtypes, group in _blocks(operands):
+            if "cut" in group.rows:
+                _sum("cut", dtypes, group, operands.cut_sums)
 
 
 @torch.no_grad()
 def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     """`ds_optim.kernels.blockwise`."""
-    for dtypes, group in _blocks(operands):
-        how = (*_rounding(dtypes, operands), *_scalars(formula, operands))
-        if select != "cut":
-            _update_whole(dtypes, group, how)
-            if "columns" in group.rows:
-                sums = torch.zeros(len(group.rows["columns"]), dtype=torch.float64, device=operands.params[0].device)
-                _sum("columns", dtypes, group, sums)
-                _update("columns", dtypes, group, sums, how)
-        if select != "uncut" and "cut" in group.rows:
-            _update("cut", dtypes, group, operands.cut_sums, how)
+    if not operands.params:
+        return
+    with _current(operands.params[0].device):
+        for dtypes, group in _blocks(operands):
+            how = (*_rounding(dtypes, operands), *_scalars(formula, operands))
+            if select != "cut":
+                _update_whole(dtypes, group, how)
+                if "columns" in group.rows:
+                    sums = torch.zeros(
+                        len(group.rows["columns"]), dtype=torch.float64, device=operands.params[0].device
+                    )
+                    _sum("columns", dtypes, group, sums)
+                    _update("columns", dtypes, group, sums, how)
+            if select != "uncut" and "cut" in group.rows:
+                _update("cut", dtypes, group, operands.cut_sums, how)
     torch.autograd.graph.increment_version(operands.params)
 
 
@@ -105,17 +115,24 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
     factor = decay.to(target.device, torch.float32) if isinstance(decay, Tensor) else float(decay)
     *outer, (rows, stride), (columns, _) = native.merged(target)
     done = 0
-    for corner in itertools.product(*(range(size) for size, _ in outer)):
-        skipped = sum(index * step for index, (_, step) in zip(corner, outer, strict=True))
-        elements.descend_rows[(rows, -(-columns // access.BLOCK))](
-            target.as_strided((rows, columns), (stride, 1), target.storage_offset() + skipped),
-            update.view(-1)[done : done + rows * columns],
-            *(rows, columns, stride, factor, isinstance(factor, Tensor)),
-            *(identity, first + skipped, key, access.BLOCK),
-            **_OPTIONS,
-        )
-        done += rows * columns
+    with _current(target.device):
+        for corner in itertools.product(*(range(size) for size, _ in outer)):
+            skipped = sum(index * step for index, (_, step) in zip(corner, outer, strict=True))
+            elements.descend_rows[(rows, -(-columns // access.BLOCK))](
+                target.as_strided((rows, columns), (stride, 1), target.storage_offset() + skipped),
+                update.view(-1)[done : done + rows * columns],
+                *(rows, columns, stride, factor, isinstance(factor, Tensor)),
+                *(identity, first + skipped, key, access.BLOCK),
+                **_OPTIONS,
+            )
+            done += rows * columns
     torch.autograd.graph.increment_version(target)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    on_cpu = device.type == "cpu"
+    return contextlib.nullcontext() if on_cpu else torch.get_device_module(device).device(device)
 
 
 How = tuple[int, bool, tuple[Any, ...], tuple[bool, ...]]
@@ -123,8 +140,6 @@ How = tuple[int, bool, tuple[Any, ...], tuple[bool, ...]]
 
 
 def _blocks(operands: Operands) -> Iterable[tuple[Dtypes, LaunchGroup]]:
-    if not operands.params:
-        return ()
     tables = operands.tables
     return launches.together(operands, (tables.row_runs, tables.column_runs), launches.blocks).items()
 
@@ -189,10 +204,12 @@ def _scalars(formula: Formula, operands: Operands) -> tuple[tuple[Any, ...], tup
     """The formula's scalars, in the order of its program, and which of them lie on the device."""
     device = operands.params[0].device
     values = [operands.scalars[name] for name in native.KERNELS[formula.name].scalars]
+    pointed = tuple(isinstance(one, Tensor) and one.device == device for one in values)  # the host reads its own
     scalars = tuple(
-        one.to(device, torch.float32, non_blocking=True) if isinstance(one, Tensor) else float(one) for one in values
+        one.to(torch.float32) if lies_there and isinstance(one, Tensor) else float(one)
+        for one, lies_there in zip(values, pointed, strict=True)
     )
-    return scalars, tuple(isinstance(one, Tensor) for one in values)
+    return scalars, pointed
 
 
 @cache
