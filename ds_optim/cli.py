@@ -3,6 +3,7 @@
 ``doctor``: what is installed, what resolves to what, what is refused. ``estimate``: what a training will hold and what
 every rank will do. ``claims``: the published savings, judged. ``report``: a page about recorded runs.
 ``checkpoint``: convert, inspect, verify. ``batch-size``: measured by branching; advice from a noise scale.
+``selftest``: what this machine does with our updates, and how fast.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ds_optim.json_file import read_object
 from ds_optim.memory.claims_command import claims
 from ds_optim.memory.estimate_command import estimate
 from ds_optim.memory.report_command import report
+from ds_optim.selftest.command import selftest
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -183,6 +185,7 @@ def _print_refusals(console: Console, config: Path | None) -> list[str]:
 app.command()(estimate)
 app.command()(claims)
 app.command()(report)
+app.command()(selftest)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(batch_size_app, name="batch-size")
 

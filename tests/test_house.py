@@ -54,6 +54,7 @@ FLOORS: list[dict[str, str]] = [
         "memory": "record -> accountant (measured) or estimate (predicted) -> claims -> report",
         "batch_size": "gradient noise scale, critical batch size",
     },
+    {"selftest": "what a machine does with our updates, and how fast"},
     {"cli": "ds-optim estimate, claims, report, checkpoint, batch-size, doctor, selftest"},
 ]
 ALONE = {"kernels", "linalg"}  # import nothing of ours but themselves and what is known of torch
