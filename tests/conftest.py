@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import tempfile
+import time
 import zlib
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +32,7 @@ from hypothesis import HealthCheck, settings
 from ds_optim import extension_builds
 from pool import Pools
 
+BEGUN = time.time()
 BUILDS = extension_builds.use_own_folder()  # of every process that a test starts
 
 # Examples that start engines are slow by nature; how long one takes says nothing about its correctness.
@@ -76,6 +81,19 @@ def pool() -> Iterator[Pools]:
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed of this test's own, which depends on --seed and the test's name but not on which other tests run."""
     return zlib.crc32(f"{request.config.getoption('--seed')} {request.node.nodeid}".encode())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Give back the memory that DeepSpeed's engines left: 69 MB for every launch, until the machine starts anew."""
+    if hasattr(session.config, "workerinput"):
+        return
+    mapped = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mapped |= set(re.findall(r"/dev/shm/(deepspeed_allreduce_buffer_\S+)", (process / "maps").read_text()))
+    for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*"):
+        if left.name not in mapped and left.stat().st_mtime >= BEGUN:
+            left.unlink(missing_ok=True)
 
 
 def _in_ci() -> bool:
