@@ -192,7 +192,7 @@ def test_an_update_does_not_depend_on_how_tensors_are_cut_nor_on_threads(
     assert same_bits(whole.flat(), pieces.flat())
 
 
-@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 @pytest.mark.parametrize("rule", FORMULAS)
 def test_padding_is_neither_read_nor_written(rule: str, backend: kernels.Backend, seed: int) -> None:
     tensors = Tensors.random(rule, [1000, 1000], seed)
@@ -238,10 +238,11 @@ def test_hundreds_of_tiny_tensors_are_all_updated(seed: int) -> None:
     assert_agree(by_cpp.flat(), by_torch.flat())
 
 
-def test_lions_sign_is_zero_at_zero_and_hides_no_nan() -> None:
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_lions_sign_is_zero_at_zero_and_hides_no_nan(backend: kernels.Backend) -> None:
     gradient = torch.tensor([0.0, -0.0, 2.0, -3.0, float("inf"), float("nan")])
     tensors = Tensors([torch.ones(6)], [gradient], [[torch.zeros(6)]])
-    tensors.step("native", "lion", [(0, 0, 6)], decay=1.0, lr=0.25)
+    tensors.step(backend, "lion", [(0, 0, 6)], decay=1.0, lr=0.25)
     expected = torch.tensor([1.0, 1.0, 0.75, 1.25, 0.75, float("nan")])
     torch.testing.assert_close(tensors.params[0], expected, equal_nan=True, rtol=0, atol=0)
 
@@ -401,7 +402,9 @@ class Blocks:
 
 
 row_parts = st.lists(
-    st.tuples(st.integers(1, 9), st.sampled_from((1, 2, 7, 15, 16, 31, 64, 255, 256, 300, 1025))),
+    st.tuples(
+        st.integers(1, 9), st.sampled_from((1, 2, 7, 15, 16, 17, 31, 64, 128, 255, 256, 300, 512, 513, 768, 1025, 2048))
+    ),
     min_size=1,
     max_size=4,
 )
@@ -409,7 +412,7 @@ row_parts = st.lists(
 
 @given(parts=row_parts, data=st.data())
 @settings(max_examples=40)
-@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 def test_blocks_cut_over_ranks_are_updated_as_if_whole(
     backend: kernels.Backend, parts: list[tuple[int, int]], data: st.DataObject
 ) -> None:
@@ -423,11 +426,11 @@ def test_blocks_cut_over_ranks_are_updated_as_if_whole(
 
 @given(
     parts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from((1, 3, 8, 40))), min_size=1, max_size=3),
-    rows=st.sampled_from((1, 2, 5, 33, 70)),
+    rows=st.sampled_from((1, 2, 5, 33, 70, 600)),
     data=st.data(),
 )
 @settings(max_examples=40)
-@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 def test_column_blocks_cut_over_ranks_are_updated_as_if_whole(
     backend: kernels.Backend, parts: list[tuple[int, int]], rows: int, data: st.DataObject
 ) -> None:

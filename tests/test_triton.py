@@ -69,30 +69,6 @@ def test_an_update_depends_neither_on_cuts_nor_on_alignment(rule: str, cuts: lis
     assert same_bits(whole.flat(), pieces.flat())
 
 
-@pytest.mark.parametrize("rule", FORMULAS)
-def test_what_no_span_covers_is_neither_read_nor_written(rule: str, seed: int) -> None:
-    tensors = Tensors.random(rule, [1000], seed)
-    inside = torch.zeros(1000, dtype=torch.bool)
-    spans = [(0, 3, 400), (0, 990, 10)]
-    for _, start, length in spans:
-        inside[start : start + length] = True
-    for tensor in (tensors.params[0], tensors.grads[0], *(state[0] for state in tensors.states)):
-        assert tensor is not None
-        tensor[~inside] = float("nan")
-    tensors.step("triton", rule, spans)
-    for tensor in tensors.flat():
-        assert tensor[inside].isfinite().all()
-        assert tensor[~inside].isnan().all()
-
-
-def test_lions_sign_is_zero_at_zero_and_hides_no_nan() -> None:
-    gradient = torch.tensor([0.0, -0.0, 2.0, -3.0, float("inf"), float("nan")])
-    tensors = Tensors([torch.ones(6)], [gradient], [[torch.zeros(6)]])
-    tensors.step("triton", "lion", [(0, 0, 6)], decay=1.0, lr=0.25)
-    expected = torch.tensor([1.0, 1.0, 0.75, 1.25, 0.75, float("nan")])
-    torch.testing.assert_close(tensors.params[0], expected, equal_nan=True, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 def test_what_is_written_is_rounded_as_torch_does(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -134,24 +110,6 @@ def test_scalars_may_lie_on_the_device(seed: int) -> None:
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
 
-@given(
-    parts=st.lists(
-        st.tuples(st.integers(1, 9), st.sampled_from((1, 2, 16, 17, 128, 300, 512, 513, 768, 1025, 2048))),
-        min_size=1,
-        max_size=4,
-    ),
-    data=st.data(),
-)
-@settings(max_examples=25)
-def test_blocks_cut_over_ranks_are_updated_as_if_whole(parts: list[tuple[int, int]], data: st.DataObject) -> None:
-    blocks = Blocks(parts, None, 1, data.draw(st.integers(0, 99)))
-    cuts = data.draw(st.lists(st.integers(0, blocks.labels.numel()), max_size=4))
-    padding = data.draw(st.sampled_from((0, 1, 16)))
-    made = blocks.shards(cuts, padding)
-    made.step("triton", split=data.draw(st.booleans()))
-    blocks.check(made, cuts, padding)
-
-
 @pytest.mark.parametrize("dtypes", [(a, b, c) for a in FLOATS for b in FLOATS for c in FLOATS[:2]], ids=str)
 def test_blocks_of_every_dtype(dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], seed: int) -> None:
     blocks = Blocks([(40, 1), (3, 12), (2, 2504), (5, 700)], None, 1, seed, dtypes)
@@ -178,25 +136,6 @@ def test_blocks_without_gradient_decay(seed: int) -> None:
     zeros.step("triton", split=False)
     skipped.step("triton", split=False)
     assert same_bits([*zeros.params, *zeros.squares], [*skipped.params, *skipped.squares])
-
-
-@given(
-    parts=st.lists(st.tuples(st.integers(1, 5), st.sampled_from((1, 3, 8, 40))), min_size=1, max_size=3),
-    rows=st.sampled_from((1, 2, 5, 33, 600)),
-    data=st.data(),
-)
-@settings(max_examples=15)
-def test_column_blocks_cut_over_ranks_are_updated_as_if_whole(
-    parts: list[tuple[int, int]], rows: int, data: st.DataObject
-) -> None:
-    row_length = sum(count * width for count, width in parts)
-    blocks = Blocks(parts, row_length, rows, data.draw(st.integers(0, 99)))
-    cuts = data.draw(st.lists(st.integers(row_length, max(row_length, (rows - 1) * row_length)), max_size=3))
-    cuts = [cut for cut in cuts if cut < rows * row_length]
-    padding = data.draw(st.sampled_from((0, 3)))
-    made = blocks.shards(cuts, padding)
-    made.step("triton", split=data.draw(st.booleans()))
-    blocks.check(made, cuts, padding)
 
 
 def test_blocks_parameters_are_rounded_by_the_same_noise_as_elsewhere(seed: int) -> None:

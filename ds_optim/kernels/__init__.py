@@ -26,7 +26,7 @@ accelerator.
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Literal, Protocol, cast, get_args
 
@@ -62,6 +62,8 @@ Backend = Literal["native", "triton", "eager"]
 class _Driver(Protocol):
     """What a backend's module has."""
 
+    def has(self, formula: Formula) -> bool: ...
+
     def elementwise(self, formula: Formula, operands: Operands) -> None: ...
 
     def partial_sums(self, operands: Operands) -> None: ...
@@ -73,17 +75,9 @@ class _Driver(Protocol):
     ) -> None: ...
 
 
-_DRIVERS: Mapping[Backend, _Driver] = {
-    "native": native,
-    "triton": triton,
-    "eager": eager,
-}
-
-
-_KERNELS: Mapping[Backend, tuple[str, Callable[[Formula], bool]]] = {
-    "native": ("C++", native.has),
-    "triton": ("Triton", triton.has),
-}
+_DRIVERS: Mapping[Backend, _Driver] = {"native": native, "triton": triton, "eager": eager}
+_LANGUAGES: Mapping[Backend, str] = {"native": "C++", "triton": "Triton"}
+"""Of those that have kernels."""
 
 
 def backend_for(formula: Formula | None, device: torch.device) -> Backend:
@@ -114,10 +108,9 @@ def backend_for(formula: Formula | None, device: torch.device) -> Backend:
         chosen = cast(Backend, forced)
     else:
         chosen = device_backend(device.type)
-    if formula is not None and chosen in _KERNELS and not _KERNELS[chosen][1](formula):
-        _warn_without_kernel(
-            *(_KERNELS[chosen][0], formula.name, formula.kind, formula.states, formula.block_states, device.type)
-        )
+    if formula is not None and not _DRIVERS[chosen].has(formula):
+        of = _LANGUAGES[chosen]
+        _warn_without_kernel(of, formula.name, formula.kind, formula.states, formula.block_states, device.type)
         return "eager"
     return chosen
 

@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-__all__ = ["refuse_capture", "without_autocast"]
-
 
 @contextmanager
 def without_autocast() -> Iterator[None]:

@@ -92,8 +92,9 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     if not operands.params:
         return
     with _current(operands.params[0].device):
+        scalars = _scalars(formula, operands)
         for dtypes, group in _blocks(operands):
-            how = (*_rounding(dtypes, operands), *_scalars(formula, operands))
+            how = (*_rounding(dtypes, operands), *scalars)
             if select != "cut":
                 _update_whole(dtypes, group, how)
                 if "columns" in group.rows:

@@ -14,11 +14,16 @@ BLOCK = 1024  # elements at a time: eight per thread of four warps, so that two 
 
 
 @triton.jit
-def get(base, offsets, mask, ALIGNED: tl.constexpr):
-    pointers = base + offsets
+def pointers(base, offsets, ALIGNED: tl.constexpr):
+    found = base + offsets
     if ALIGNED:
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, 16), 1024)
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        found = tl.max_contiguous(tl.multiple_of(found, 16), 1024)
+    return found
+
+
+@triton.jit
+def get(base, offsets, mask, ALIGNED: tl.constexpr):
+    return tl.load(pointers(base, offsets, ALIGNED), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -34,11 +39,7 @@ def to_bf16(values):
 def put(base, offsets, mask, value, ALIGNED: tl.constexpr):
     if base.dtype.element_ty == tl.bfloat16 and value.dtype == tl.float32:
         value = to_bf16(value)
-    value = value.to(base.dtype.element_ty)
-    pointers = base + offsets
-    if ALIGNED:
-        pointers = tl.max_contiguous(tl.multiple_of(pointers, 16), 1024)
-    tl.store(pointers, value, mask=mask)
+    tl.store(pointers(base, offsets, ALIGNED), value.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -50,7 +51,7 @@ def prospector(x):
 
 @triton.jit
 def at_random(values, index, mixed):
-    """bf16, rounded by the noise of `ds_optim.kernels.rounding`; no two indices differ in their high words."""
+    """bf16, rounded by the noise of `ds_optim.kernels.rounding`."""
     low = prospector(mixed.to(tl.uint32))
     high = prospector((mixed >> 32).to(tl.uint32) ^ (index >> 32).to(tl.uint32))
     x = index.to(tl.uint32) ^ low

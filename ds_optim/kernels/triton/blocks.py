@@ -33,6 +33,40 @@ def move(bases, present, offsets, mask, factor, index, mixed, scalars, ROUNDED: 
 
 
 @triton.jit
+def move_row(
+    bases,
+    present,
+    length,
+    factor,
+    index,
+    mixed,
+    scalars,
+    ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The elements of one block, or of a part of one."""
+    for at in range(0, length, BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        move(bases, present, offsets, offsets < length, factor, index, mixed, scalars, ROUNDED, ALIGNED)
+
+
+@triton.jit
+def states_of(addresses, tensors, tensor):
+    """Where a tensor's block states begin."""
+    return tl.load(addresses + 4 * tensors + tensor).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def tile_at(row, WIDTH: tl.constexpr):
+    """What the rows of `sum_columns` and `update_columns` begin with; and which columns there are."""
+    first, last = tl.load(row + 4), tl.load(row + 5)
+    columns = tl.load(row + 6) + tl.arange(0, WIDTH)
+    inside = (columns >= first) & (columns < last)
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), first, columns, inside
+
+
+@triton.jit
 def squares(base, present, length, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of squares of a row's gradient, fp64; a part of `BLOCK` elements is added up in fp32."""
     total = tl.zeros((), tl.float64)
@@ -59,9 +93,7 @@ def update_wide_block(
     total = squares(bases[1], present, width, ALIGNED, BLOCK)
     advanced, factor = advance(tl.load(square), (total / width).to(tl.float32), scalars)
     tl.store(square, advanced)
-    for at in range(0, width, BLOCK):
-        offsets = at + tl.arange(0, BLOCK)
-        move(bases, present, offsets, offsets < width, factor, index, mixed, scalars, ROUNDED, ALIGNED)
+    move_row(bases, present, width, factor, index, mixed, scalars, ROUNDED, ALIGNED, BLOCK)
 
 
 @triton.jit(do_not_specialize=["tensors", "key"])
@@ -88,7 +120,7 @@ def update_wide_blocks(
     mixed, index = tl.load(row + 5) ^ key, tl.load(row + 6)
     values = numbers(scalars, POINTED)
     bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
-    square = tl.load(addresses + 4 * tensors + tensor).to(tl.pointer_type(tl.float32)) + tl.load(row + 4)
+    square = states_of(addresses, tensors, tensor) + tl.load(row + 4)
     if is_aligned & (width % 8 == 0):
         wide = width // 8 * 8
         update_wide_block(bases, square, present, wide, index, mixed, values, ROUNDED, True, BLOCK)
@@ -120,7 +152,7 @@ def update_narrow_blocks(
     values = numbers(scalars, POINTED)
     bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
     block, element = tl.arange(0, COUNT), tl.arange(0, WIDTH)
-    square = tl.load(addresses + 4 * tensors + tensor).to(tl.pointer_type(tl.float32)) + tl.load(row + 4) + block
+    square = states_of(addresses, tensors, tensor) + tl.load(row + 4) + block
     offsets = block[:, None] * width + element[None, :]
     mask = (block < count)[:, None] & (element < width)[None, :]
     grad = get(bases[1], offsets, mask & present, False)
@@ -152,16 +184,13 @@ def sum_columns(DTYPES: tl.constexpr, addresses, tensors, rows, partials, HEIGHT
     """Squares of some columns over some rows of a matrix, each column into a number of its own.
 
     Args:
-        rows: int64 (programs, 11): tensor, start, rows, row length, first and last column that there are, first column
-            of the program; where the first column's number is and how far the next one's; ...
+        rows: int64 (programs, 9): tensor, start, rows, row length, first and last column that there are, first column
+            of the program; where the first column's number is and how far the next one's.
     """
-    row = rows + tl.program_id(0).to(tl.int64) * 11
-    tensor, start, height, length = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    first, last = tl.load(row + 4), tl.load(row + 5)
-    columns = tl.load(row + 6) + tl.arange(0, WIDTH)
+    row = rows + tl.program_id(0).to(tl.int64) * 9
+    tensor, start, height, length, first, columns, inside = tile_at(row, WIDTH)
     bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
     total = tl.zeros((WIDTH,), tl.float64)
-    inside = (columns >= first) & (columns < last)
     for top in range(0, height, HEIGHT):
         down = top + tl.arange(0, HEIGHT)
         mask = (down < height)[:, None] & inside[None, :] & present
@@ -193,7 +222,7 @@ def advance_known(addresses, tensors, blocks, sums, factors, scalars, POINTED: t
     """
     program = tl.program_id(0).to(tl.int64)
     row = blocks + program * 6
-    square = tl.load(addresses + 4 * tensors + tl.load(row)).to(tl.pointer_type(tl.float32)) + tl.load(row + 1)
+    square = states_of(addresses, tensors, tl.load(row)) + tl.load(row + 1)
     mean_square = (tl.load(sums + tl.load(row + 2)) / tl.load(row + 3)).to(tl.float32)
     advanced, factor = advance(tl.load(square), mean_square, numbers(scalars, POINTED))
     tl.store(square, advanced)
@@ -224,14 +253,9 @@ def update_cut_rows(
     values = numbers(scalars, POINTED)
     bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
     if is_aligned & (length % 8 == 0):
-        whole = length // 8 * 8
-        for at in range(0, whole, BLOCK):
-            offsets = at + tl.arange(0, BLOCK)
-            move(bases, present, offsets, offsets < whole, factor, index, mixed, values, ROUNDED, True)
+        move_row(bases, present, length // 8 * 8, factor, index, mixed, values, ROUNDED, True, BLOCK)
     else:
-        for ragged in range(0, length, BLOCK):
-            singly = ragged + tl.arange(0, BLOCK)
-            move(bases, present, singly, singly < length, factor, index, mixed, values, ROUNDED, False)
+        move_row(bases, present, length, factor, index, mixed, values, ROUNDED, False, BLOCK)
 
 
 @triton.jit(do_not_specialize=["tensors", "key"])
@@ -255,13 +279,10 @@ def update_columns(
             of a block, identity, index of the element at ``start``.
     """
     row = rows + tl.program_id(0).to(tl.int64) * 11
-    tensor, start, height, length = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    first, last = tl.load(row + 4), tl.load(row + 5)
-    columns = tl.load(row + 6) + tl.arange(0, WIDTH)
+    tensor, start, height, length, first, columns, inside = tile_at(row, WIDTH)
     mixed, index = tl.load(row + 9) ^ key, tl.load(row + 10)
     values = numbers(scalars, POINTED)
     bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
-    inside = (columns >= first) & (columns < last)
     factor = tl.load(factors + tl.load(row + 7) + columns // tl.load(row + 8), mask=inside, other=0.0)
     for top in range(0, height, HEIGHT):
         down = top + tl.arange(0, HEIGHT)

@@ -51,11 +51,10 @@ ARITHMETIC = {"adamw": adamw, "lion": lion, "adan": adan}
 
 
 @triton.jit
-def update_block(
+def update_row(
     update: tl.constexpr,
     bases,
     present,
-    at,
     length,
     index,
     mixed,
@@ -64,16 +63,17 @@ def update_block(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Elements ``at ... at + BLOCK`` of a row; a gradient that is not ``present`` is zero."""
-    offsets = at + tl.arange(0, BLOCK)
-    mask = offsets < length
-    streams = (get(bases[0], offsets, mask, ALIGNED), get(bases[1], offsets, mask & present, ALIGNED))
-    for stream in tl.static_range(2, len(bases)):
-        streams = streams + (get(bases[stream], offsets, mask, ALIGNED),)
-    results = update(streams, scalars)
-    put_param(bases[0], offsets, mask, results[0], index, mixed, ROUNDED, ALIGNED)
-    for state in tl.static_range(1, len(results)):
-        put(bases[state + 1], offsets, mask, results[state], ALIGNED)
+    """The elements of a row; a gradient that is not ``present`` is zero."""
+    for at in range(0, length, BLOCK):
+        offsets = at + tl.arange(0, BLOCK)
+        mask = offsets < length
+        streams = (get(bases[0], offsets, mask, ALIGNED), get(bases[1], offsets, mask & present, ALIGNED))
+        for stream in tl.static_range(2, len(bases)):
+            streams = streams + (get(bases[stream], offsets, mask, ALIGNED),)
+        results = update(streams, scalars)
+        put_param(bases[0], offsets, mask, results[0], index, mixed, ROUNDED, ALIGNED)
+        for state in tl.static_range(1, len(results)):
+            put(bases[state + 1], offsets, mask, results[state], ALIGNED)
 
 
 @triton.jit(do_not_specialize=["tensors", "key"])
@@ -110,11 +110,9 @@ def update_rows(
     bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
     if is_aligned & (length % 8 == 0):
         whole = length // 8 * 8  # the same: so the compiler knows that masks begin and end at multiples of eight
-        for at in range(0, whole, BLOCK):
-            update_block(update, bases, present, at, whole, index, mixed, values, ROUNDED, True, BLOCK)
+        update_row(update, bases, present, whole, index, mixed, values, ROUNDED, True, BLOCK)
     else:
-        for ragged in range(0, length, BLOCK):
-            update_block(update, bases, present, ragged, length, index, mixed, values, ROUNDED, False, BLOCK)
+        update_row(update, bases, present, length, index, mixed, values, ROUNDED, False, BLOCK)
 
 
 @triton.jit(do_not_specialize=["key", "identity", "first"])

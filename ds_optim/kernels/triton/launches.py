@@ -30,7 +30,6 @@ NARROW = {1: 1024, 16: 64, 128: 8, 512: 2}
 """{elements of a block, at most: how many blocks a program takes}. Wider ones have a program each."""
 TALL, HIGH, BROAD = 256, 8, 128  # rows of a program for columns, of them at a time, and columns
 _STEP = 8  # elements: 16 bytes of the shortest format
-_WORD = 1 << 32  # indices of a row have the same high word
 _REMEMBERED = 16  # dtypes and places that one layout has been seen with
 
 
@@ -135,10 +134,9 @@ def spans(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
     for tensor, start, length in eager.placed_spans(operands):
         if tensor in members:
             identity, first = _place(operands, tensor, start)
-            carries = range(start - first + _WORD * (1 + first // _WORD), start + length, _WORD)
             rows += [
                 (tensor, begin, end - begin, identity, first + begin - start)
-                for begin, end in _stretches(start, start + length, ROW, carries)
+                for begin, end in _stretches(start, start + length, ROW)
             ]
     return {"update_rows": _table(rows, 5)}
 
@@ -181,10 +179,10 @@ def blocks(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
         **tables,
         "cut parts": _table(parts, 6),
         "cut": _table([*cut, *cut_columns[0]], 6),
-        "cut sums": _table(cut_columns[1], 11),
+        "cut sums": _table(cut_columns[1], 9),
         "cut updates": _table(cut_columns[2], 11),
         "columns": _table(whole_columns[0], 6),
-        "columns sums": _table(whole_columns[1], 11),
+        "columns sums": _table(whole_columns[1], 9),
         "columns updates": _table(whole_columns[2], 11),
     }
 
@@ -211,7 +209,7 @@ def _columns(
             identity, index = _place(operands, run.tensor, band[0])
             for tile in range(band[3] // BROAD * BROAD, band[4], BROAD):
                 here = (run.tensor, *band, tile)
-                sums.append((*here, partial + tile * len(bands) + number, len(bands), 0, 0))
+                sums.append((*here, partial + tile * len(bands) + number, len(bands)))
                 updates.append((*here, block, run.width, identity, index))
         for number in range(run.blocks):
             place = block + number if run.cut < 0 else run.cut + number
@@ -229,11 +227,11 @@ def _place(operands: Operands, tensor: int, start: int) -> tuple[int, int]:
     return (words[0], words[1]) if words else (0, 0)
 
 
-def _stretches(start: int, stop: int, longest: int, cuts: Sequence[int] = ()) -> Iterator[tuple[int, int]]:
+def _stretches(start: int, stop: int, longest: int) -> Iterator[tuple[int, int]]:
     """Cut so that as many elements as can be lie in stretches of whole steps from a whole step on."""
     head = min(stop, start + -start % _STEP)
     tail = stop - (stop - head) % _STEP
-    return itertools.pairwise(sorted({start, head, *range(head, stop, longest), tail, stop, *cuts}))
+    return itertools.pairwise(sorted({start, head, *range(head, stop, longest), tail, stop}))
 
 
 def _table(rows: Sequence[Sequence[int]], columns: int) -> Rows:
