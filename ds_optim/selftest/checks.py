@@ -50,14 +50,14 @@ def devices() -> list[torch.device]:
     return found
 
 
-def toy(device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+def toy(device: torch.device) -> nn.Module:
     """One of every kind of parameter, the same values on every device."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"):
         model = nn.Sequential(nn.Embedding(97, 64), nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64))
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, device="cpu") * 0.1
-    return model.to(device=device, dtype=dtype)
+    return model.to(device)
 
 
 def stepped(model: nn.Module, optimizer: Any, steps: int) -> None:
@@ -66,7 +66,7 @@ def stepped(model: nn.Module, optimizer: Any, steps: int) -> None:
         generator = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
             gradient = torch.randn(parameter.shape, generator=generator, device="cpu")
-            parameter.grad = gradient.to(parameter.device, parameter.dtype)
+            parameter.grad = gradient.to(parameter.device)
         optimizer.step()
 
 

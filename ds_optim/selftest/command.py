@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -31,13 +30,14 @@ def selftest(
     import torch
     import torch.distributed as dist
 
-    from ds_optim.selftest.checks import devices, run
+    from ds_optim.memory.provenance import machine
+    from ds_optim.selftest.checks import run
 
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     console = Console(quiet=ranks > 1 and dist.get_rank() > 0)
-    where = f"torch {torch.__version__} on {', '.join(map(_named, devices()))}"
+    where = f"torch {torch.__version__} on {machine()}"
     table = Table("check", "", "found", title=f"ds-optim selftest: {where}")
     findings: list[CheckResult] = []
     for finding in run():
@@ -52,10 +52,3 @@ def selftest(
         dist.destroy_process_group()
     if any(finding.verdict == "FAIL" for finding in findings):
         raise typer.Exit(1)
-
-
-def _named(device: object) -> str:
-    import torch
-
-    found = torch.device(str(device))
-    return platform.processor() or platform.machine() if found.type == "cpu" else torch.cuda.get_device_name(found)
