@@ -105,6 +105,10 @@ LEFT_OUT = (
     "tests/test_registration.py::test_import_torch_gets_no_slower",
     "tests/test_versions.py::test_what_is_called_tested_is_what_passed",
 )
+TORCH_OF_TRITON_3_7 = (
+    2,
+    12,
+)  # Triton's interpreter, in which kernels are tested, cannot read numpy 2.4's scalars before
 LIMIT = 5400  # seconds that the areas of a combination may take
 
 
@@ -181,6 +185,8 @@ def fill(made: Path, one: Mapping[str, str], cache: Path) -> None:
     settings = {**os.environ, "UV_CACHE_DIR": str(cache), "DS_BUILD_OPS": "0", "PIP_CONFIG_FILE": os.devnull}
     subprocess.run([uv(), "venv", "-q", "--seed", "--python", interpreter(one["python"]), str(made)], check=True)
     wanted = [f"{package}=={one[package]}" for package in PACKAGES]
+    if tuple(map(int, one["torch"].split(".")[:2])) < TORCH_OF_TRITON_3_7:
+        wanted.append("numpy<2.4")
     install = [uv(), "pip", "install", "-q", "--compile-bytecode", "--python", python]  # else each process compiles
     subprocess.run([*install, *wanted], check=True, env=settings)
     subprocess.run([python, "-m", "pip", "install", "-q", "-e", f"{ROOT}[test]"], check=True, env=settings)

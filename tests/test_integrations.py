@@ -50,6 +50,8 @@ def fresh_accelerate(environment: Mapping[str, str] | None = None) -> Iterator[N
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     before, argv = dict(os.environ), list(sys.argv)
+    for name in [name for name in before if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]  # what a Trainer of another test left in this worker
     os.environ.update(environment or {})
     try:
         with counting_ranks():

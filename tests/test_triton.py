@@ -284,7 +284,8 @@ def test_whole_rows_move_128_bits_at_a_time_and_each_stream_once(made: dict[str,
     assert {one["target"] for one in made["programs"]} == {"sm_80", "sm_90"}
     assert {one["rule"] for one in made["programs"]} == by_triton.PROGRAMS
     for one in made["programs"]:
-        read, written = (sum(streams) * access.BLOCK // 128 // 16 for streams in streams_of(one))
+        each = 16 // min(one["dtypes"]) if one["program"] == "update_rows" else access.BLOCK // access.THREADS
+        read, written = (sum(streams) * each // 16 for streams in streams_of(one))
         assert (one["loads"], one["stores"]) == (read, written), one
 
 

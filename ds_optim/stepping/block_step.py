@@ -155,9 +155,8 @@ class BlockStep:
             for target, part in zip(targets, updates, strict=True):
                 target.copy_(target.float().mul_(self.decay).sub_(part))
             return
-        decay = self.decay
-        if isinstance(decay, Tensor) or decay != 1:
-            torch._foreach_mul_(targets, decay.to(flat.device) if isinstance(decay, Tensor) else decay)
+        if isinstance(self.decay, Tensor) or self.decay != 1:
+            torch._foreach_mul_(targets, self.decay)
         torch._foreach_sub_(targets, updates)
 
 

@@ -189,9 +189,10 @@ class OwnedBlocks:
             return
         flat = {index: row_major(local_of(tensor)) for index, tensor in by_index.items()}
         ranks = self.shards.of(tensors[0]).owner_group
+        wire = pipeline.Wire(ranks, key.device, self.options.exchange_dtype, plan.replicated, self.traffic)
         step = BlockStep(
             plan=plan,
-            wire=pipeline.Wire(ranks, key.device, self.options.exchange_dtype, plan.replicated, self.traffic),
+            wire=wire,
             flat=flat,
             grads={i: None if (g := local_grad(t)) is None else row_major(g) for i, t in by_index.items()},
             state={index: states[tensor] for index, tensor in by_index.items()},
@@ -199,8 +200,8 @@ class OwnedBlocks:
             state_of_block=self.plans.state_of_block,
             update=partial(self.rule.update, group),
             step=key.step,
-            step_size=_number(self.rule.step_size(group)),
-            decay=_number(1 - group["lr"] * group["weight_decay"]),
+            step_size=_number(self.rule.step_size(group), wire.carrier),
+            decay=_number(1 - group["lr"] * group["weight_decay"], key.device),
             rounding={
                 index: rounding
                 for index, tensor in by_index.items()
@@ -246,6 +247,8 @@ def _covered_by_others(shards: Shards, plans: Plans, tensor: Tensor) -> Covered:
     return Covered(spans, not matrices if isinstance(tensor, DTensor) else is_all)
 
 
-def _number(value: Any) -> Any:
-    """A learning rate of shape (1,) as one of shape ()."""
-    return value.reshape(()) if isinstance(value, Tensor) else value
+def _number(value: Any, device: torch.device) -> Any:
+    """What follows from a learning rate, where it is used: the host's own as a number, moved once if it is moved."""
+    if not isinstance(value, Tensor):
+        return value
+    return float(value) if value.device.type == "cpu" else value.reshape(()).to(device)

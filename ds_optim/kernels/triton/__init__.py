@@ -69,7 +69,7 @@ def elementwise(formula: Formula, operands: Operands) -> None:
                 rows,
                 *_rounding(dtypes, operands),
                 *scalars,
-                access.BLOCK,
+                access.THREADS * 16 // min(dtype.itemsize for dtype in dtypes),
                 **_OPTIONS,
             )
     torch.autograd.graph.increment_version(operands.params)

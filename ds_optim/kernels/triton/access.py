@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK = 1024  # elements at a time: eight per thread of four warps, so that two bytes each make 128 bits
+THREADS = 128  # of a program: four warps
+BLOCK = 8 * THREADS  # elements at a time, so that two bytes each make 128 bits; of four bytes half as many do
 
 
 @triton.jit
@@ -24,6 +25,12 @@ def pointers(base, offsets, ALIGNED: tl.constexpr):
 @triton.jit
 def get(base, offsets, mask, ALIGNED: tl.constexpr):
     return tl.load(pointers(base, offsets, ALIGNED), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def get_grad(base, offsets, mask, present, ALIGNED: tl.constexpr):
+    """Zero where there is none."""
+    return get(base, offsets, tl.where(present, mask, False), ALIGNED)  # Triton 3.9's interpreter cannot & a scalar
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_optim.kernels.triton.access import bases_of, get, numbers, put, put_param
+from ds_optim.kernels.triton.access import bases_of, get, get_grad, numbers, put, put_param
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def advance(square, mean_square, scalars):
 def move(bases, present, offsets, mask, factor, index, mixed, scalars, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr):
     """Elements whose blocks' factors are known."""
     param = get(bases[0], offsets, mask, ALIGNED)
-    grad = get(bases[1], offsets, mask & present, ALIGNED)
+    grad = get_grad(bases[1], offsets, mask, present, ALIGNED)
     average = get(bases[2], offsets, mask, ALIGNED)
     average = average + (grad - average) * scalars[1]
     put_param(bases[0], offsets, mask, param * scalars[0] - average * factor, index, mixed, ROUNDED, ALIGNED)
@@ -72,7 +72,7 @@ def squares(base, present, length, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((), tl.float64)
     for at in range(0, length, BLOCK):
         offsets = at + tl.arange(0, BLOCK)
-        grad = get(base, offsets, (offsets < length) & present, ALIGNED)
+        grad = get_grad(base, offsets, offsets < length, present, ALIGNED)
         total += tl.sum(grad * grad).to(tl.float64)
     return total
 
@@ -155,7 +155,7 @@ def update_narrow_blocks(
     square = states_of(addresses, tensors, tensor) + tl.load(row + 4) + block
     offsets = block[:, None] * width + element[None, :]
     mask = (block < count)[:, None] & (element < width)[None, :]
-    grad = get(bases[1], offsets, mask & present, False)
+    grad = get_grad(bases[1], offsets, mask, present, False)
     mean_square = (tl.sum(grad * grad, axis=1).to(tl.float64) / width).to(tl.float32)
     advanced, factor = advance(tl.load(square, mask=block < count, other=0.0), mean_square, values)
     tl.store(square, advanced, mask=block < count)
@@ -193,8 +193,8 @@ def sum_columns(DTYPES: tl.constexpr, addresses, tensors, rows, partials, HEIGHT
     total = tl.zeros((WIDTH,), tl.float64)
     for top in range(0, height, HEIGHT):
         down = top + tl.arange(0, HEIGHT)
-        mask = (down < height)[:, None] & inside[None, :] & present
-        grad = get(bases[1], down[:, None] * length + (columns - first)[None, :], mask, False)
+        mask = (down < height)[:, None] & inside[None, :]
+        grad = get_grad(bases[1], down[:, None] * length + (columns - first)[None, :], mask, present, False)
         total += tl.sum(grad * grad, axis=0).to(tl.float64)
     tl.store(partials + tl.load(row + 7) + tl.arange(0, WIDTH) * tl.load(row + 8), total, mask=inside)
 

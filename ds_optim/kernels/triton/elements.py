@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_optim.kernels.triton.access import at_random, bases_of, get, numbers, put, put_param
+from ds_optim.kernels.triton.access import at_random, bases_of, get, get_grad, numbers, put, put_param
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def update_row(
     for at in range(0, length, BLOCK):
         offsets = at + tl.arange(0, BLOCK)
         mask = offsets < length
-        streams = (get(bases[0], offsets, mask, ALIGNED), get(bases[1], offsets, mask & present, ALIGNED))
+        streams = (get(bases[0], offsets, mask, ALIGNED), get_grad(bases[1], offsets, mask, present, ALIGNED))
         for stream in tl.static_range(2, len(bases)):
             streams = streams + (get(bases[stream], offsets, mask, ALIGNED),)
         results = update(streams, scalars)

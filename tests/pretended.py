@@ -1,0 +1,347 @@
+"""A pretended accelerator on a build without one: its tensors say cuda:0, their values lie on the CPU.
+
+What would reach the device is written down while `Device.recording` is on: launches (of torch's operations, and of our
+Triton programs, which really run, in Triton's interpreter), copies between host and device, and what would make the
+host wait. Nothing here knows what a GPU computes or how long it takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+from ds_optim.kernels.triton import blocks, elements
+
+CUDA = torch.device("cuda", 0)
+
+# Operations whose result, or the size of it, the host needs.
+READS = frozenset(
+    [
+        "_local_scalar_dense",
+        "item",
+        "is_nonzero",
+        "nonzero",
+        "nonzero_static",
+        "equal",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+        "bincount",
+        "unique_consecutive",
+        "allclose",
+        "_linalg_eigh",
+        "_linalg_svd",
+        "linalg_qr",
+        "repeat_interleave",
+    ]
+)
+# What starts nothing: views, room, and questions.
+FREE = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "_reshape_alias",
+        "as_strided",
+        "narrow",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "detach",
+        "unsqueeze",
+        "squeeze",
+        "alias",
+        "diagonal",
+        "lift_fresh",
+        "set_",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "is_pinned",
+    ]
+)
+PROGRAMS = {
+    elements: ("update_rows", "descend_rows"),
+    blocks: [
+        "update_wide_blocks",
+        "update_narrow_blocks",
+        "sum_rows",
+        "sum_columns",
+        "add_up",
+        "advance_known",
+        "update_cut_rows",
+        "update_columns",
+    ],
+}
+
+
+class Guardless(TorchFunctionMode):
+    """The bindings of a build without CUDA that ask for its device guard, by operations that do not."""
+
+    INSTEAD: ClassVar[dict[Any, Callable[..., Any]]] = {
+        Tensor.__invert__: torch.bitwise_not,
+        Tensor.__float__: lambda one: torch.ops.aten._local_scalar_dense(one),
+        Tensor.__bool__: lambda one: bool(torch.ops.aten._local_scalar_dense(one)),
+        Tensor.pin_memory: lambda one: torch.ops.aten._pin_memory(one),
+        Tensor.__getitem__: lambda one, places: _part(one, places),
+        Tensor.__setitem__: lambda one, places, value: _set(_part(one, places), value),
+    }
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.to:
+            return _to(*args, **(kwargs or {}))
+        if function is Tensor.copy_:
+            return _copy(*args, **(kwargs or {}))
+        return self.INSTEAD.get(function, function)(*args, **(kwargs or {}))
+
+
+def _to(one: Tensor, *places: Any, non_blocking: bool = False, copy: bool = False, **named: Any) -> Tensor:
+    places = (*places, *named.values())
+    device = next((torch.device(place) for place in places if isinstance(place, torch.device | str)), one.device)
+    dtype = next((place for place in places if isinstance(place, torch.dtype)), one.dtype)
+    device = CUDA if device.type == "cuda" else device
+    if (device, dtype, copy) == (one.device, one.dtype, False):
+        return one
+    moved: Tensor = torch.ops.aten._to_copy(one, dtype=dtype, device=device, non_blocking=non_blocking)
+    return moved
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    copy = torch.ops.aten.copy_.default
+    found: Tensor = copy._op_dk(torch._C.DispatchKey.Python, target, source, non_blocking=non_blocking)
+    return found
+
+
+def _set(part: Tensor, value: Any) -> None:
+    _copy(part, value) if isinstance(value, Tensor) else part.fill_(value)
+
+
+def _part(one: Tensor, places: Any) -> Tensor:
+    axis = 0
+    for place in places if isinstance(places, tuple) else (places,):
+        if place is None:
+            one = one.unsqueeze(axis)
+        elif isinstance(place, slice):
+            one = torch.ops.aten.slice(one, axis, place.start, place.stop, place.step or 1)
+        elif isinstance(place, Tensor):
+            one = torch.ops.aten.index(one, [None] * axis + [place])
+        else:
+            one = one.select(axis, place)
+            axis -= 1
+        axis += 1
+    return one
+
+
+class OnDevice(Tensor):
+    """A tensor of the pretended device.
+
+    Attributes:
+        values: where they really are.
+    """
+
+    values: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> OnDevice:
+        made: OnDevice = Tensor._make_wrapper_subclass(
+            cls,
+            values.size(),
+            strides=values.stride(),
+            storage_offset=values.storage_offset(),
+            dtype=values.dtype,
+            device=CUDA,
+        )
+        made.values = values
+        return made
+
+    def __repr__(self, **_: Any) -> str:
+        return f"OnDevice({self.values})"
+
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{function} outside of the device")
+
+
+class Device(TorchDispatchMode):
+    """The device, while it is entered.
+
+    Attributes:
+        launches: by name, and how often.
+        copies: between host and device, by direction and line; "(pinned)" ones wait for nothing.
+        waits: of the host, by reason and line.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches, self.copies, self.waits = Counter[str](), Counter[str](), Counter[str]()
+        self.is_recording = False
+        self.recordings = 0
+        self._pinned: set[int] = set()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Forget what was written down, and write down what follows."""
+        for book in (self.launches, self.copies, self.waits):
+            book.clear()
+        self.is_recording = True
+        self.recordings += 1
+        try:
+            yield
+        finally:
+            self.is_recording = False
+
+    def note(self, book: Counter[str], what: str, *, with_line: bool = True) -> None:
+        if self.is_recording:
+            book[f"{what} {_line()}" if with_line else what] += 1
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = function._schema.name.partition("::")[2]
+        ours = [one for one in tree_iter((args, kwargs)) if isinstance(one, OnDevice)]
+        asked = kwargs.get("device")
+        if name in ("_pin_memory", "pin_memory"):
+            return self._pin(args[0].clone())
+        if name == "is_pinned":
+            return self._is_pinned(args[0])
+        does_pin = kwargs.pop("pin_memory", None)
+        lands_here = bool(ours) if asked is None else torch.device(asked).type == "cuda"
+        if name in ("_to_copy", "copy_"):
+            target_here = isinstance(args[0], OnDevice) if name == "copy_" else lands_here
+            source = args[1] if name == "copy_" else args[0]
+            lands_here = target_here
+            if target_here != isinstance(source, OnDevice):
+                host = source if target_here else args[0] if name == "copy_" else None
+                self._copy(target_here, host, bool(kwargs.get("non_blocking") or (args[2:] and args[2])))
+        elif name in READS and ours:
+            self.note(self.waits, name)
+        elif name in ("index", "index_put_", "index_put") and any(
+            one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1]
+        ):
+            self.note(self.waits, f"{name} by a mask")
+        elif ours and any(
+            isinstance(one, Tensor) and not isinstance(one, OnDevice) and one.dim() > 0
+            for one in tree_iter((args, kwargs))
+        ):
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+        if lands_here and name not in FREE:
+            self.note(self.launches, name, with_line=False)
+        if asked is not None:
+            kwargs["device"] = torch.device("cpu")
+        found = function(*tree_map(_values, args), **tree_map(_values, kwargs))
+        if function._schema.is_mutable:
+            changed = kwargs.get("out", args[0])
+            return None if not function._schema.returns else changed
+        if does_pin:
+            return self._pin(found)
+        return tree_map(_placed, found) if lands_here else found
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        self._pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def _is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._pinned
+
+    def _copy(self, to_device: bool, host: Tensor | None, non_blocking: bool) -> None:
+        """``host``: the tensor of the host, if it is there already."""
+        free = non_blocking and host is not None and self._is_pinned(host)
+        direction = "to the device" if to_device else "to the host"
+        self.note(self.copies, f"{direction}{' (pinned)' if free else ''}")
+        if not free:
+            self.note(self.waits, f"copy {direction}")
+
+
+class Event:
+    """Of a stream: the host waits for it if it was recorded in the step that asks."""
+
+    device: Device
+
+    def __init__(self, _: Any) -> None:
+        self.recorded = -1
+
+    def record(self, _: Any) -> None:
+        self.recorded = self.device.recordings
+
+    def synchronize(self) -> None:
+        if self.recorded == self.device.recordings:
+            self.device.note(self.device.waits, "an event of this step")
+
+
+def _values(one: Any) -> Any:
+    return one.values if isinstance(one, OnDevice) else one
+
+
+def _placed(one: Any) -> Any:
+    return OnDevice(one) if isinstance(one, Tensor) and not isinstance(one, OnDevice) else one
+
+
+def _line() -> str:
+    """Where in ds_optim this comes from."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        if "/ds_optim/" in file and "/tests/" not in file:
+            return f"ds_optim/{file.rsplit('/ds_optim/', 1)[1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+class _Program:
+    """A Triton program that is written down, and run on the values."""
+
+    def __init__(self, device: Device, name: str, program: Any, does_run: bool) -> None:
+        self.device, self.name, self.program, self.does_run = device, name, program, does_run
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self.device.note(self.device.launches, self.name, with_line=False)
+            if self.does_run:
+                self.program[grid](*tree_map(_values, args), **options)
+
+        return launch
+
+
+@contextlib.contextmanager
+def entered(patch: pytest.MonkeyPatch, *, does_run: bool = True) -> Iterator[Device]:
+    """The pretended device for what is inside.
+
+    Args:
+        patch: takes back what is put in place of torch's own.
+        does_run: whether Triton's programs run; False where only their number matters.
+    """
+    device = Device()
+    patch.setenv("DS_OPTIM_KERNELS", "triton")
+    patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+    patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    patch.setattr(torch, "Event", type("Event", (Event,), {"device": device}))
+    patch.setattr(torch.accelerator, "current_stream", lambda _: None)
+    for module, names in PROGRAMS.items():
+        for name in names:
+            patch.setattr(module, name, _Program(device, name, getattr(module, name), does_run))
+    with Guardless(), device:
+        yield device
+
+
+def moved(tensor: Tensor) -> OnDevice:
+    """A copy on the device."""
+    return OnDevice(tensor.detach().clone())
