@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -49,8 +49,8 @@ def sums_for_averages(device_type: str) -> bool:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of fp32 matrices in fp32, though training may have allowed TF32 or bf16 for them: 1e-3 is too coarse.
+def fp32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Products of fp32 matrices in fp32, though training may have allowed TF32 or bf16 for them, or in TF32 on GPUs.
 
     Each backend has a setting of its own since 2.9, which must not be mixed with the one for all that there was before.
     """
@@ -58,8 +58,8 @@ def full_precision() -> Iterator[None]:
     if all(hasattr(backend, "fp32_precision") for backend in backends):
         before = [backend.fp32_precision for backend in backends]
         try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
+            for backend, wanted in zip(backends, (precision, "ieee"), strict=True):
+                backend.fp32_precision = wanted
             yield
         finally:
             for backend, precision in zip(backends, before, strict=True):
@@ -67,7 +67,7 @@ def full_precision() -> Iterator[None]:
     else:
         allowed = torch.get_float32_matmul_precision()
         try:
-            torch.set_float32_matmul_precision("highest")
+            torch.set_float32_matmul_precision("highest" if precision == "ieee" else "high")
             yield
         finally:
             torch.set_float32_matmul_precision(allowed)

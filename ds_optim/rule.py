@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels import Formula
+from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.roles.role import Role
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.blocks import BlockGrid
@@ -322,6 +323,7 @@ class Stack:
         offsets: of the blocks' refreshes: they fall on steps t with ``(t + offset) % frequency == 0``.
         memory: what the rule remembers of these blocks from one step to the next outside their state; empty at first,
             and again whenever state is loaded or moved.
+        matmul_precision: of products, to be handed to `ds_optim.linalg`.
     """
 
     shape: tuple[int, ...]
@@ -331,6 +333,7 @@ class Stack:
     step: int
     offsets: tuple[int, ...]
     memory: dict[str, Any] = field(default_factory=dict)
+    matmul_precision: MatmulPrecision = "ieee"
 
     def __len__(self) -> int:
         return len(self.offsets)

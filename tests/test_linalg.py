@@ -9,10 +9,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ds_optim.linalg import inverse_roots as module
+from ds_optim.linalg import polar
 from ds_optim.linalg.inverse_roots import Method, inverse_roots, method_for, schedule
 from ds_optim.linalg.polar import newton_schulz
+from ds_optim.linalg.precision import MatmulPrecision, product_for_roots, product_in, rounded
+from ds_optim.linalg.products import apply_along, gram, stacked_matmul
 
 METHODS: tuple[Method, ...] = ("eigh", "newton")
 
@@ -386,3 +390,82 @@ def test_a_matrix_that_is_not_finite_spoils_no_other_polar_factor() -> None:
     spoiled = stack.clone()
     spoiled[1, 2, 3] = math.nan
     assert torch.equal(newton_schulz(spoiled, 10, 0.8)[::2], newton_schulz(stack, 10, 0.8)[::2])
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.8])
+@pytest.mark.parametrize("shape", [(16, 25), (40, 160), (64, 65)])
+def test_wide_matrices_take_the_gram_form_which_is_the_plain_one(
+    shape: tuple[int, int], beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = wide_stack(2, *shape)
+    calls: list[int] = []
+    original = polar._gram_form
+    monkeypatch.setattr(polar, "_gram_form", lambda *given: calls.append(1) or original(*given))
+    for steps in (2, 5, 6, 10, 13):
+        calls.clear()
+        found = newton_schulz(stack, steps, beta)
+        assert len(calls) == (2 if shape[1] > 1.5 * shape[0] else 0)
+        monkeypatch.setattr(polar, "GRAM_FROM", math.inf)
+        assert error(found, newton_schulz(stack, steps, beta)) <= 2e-4
+        monkeypatch.setattr(polar, "GRAM_FROM", 1.5)
+
+
+def test_the_gram_form_has_the_flops_that_are_written_down() -> None:
+    rows, columns = 32, 128
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(wide_stack(1, rows, columns), 10, 0.8)
+    assert counter.get_total_flops() == 2 * (4 * rows**2 * columns + 4 * 6 * rows**3)
+    with FlopCounterMode(display=False) as counter:
+        newton_schulz(wide_stack(1, rows, columns), 10, 0.8, "tf32")
+    assert counter.get_total_flops() == 10 * 4 * rows**2 * columns
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+def test_operands_are_rounded_to_nearest_and_ties_to_even() -> None:
+    unit = 2.0**-10
+    values = torch.tensor([1 + unit / 4, 1 + unit / 2, 1 + 1.5 * unit, -1 - 0.75 * unit, 3e38, math.inf, -math.inf])
+    wanted = torch.tensor([1, 1, 1 + 2 * unit, -1 - unit, 0, math.inf, -math.inf])
+    wanted[4] = rounded(values, "tf32")[4]
+    assert abs(float(wanted[4]) - 3e38) <= 3e38 * unit / 2
+    assert torch.equal(rounded(values, "tf32"), wanted)
+    assert rounded(torch.tensor([math.nan]), "tf32").isnan().all()
+    assert torch.equal(rounded(values, "bf16"), values.bfloat16().float())
+    assert rounded(values, "ieee") is values
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("ieee", 22), ("tf32", 10), ("bf16", 7)])
+def test_a_product_loses_the_bits_of_its_operands_and_no_more(precision: MatmulPrecision, bits: int) -> None:
+    a, b = wide_stack(2, 24, 50), wide_stack(2, 24, 50, seed=1).mT
+    exact = rounded(a, precision).double() @ rounded(b, precision).double()
+    found = product_in(precision)(a, b)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
+    lost = error(found, a.double() @ b.double())
+    assert lost <= 2.0**-bits
+    assert precision == "ieee" or lost >= 2.0 ** -(bits + 4)
+    assert torch.equal(stacked_matmul(a, b, precision), found)
+    assert torch.equal(gram(a, 0, precision), product_in(precision)(a, a.mT))
+    matrices = gram(a, 0)
+    assert torch.equal(apply_along(matrices, a, 0, precision), product_in(precision)(matrices, a))
+
+
+def test_roots_lose_nothing_that_matters(seed: int) -> None:
+    a, b = wide_stack(2, 24, 50, seed), wide_stack(2, 24, 50, seed + 1).mT
+    assert error(product_for_roots("bf16")(a, b), a.double() @ b.double()) <= 2.0**-20
+    factor = conditioned(48, 1e5)[None]
+    wanted, _ = inverse_roots(factor, -1 / 4, eps=1e-6, relative=True, method="eigh")
+    for precision in ("ieee", "tf32", "bf16"):
+        found, failed = inverse_roots(factor, -1 / 4, eps=1e-6, relative=True, method="newton", precision=precision)  # type: ignore[arg-type]
+        assert not failed.any()
+        assert error(found, wanted.double()) <= 1e-3
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("tf32", 1e-3), ("bf16", 3e-2)])
+def test_a_polar_factor_in_fewer_bits_is_near_and_its_own(precision: MatmulPrecision, bound: float) -> None:
+    stack = wide_stack(3, 32, 48)
+    wanted = newton_schulz(stack, 10, 0.5)
+    found = newton_schulz(stack, 10, 0.5, precision)
+    assert bound / 100 <= error(found, wanted) <= bound
+    assert torch.equal(newton_schulz(stack[1:2], 10, 0.5, precision), found[1:2])
+    assert (precision == "bf16") == torch.equal(found, found.bfloat16().float())

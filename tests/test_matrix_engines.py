@@ -346,9 +346,17 @@ def train_odd(optimizer: str, options: dict[str, Any], stage: int) -> dict[str, 
     [
         ("Shampoo", {"max_preconditioner_dim": 5, "precondition_frequency": 3, "exchange_bucket_size": 80}),
         ("Shampoo", {"betas": [0, 1], "graft": None, "precondition_frequency": 1, "ridge": "absolute"}),
-        ("Shampoo", {"exchange_dtype": "bf16", "max_preconditioner_dim": 8, "precondition_frequency": 2}),
+        (
+            "Shampoo",
+            {
+                "exchange_dtype": "bf16",
+                "max_preconditioner_dim": 8,
+                "precondition_frequency": 2,
+                "matmul_precision": "tf32",
+            },
+        ),
         ("SWAN", {"exchange_bucket_size": 80}),
-        ("SWAN", {"exchange_dtype": "bf16", "norm_axis": "out"}),
+        ("SWAN", {"exchange_dtype": "bf16", "norm_axis": "out", "matmul_precision": "bf16"}),
     ],
     ids=["Shampoo", "Shampoo-paper", "Shampoo-bf16", "SWAN", "SWAN-bf16"],
 )

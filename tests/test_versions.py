@@ -254,9 +254,10 @@ def test_products_are_exact_by_the_older_setting_too(monkeypatch: pytest.MonkeyP
     allowed: list[str] = ["medium"]
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: allowed[-1])
     monkeypatch.setattr(torch, "set_float32_matmul_precision", allowed.append)
-    with known_torch.full_precision():
-        assert allowed[-1] == "highest"
-    assert allowed[-1] == "medium"
+    for precision, setting in (("ieee", "highest"), ("tf32", "high")):
+        with known_torch.fp32_products(precision):  # type: ignore[arg-type]
+            assert allowed[-1] == setting
+        assert allowed[-1] == "medium"
 
 
 def scattered(world_size: int = 2) -> float:

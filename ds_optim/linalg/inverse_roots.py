@@ -36,7 +36,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ds_optim.known_torch import full_precision
+from ds_optim.known_torch import fp32_products
+from ds_optim.linalg.precision import MatmulPrecision, Product, product_for_roots
 
 Method = Literal["eigh", "newton"]
 
@@ -66,7 +67,7 @@ def method_for(device: torch.device) -> Method:
 
 
 def inverse_roots(
-    stack: Tensor, exponent: float, *, eps: float, relative: bool, method: Method
+    stack: Tensor, exponent: float, *, eps: float, relative: bool, method: Method, precision: MatmulPrecision = "ieee"
 ) -> tuple[Tensor, Tensor]:
     """`(A + ridge)^exponent` of every matrix of `stack`, and which of them failed.
 
@@ -77,6 +78,7 @@ def inverse_roots(
         relative: whether `eps` counts in largest eigenvalues. If so, the root of a zero matrix is the identity.
         method: "eigh" or "newton", see the module. "newton" takes matrices as semidefinite (no shift) and wants
             an exponent of -1/p for an integer p. "eigh" on an accelerator waits for it, as torch.linalg.eigh does.
+        precision: of Newton's products: fp32, or three products in TF32 where it is not "ieee". "eigh" has none.
 
     Returns:
         roots: (B, n, n) fp32, exactly symmetric.
@@ -94,11 +96,12 @@ def inverse_roots(
             f'the exponent {exponent} is not -1/p for an integer p, which the "newton" method needs: use "eigh" '
             "(environment: DS_OPTIM_ROOTS=eigh) or another exponent"
         )
-    with full_precision():
+    bmm = product_for_roots(precision)
+    with fp32_products("ieee"):
         if stack.device.type != "cpu":
-            return _newton(stack, p, eps, relative)
+            return _newton(stack, p, eps, relative, bmm)
         # Alone, and in memory of their own from the first operation on: see `ds_optim.linalg.alignment`.
-        roots, failed = zip(*(_newton(matrix, p, eps, relative) for matrix in stack.split(1)), strict=True)
+        roots, failed = zip(*(_newton(matrix, p, eps, relative, bmm) for matrix in stack.split(1)), strict=True)
         return torch.cat(roots), torch.cat(failed)
 
 
@@ -169,7 +172,7 @@ def _eigh_root(a: Tensor, exponent: float, eps: float, relative: bool) -> tuple[
     return root, ~root.abs().amax().isfinite() if n else torch.zeros((), dtype=torch.bool, device=root.device)
 
 
-def _newton(stack: Tensor, p: int, eps: float, relative: bool) -> tuple[Tensor, Tensor]:
+def _newton(stack: Tensor, p: int, eps: float, relative: bool, bmm: Product) -> tuple[Tensor, Tensor]:
     r"""By the scaled coupled iteration on the whole stack; the workspace is about seven stacks.
 
     The residual is the root mean square over n directions of :math:`X^{p/2} (A + \rho I) X^{p/2} - I`, taken after the
@@ -186,7 +189,7 @@ def _newton(stack: Tensor, p: int, eps: float, relative: bool) -> tuple[Tensor, 
     unit = torch.where(usable, unit, 1)
     a = torch.where(usable, stack, identity) / unit
     a = (a + a.mT).mul_(0.5)
-    top = _largest_eigenvalue(a)
+    top = _largest_eigenvalue(a, bmm)
     ridge = eps * top if relative else torch.where(usable, eps / unit, 0)
     a.diagonal(dim1=-2, dim2=-1).add_(ridge[:, :, 0])
     bound = MARGIN * (top + ridge)
@@ -196,12 +199,12 @@ def _newton(stack: Tensor, p: int, eps: float, relative: bool) -> tuple[Tensor, 
     for slope, curvature in schedule(p, max(eps, SMALLEST_SHARE) if relative else SMALLEST_SHARE):
         t = m * -curvature
         t.diagonal(dim1=-2, dim2=-1).add_(slope)
-        x = torch.bmm(x, t)
-        m = torch.bmm(_power(t, p), m)
+        x = bmm(x, t)
+        m = bmm(_power(t, p, bmm), m)
     x = (x + x.mT).mul_(0.5)
 
-    product = torch.bmm(_power(x, p // 2), a) if p > 1 else a
-    product = torch.bmm(product, _power(x, p - p // 2))
+    product = bmm(_power(x, p // 2, bmm), a) if p > 1 else a
+    product = bmm(product, _power(x, p - p // 2, bmm))
     residual = (product - identity).square_().sum((-2, -1), keepdim=True).div_(n).sqrt_()
     x *= unit.pow(-1 / p) * bound.pow(-1 / p)
     good = valid & (residual <= RESIDUAL_TOLERANCE) & x.isfinite().all(-1).all(-1)[:, None, None]
@@ -236,7 +239,7 @@ def schedule(p: int, smallest: float) -> tuple[tuple[float, float], ...]:
     return (*steps, *[(1 + 1 / p, 1 / p)] * 3)
 
 
-def _largest_eigenvalue(stack: Tensor) -> Tensor:
+def _largest_eigenvalue(stack: Tensor, bmm: Product) -> Tensor:
     """(B, 1, 1): the largest eigenvalue of semidefinite matrices from below, by power iteration on four vectors.
 
     The error is below a percent for spectra without gaps and far smaller with one.
@@ -246,19 +249,19 @@ def _largest_eigenvalue(stack: Tensor) -> Tensor:
     vectors = torch.stack([torch.cos(k * index * index) for k in (1.0, 2.0, 3.0, 5.0)], -1).expand(len(stack), n, 4)
     tiny = torch.finfo(stack.dtype).tiny
     for _ in range(POWER_STEPS):
-        vectors = torch.bmm(stack, vectors)
+        vectors = bmm(stack, vectors)
         vectors = vectors / vectors.square().sum(-2, keepdim=True).sqrt().clamp_min(tiny)
-    return (vectors * torch.bmm(stack, vectors)).sum(-2, keepdim=True).amax(-1, keepdim=True)
+    return (vectors * bmm(stack, vectors)).sum(-2, keepdim=True).amax(-1, keepdim=True)
 
 
-def _power(stack: Tensor, k: int) -> Tensor:
+def _power(stack: Tensor, k: int, bmm: Product) -> Tensor:
     """The k-th powers of (B, n, n), k >= 1, by repeated squaring."""
     result = None
     while True:
         if k % 2:
-            result = stack if result is None else torch.bmm(result, stack)
+            result = stack if result is None else bmm(result, stack)
         k //= 2
         if not k:
             assert result is not None
             return result
-        stack = torch.bmm(stack, stack)
+        stack = bmm(stack, stack)

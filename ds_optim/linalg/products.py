@@ -5,48 +5,53 @@ What a block becomes depends neither on its place in memory nor on its neighbour
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ds_optim.linalg.alignment import one_by_one
+from ds_optim.linalg.precision import MatmulPrecision, Product, product_in
 
 
-def stacked_matmul(a: Tensor, b: Tensor) -> Tensor:
+def stacked_matmul(a: Tensor, b: Tensor, precision: MatmulPrecision = "ieee") -> Tensor:
     """``a @ b`` for stacks (B, m, k) and (B, k, n)."""
-    return one_by_one(torch.bmm, a.new_empty(a.shape[0], a.shape[1], b.shape[2]), a, b)
+    return one_by_one(product_in(precision), a.new_empty(a.shape[0], a.shape[1], b.shape[2]), a, b)
 
 
-def gram(stack: Tensor, axis: int) -> Tensor:
+def gram(stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tensor:
     """The contraction of every block with itself over all axes but one.
 
     Args:
         stack: (B, d_0, ..., d_K) of K + 1 axes per block.
         axis: the axis that stays.
+        precision: of the product.
 
     Returns:
         (B, d_axis, d_axis).
     """
     rows = stack.movedim(axis + 1, 1).flatten(2) if stack.dim() > 2 else stack.unsqueeze(2)
-    return one_by_one(_times_its_transpose, rows.new_empty(rows.shape[0], rows.shape[1], rows.shape[1]), rows)
+    result = rows.new_empty(rows.shape[0], rows.shape[1], rows.shape[1])
+    return one_by_one(partial(_times_its_transpose, product_in(precision)), result, rows)
 
 
-def _times_its_transpose(*matrices: Tensor, out: Tensor) -> Tensor:
-    (matrix,) = matrices
-    return torch.bmm(matrix, matrix.mT, out=out)
+def _times_its_transpose(product: Product, matrix: Tensor, *, out: Tensor) -> Tensor:
+    return product(matrix, matrix.mT, out=out)
 
 
-def apply_along(matrices: Tensor, stack: Tensor, axis: int) -> Tensor:
+def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tensor:
     """Every block multiplied by its matrix along one axis: the mode product.
 
     Args:
         matrices: (B, d_axis, d_axis), symmetric.
         stack: (B, d_0, ..., d_K).
         axis: which of the block's axes.
+        precision: of the product.
     """
     if stack.dim() > 2 and axis == stack.dim() - 2:  # the last: rows are multiplied from the right, nothing is moved
-        return stacked_matmul(stack.flatten(1, -2), matrices).view(stack.shape)
+        return stacked_matmul(stack.flatten(1, -2), matrices, precision).view(stack.shape)
     moved = stack.movedim(axis + 1, 1)
-    product = stacked_matmul(matrices, moved.flatten(2) if moved.dim() > 2 else moved.unsqueeze(2))
+    product = stacked_matmul(matrices, moved.flatten(2) if moved.dim() > 2 else moved.unsqueeze(2), precision)
     return product.view(moved.shape).movedim(1, axis + 1)
 
 

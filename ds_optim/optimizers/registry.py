@@ -18,7 +18,7 @@ from ds_optim.optimizers.lion import Lion as Lion
 from ds_optim.optimizers.shampoo import Shampoo as Shampoo
 from ds_optim.optimizers.swan import SWAN as SWAN
 from ds_optim.rule import AdamMoments, Blockwise, Elementwise, Rule, WholeMatrix
-from ds_optim.stepping.options import COMMON, EXCHANGE
+from ds_optim.stepping.options import COMMON, EXCHANGE, PRODUCTS
 from ds_optim.stepping.sharded import ShardedOptimizer
 
 _BUILT_IN: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini, Shampoo, SWAN)
@@ -83,7 +83,7 @@ def _signature_problems(cls: type[ShardedOptimizer], rule: Rule) -> list[str]:
     """Where a constructor and the checks of its settings differ."""
     accepted = inspect.signature(cls).parameters
     common = (*COMMON, *(EXCHANGE if isinstance(rule, WholeMatrix) else ()))
-    judged = (*_JUDGED, *common)
+    judged = (*_JUDGED, *common, *(PRODUCTS if isinstance(rule, WholeMatrix) else ()))
     needed = ("params", "lr", "betas", "weight_decay", *common)
     missing = [key for key in needed if key not in accepted]
     problems = [f"its constructor takes no {key!r}, which every rule of its kind has" for key in missing]

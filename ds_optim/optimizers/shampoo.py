@@ -168,7 +168,7 @@ def shampoo_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
     beta1, beta2 = group["betas"]
     state, step, axes = stack.state, stack.step, range(len(stack.shape))
     for axis in axes:
-        stack.average_(state[f"factor_{axis}"], gram(stack.grads, axis), beta2)
+        stack.average_(state[f"factor_{axis}"], gram(stack.grads, axis, stack.matmul_precision), beta2)
     direction = stack.average_(state["momentum"], stack.grads, beta1) / (1 - beta1**step)
     if group["graft"]:
         graft_beta2 = _graft_beta2(group)
@@ -179,7 +179,7 @@ def shampoo_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
     if step < _start(group):
         return {}
     for axis in axes:
-        direction = apply_along(state[f"root_{axis}"], direction, axis)
+        direction = apply_along(state[f"root_{axis}"], direction, axis, stack.matmul_precision)
     if group["graft"]:
         lengths = block_norms(stack.grads) / (block_norms(direction) + 1e-16)
         direction = direction * stack.per_block(lengths)
@@ -243,7 +243,9 @@ def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, me
     for size in dict.fromkeys(stack.shape):  # axes of one length share a stack
         axes = [axis for axis, its in enumerate(stack.shape) if its == size]
         factors = torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction)
-        roots, failed_here = inverse_roots(factors, exponent, eps=eps, relative=relative, method=method)
+        roots, failed_here = inverse_roots(
+            factors, exponent, eps=eps, relative=relative, method=method, precision=stack.matmul_precision
+        )
         failed = failed | failed_here.view(len(axes), -1).any(0)
         found.update(zip(axes, roots.chunk(len(axes)), strict=True))
     for axis, roots in found.items():
@@ -287,7 +289,7 @@ class Shampoo(ShardedOptimizer):
         exponent: of every axis's factor. Unset: -1/(2 k) for blocks with k axes.
         refresh: "staggered" gives every block steps of its own, so that the work of a step is even. "together" takes
             all roots in the same step, as others do.
-        exchange_bucket_size, exchange_dtype: see `ShardedOptimizer`.
+        exchange_bucket_size, exchange_dtype, matmul_precision: see `ShardedOptimizer`.
         roles: what each parameter is: the model itself, the result of `infer_roles`, or ``{pattern: role}``. Inside a
             DeepSpeed engine the model is known and patterns only override. Stacked experts and the parts of a fused
             weight never share a block.
@@ -355,6 +357,7 @@ class Shampoo(ShardedOptimizer):
         refresh: str = "staggered",
         exchange_bucket_size: int = BUCKET_SIZE,
         exchange_dtype: torch.dtype | str = torch.float32,
+        matmul_precision: str = "ieee",
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
         bf16_stochastic_round: bool = False,
@@ -383,4 +386,5 @@ class Shampoo(ShardedOptimizer):
             seed=seed,
             exchange_bucket_size=exchange_bucket_size,
             exchange_dtype=exchange_dtype,
+            matmul_precision=matmul_precision,
         )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.linalg.polar import newton_schulz
+from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
 from ds_optim.optimizers.matrix_roles import is_matrix, true_matrices
@@ -70,7 +71,7 @@ def grad_norm_(grads: Tensor, dim: int) -> Tensor:
     return grads.mul_(torch.where(alive, deviation.reciprocal(), 0))
 
 
-def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float) -> Tensor:
+def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float, precision: MatmulPrecision = "ieee") -> Tensor:
     """GradNorm along ``dim``, GradWhitening and rescaling of a stack of matrices, in place.
 
     Args:
@@ -78,11 +79,13 @@ def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float) -> Tensor:
         dim: 1 or 2, along which GradNorm takes its statistics.
         steps: of the Newton-Schulz iteration.
         beta: its step, 0.8 in SWAN; 0.5 converges.
+        precision: of its products.
     """
     grad_norm_(grads, dim)
     length = block_norms(grads).view(-1, 1, 1)
     wide = grads.mT if grads.shape[1] > grads.shape[2] else grads
-    whitened = newton_schulz(wide / length.clamp_min(1), steps, beta)  # a norm is 0, or about the root of the elements
+    unit = wide / length.clamp_min(1)  # a norm is 0, or about the root of the elements
+    whitened = newton_schulz(unit, steps, beta, precision)
     scale = length / block_norms(whitened).clamp_min_(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
     torch.mul(whitened, scale, out=wide)
     return grads
@@ -123,7 +126,7 @@ def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
     over_inputs = wanted == "in" or (wanted == "long" and inputs >= outputs)
     if min(inputs, outputs) == 1:  # a fused part of one row: there is no deviation along the other axis
         over_inputs = inputs > 1
-    settings = {"steps": group["ns_steps"], "beta": group["ns_beta"]}
+    settings = {"steps": group["ns_steps"], "beta": group["ns_beta"], "precision": stack.matmul_precision}
     if before == 1:
         swan_update_(stack.grads.view(-1, outputs, behind), 2 if over_inputs else 1, **settings)
     elif behind == 1:
@@ -157,7 +160,7 @@ class SWAN(ShardedOptimizer):
         norm_axis: what GradNorm takes its statistics over: "in" a neuron's inputs, "out" the neurons of an input,
             "long" whichever are more. The paper leaves it open for a transposed weight; the default is the one that
             trained best here (docs/optimizers/swan.md).
-        exchange_bucket_size, exchange_dtype: see `ShardedOptimizer`.
+        exchange_bucket_size, exchange_dtype, matmul_precision: see `ShardedOptimizer`.
 
     Raises:
         ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
@@ -204,6 +207,7 @@ class SWAN(ShardedOptimizer):
         norm_axis: str = "in",
         exchange_bucket_size: int = BUCKET_SIZE,
         exchange_dtype: torch.dtype | str = torch.float32,
+        matmul_precision: str = "ieee",
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
         bf16_stochastic_round: bool = False,
@@ -227,4 +231,5 @@ class SWAN(ShardedOptimizer):
             seed=seed,
             exchange_bucket_size=exchange_bucket_size,
             exchange_dtype=exchange_dtype,
+            matmul_precision=matmul_precision,
         )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ds_optim import kernels
-from ds_optim.known_torch import full_precision
+from ds_optim.known_torch import fp32_products
+from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.rule import Stack
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.plan import Plan
@@ -53,6 +54,7 @@ class BlockStep:
         begins: where each owned block's state begins there.
         state_of_block: what the rule keeps for a block.
         update: the rule, see `ds_optim.rule.WholeMatrix`.
+        matmul_precision: of its products.
         step: count, from 1.
         step_size: what updates are multiplied by before they are subtracted.
         decay: what parameters are multiplied by before.
@@ -69,6 +71,7 @@ class BlockStep:
     begins: Mapping[int, Mapping[int, Mapping[str, int]]]
     state_of_block: StateOfBlock
     update: Callable[[Stack], Mapping[str, Tensor]]
+    matmul_precision: MatmulPrecision
     step: int
     step_size: Any
     decay: Any
@@ -88,7 +91,7 @@ class BlockStep:
         return self.grads[piece.tensor]
 
     def _compute(self, bucket: Bucket, work: Tensor) -> None:
-        with full_precision():
+        with fp32_products("ieee"):
             for blocks, grads in self._stacks(bucket, work):
                 self._update_stack(blocks, grads)
 
@@ -118,7 +121,9 @@ class BlockStep:
         working = {name: _working(kept, grads.device) for name, kept in stored.items()}
         offsets = tuple(self.plan.blocks[block].offset for block in blocks)
         memory = self.memories.get(blocks, {})
-        failed = self.update(Stack(first.tile.shape, grads, working, good, self.step, offsets, memory))
+        failed = self.update(
+            Stack(first.tile.shape, grads, working, good, self.step, offsets, memory, self.matmul_precision)
+        )
         if memory:
             self.memories[blocks] = memory
         for name, kept in stored.items():

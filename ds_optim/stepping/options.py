@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.rule import Betas, Rule, SettingCheck, WholeMatrix, flag, whole_number
+from ds_optim.linalg.precision import PRECISIONS, MatmulPrecision
+from ds_optim.rule import Betas, Rule, SettingCheck, WholeMatrix, flag, one_of, whole_number
 from ds_optim.sharding.schedule import BUCKET_SIZE
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -19,7 +20,10 @@ COMMON = ("roles", "state_dtype", "bf16_stochastic_round", "seed")
 """Options that every optimizer's constructor takes."""
 
 EXCHANGE = ("exchange_bucket_size", "exchange_dtype")
-"""Further options of optimizers whose blocks travel."""
+"""Further options of whole-matrix rules, whose blocks travel."""
+
+PRODUCTS = ("matmul_precision",)
+"""Options of those whole-matrix rules that leave their products to `ds_optim.linalg`."""
 
 
 def dtype_of(value: Any) -> torch.dtype | None:
@@ -36,9 +40,10 @@ _CHECKS: Mapping[str, SettingCheck] = {
     "bf16_stochastic_round": flag(),
     "seed": whole_number(0),
 }
-_CHECKS_OF_EXCHANGE: Mapping[str, SettingCheck] = {
+_CHECKS_OF_MATRICES: Mapping[str, SettingCheck] = {
     "exchange_bucket_size": whole_number(1, "of elements "),
     "exchange_dtype": _dtype(),
+    "matmul_precision": one_of(PRECISIONS),
 }
 
 
@@ -51,6 +56,7 @@ class Options:
     seed: int = 0
     exchange_bucket_size: int = BUCKET_SIZE
     exchange_dtype: torch.dtype = torch.float32
+    matmul_precision: MatmulPrecision = "ieee"
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Options:
@@ -69,7 +75,7 @@ def setting_problems(rule: Rule, settings: Mapping[str, Any]) -> list[str]:
     if settings.get("betas") is not None:
         problems += _betas_problems(rule.betas, settings["betas"])
     if isinstance(rule, WholeMatrix):
-        problems += _judged(_CHECKS_OF_EXCHANGE, settings)
+        problems += _judged(_CHECKS_OF_MATRICES, settings)
     return [*problems, *_judged(rule.checks, settings), *rule.contradictions(settings)]
 
 

@@ -199,6 +199,7 @@ class OwnedBlocks:
             begins={index: self._begins_of(tensor) for index, tensor in by_index.items()},
             state_of_block=self.plans.state_of_block,
             update=partial(self.rule.update, group),
+            matmul_precision=self.options.matmul_precision,
             step=key.step,
             step_size=_number(self.rule.step_size(group), wire.carrier),
             decay=_number(1 - group["lr"] * group["weight_decay"], key.device),

@@ -28,7 +28,7 @@ from ds_optim.stepping.deferred import is_deferred
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.logical_tensors import LogicalParameter
 from ds_optim.stepping.names import NAMES, ParameterNames
-from ds_optim.stepping.options import EXCHANGE, Options, setting_problems
+from ds_optim.stepping.options import EXCHANGE, PRODUCTS, Options, setting_problems
 from ds_optim.stepping.owned_blocks import OwnedBlocks
 from ds_optim.stepping.shards import ParameterShards, Shards
 from ds_optim.stepping.state_dict import StateDictForm, release
@@ -52,10 +52,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             `ds_optim.kernels.rounding`: for training without an fp32 master copy. Parameters of other dtypes are
             rounded to nearest.
         seed: of that, a whole number >= 0. The same seed, steps and parameter names give the same bits.
-        exchange: of a whole-matrix rule. ``exchange_bucket_size``: elements that travel at a time; no rank has more
+        of_matrices: of a whole-matrix rule. ``exchange_bucket_size``: elements that travel at a time; no rank has more
             than four such buckets in flight or in work, unless a single block is larger. ``exchange_dtype``: of
             gradients and updates between holders and owners, fp32, or bf16 to halve what travels; it rounds what an
-            owner holds itself as well, so that the result does not depend on who holds what.
+            owner holds itself as well, so that the result does not depend on who holds what. ``matmul_precision``: of
+            its products, "ieee", "tf32" or "bf16", see `ds_optim.linalg.precision`.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -80,10 +81,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         state_dtype: torch.dtype | str,
         bf16_stochastic_round: bool,
         seed: int,
-        **exchange: Any,
+        **of_matrices: Any,
     ) -> None:
-        given = {"state_dtype": state_dtype, "bf16_stochastic_round": bf16_stochastic_round, "seed": seed, **exchange}
-        unknown = exchange.keys() - (EXCHANGE if isinstance(self.rule, WholeMatrix) else ())
+        given = {
+            "state_dtype": state_dtype,
+            "bf16_stochastic_round": bf16_stochastic_round,
+            "seed": seed,
+            **of_matrices,
+        }
+        unknown = of_matrices.keys() - ((*EXCHANGE, *PRODUCTS) if isinstance(self.rule, WholeMatrix) else ())
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         raise_all(self.setting_problems({**defaults, **given}), type(self).__name__)
