@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -38,6 +39,21 @@ def fsdp_parameters(module: Any) -> Iterator[Any]:
     for group in groups:
         if group is not None:  # a module whose parameters all belong to others
             yield from group.fsdp_params
+
+
+@cache
+def triton_problem() -> str:
+    """Why Triton, which torch's builds for GPUs bring, compiles nothing for the accelerator here; empty if it does.
+
+    Builds Triton's driver and no program.
+    """
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # no triton, no C compiler, no device, or one that is too old
+        return f"Triton cannot be used here: {type(error).__name__}: {error}"
+    return ""
 
 
 def sums_for_averages(device_type: str) -> bool:

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from ds_optim import kernels
 from ds_optim.kernels import Operands, Place, Places, Rounding
 from ds_optim.kernels.triton import blocks, elements
+from ds_optim.linalg import triangle
 from test_kernels import ADAM_MINI, FORMULAS, SCALARS, Blocks, Tensors
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -103,15 +104,20 @@ def calls(rule: str, dtypes: Any, is_rounded: bool) -> None:
         kernels.descend("triton", torch.ones(4, 6).bfloat16()[:, 1:5], torch.ones(4, 4), 0.9, 3, 1, 5)
 
 
-def report(name: str, code: Any, dtypes: tuple[Any, ...], capability: int) -> dict[str, Any]:
-    """128-bit accesses, registers and spills from the machine code; contractions from what it was assembled from."""
+def disassembled(code: Any) -> list[str]:
+    """The machine code, and what it says of its registers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
-        listed, used = (
+        return [
             subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True, check=True).stdout
             for tool in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
-        )
+        ]
+
+
+def report(name: str, code: Any, dtypes: tuple[Any, ...], capability: int) -> dict[str, Any]:
+    """128-bit accesses, registers and spills from the machine code; contractions from what it was assembled from."""
+    listed, used = disassembled(code)
     return {
         "program": name,
         "target": f"sm_{capability}",
@@ -137,6 +143,31 @@ def reports() -> list[dict[str, Any]]:
     return found
 
 
+def triangles() -> list[dict[str, Any]]:
+    """Of the program for X X^T, in TF32 and bf16, for two GPUs."""
+    found = []
+    program = triangle.program()
+    for capability in (80, 90):
+        triton.runtime.driver.set_active(Driver(capability))
+        for dtype in (FP32, BF16):
+            stack, out = torch.empty(2, 1024, 4096, dtype=dtype), torch.empty(2, 1024, 1024, dtype=dtype)
+            shape = (1024, 4096, *stack.stride(), triangle.TILE, triangle.DEPTH)
+            code = program.warmup(stack, out, *shape, grid=(1,), **triangle.OPTIONS)
+            listed = disassembled(code)[0]
+            reads = re.findall(r"\b(?:LDGSTS|LDG)\.E\S*", listed)
+            found.append(
+                {
+                    "target": f"sm_{capability}",
+                    "dtype": str(dtype),
+                    "tensor core": len(re.findall(r"\b(?:HMMA|HGMMA)\b", listed)),
+                    "wide reads": sum(".128" in one for one in reads),
+                    "narrow reads": sum(".128" not in one for one in reads),
+                    "spilled": len(re.findall(r"\b(?:LDL|STL)\b", listed)),
+                }
+            )
+    return found
+
+
 def variants() -> list[int]:
     """How many programs there are after each of some calls that differ in what must not make another one."""
     Warmed.made.clear()
@@ -152,4 +183,4 @@ if __name__ == "__main__":
     for module, names in PROGRAMS.items():
         for name in names:
             setattr(module, name, Warmed(getattr(module, name)))
-    print(json.dumps({"programs": reports(), "variants": variants()}))
+    print(json.dumps({"programs": reports(), "variants": variants(), "triangles": triangles()}))

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from ds_optim.kernels.triton import blocks, elements
+from ds_optim.linalg import triangle
 
 CUDA = torch.device("cuda", 0)
 
@@ -338,6 +339,8 @@ def entered(patch: pytest.MonkeyPatch, *, does_run: bool = True) -> Iterator[Dev
     for module, names in PROGRAMS.items():
         for name in names:
             patch.setattr(module, name, _Program(device, name, getattr(module, name), does_run))
+    triangles = _Program(device, "lower_triangle", triangle.program(), does_run)
+    patch.setattr(triangle, "program", lambda: triangles)
     with Guardless(), device:
         yield device
 

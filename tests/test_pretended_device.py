@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ds_optim
 import pretended
+from ds_optim.linalg import triangle
 
 NAMES = ["AdamW", "Lion", "Adan", "AdamMini", "Shampoo", "SWAN"]
 OPTIONS: dict[str, dict[str, Any]] = {"Shampoo": {"max_preconditioner_dim": 32, "precondition_frequency": 2}}
@@ -123,6 +124,42 @@ def test_three_hundred_tensors_are_a_few_launches(
     assert device.launches.total() <= (3 if name in ELEMENTWISE else 6), device.launches
     assert not device.copies
     assert not device.waits
+
+
+def test_products_in_tf32_are_triangles_and_torchs_own_in_tf32(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(seed)
+    settings: list[str] = []
+    multiply = torch.bmm
+    ends = []
+    for precision in ("ieee", "tf32"):
+        with monkeypatch.context() as patch, pretended.entered(patch) as device:
+            patch.setattr(triangle, "SMALLEST", 32)
+            patch.setattr(triangle, "triton_problem", lambda: "")
+            patch.setattr(torch, "baddbmm", noting(torch.baddbmm, settings))
+            params = on_device(model, torch.float32)
+            optimizer = made("SWAN", model, params, matmul_precision=precision)
+            for key, one in params:
+                one.grad = pretended.moved(gradients(model, seed)[key])
+            settings.clear()
+            with device.recording():
+                optimizer.step()
+        assert device.launches["lower_triangle"] == (30 if precision == "tf32" else 0)  # three matrices, ten steps
+        assert set(settings) == ({"tf32"} if precision == "tf32" else set())
+        ends.append([one.values for _, one in params])
+    assert torch.bmm is multiply
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    for one, other in zip(*ends, strict=True):
+        assert float((one - other).abs().max()) <= 1e-4 * float(other.abs().max())
+
+
+def noting(function: Any, settings: list[str]) -> Any:
+    """A product that notes in which precision a GPU would take it."""
+
+    def noted(*given: Any, **named: Any) -> Any:
+        settings.append(torch.backends.cuda.matmul.fp32_precision)
+        return function(*given, **named)
+
+    return noted
 
 
 def test_the_device_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:

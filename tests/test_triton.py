@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import machine_code
-from ds_optim import kernels
+from ds_optim import kernels, known_torch
 from ds_optim.kernels import Operands, Place, Places, Rounding, Tables
 from ds_optim.kernels import triton as by_triton
 from ds_optim.kernels.tables import table_of
 from ds_optim.kernels.triton import access, elements, launches
+from ds_optim.linalg import triangle
 from test_kernels import ADAM_MINI, FLOATS, FORMULAS, NO_SUMS, SCALARS, Blocks, Tensors, same_bits
 
 ROW = launches.ROW
@@ -246,11 +247,34 @@ def test_what_has_no_program_is_left_to_the_other_backends(monkeypatch: pytest.M
 
 
 def test_without_a_driver_there_is_one_warning_and_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    by_triton.problem.cache_clear()
+    known_torch.triton_problem.cache_clear()
     kernels.device_backend.cache_clear()
     with pytest.warns(UserWarning, match="no fused optimizer kernels for cuda tensors.*Triton cannot be used here: "):
         assert kernels.backend_for(FORMULAS["lion"], torch.device("cuda")) == "eager"
     kernels.device_backend.cache_clear()
+
+
+# -- X X^T ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 70), (1, 128, 129), (3, 5, 1), (1, 385, 64)])
+def test_one_triangle_is_the_whole_product(shape: tuple[int, int, int], seed: int) -> None:
+    """In fp32: Triton's interpreter multiplies the bits of bf16 numbers, and rounds no operand to TF32."""
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    wanted = stack.double() @ stack.double().mT
+    for laid_out in (stack, stack.mT.contiguous().mT, torch.cat([stack, stack], dim=2)[:, :, : shape[2]]):
+        out = torch.full((shape[0], shape[1], shape[1]), torch.nan)
+        assert triangle.times_own_transpose(laid_out, out=out) is out
+        assert float((out - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+        assert torch.equal(out, out.mT)
+
+
+def test_every_tile_of_the_triangle_is_found() -> None:
+    """The root that numbers them is taken in fp32."""
+    numbers = torch.arange(0, 200_000)
+    down = ((torch.sqrt(8.0 * numbers.float() + 1.0) - 1.0) / 2.0).int()
+    exact = torch.floor((torch.sqrt(8.0 * numbers.double() + 1.0) - 1.0) / 2.0).int()
+    assert int((down - exact).abs().max()) <= 1
 
 
 # -- machine code -----------------------------------------------------------------------------------------------------
@@ -294,6 +318,15 @@ def test_nothing_is_spilled_and_nothing_contracted(made: dict[str, Any]) -> None
         assert one["spilled"] == 0, one
         assert one["fused"] == 0, one
         assert one["registers"] <= 255, one
+
+
+def test_the_triangle_runs_on_tensor_cores_and_reads_128_bits_at_a_time(made: dict[str, Any]) -> None:
+    assert len(made["triangles"]) == 4
+    for one in made["triangles"]:
+        assert one["tensor core"] > 0, one
+        assert one["wide reads"] > 0, one
+        assert one["narrow reads"] == 0, one
+        assert one["spilled"] == 0, one
 
 
 def test_neither_a_schedule_nor_a_step_nor_a_length_makes_another_program(made: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from ds_optim.kernels.build import UnavailableError
 from ds_optim.kernels.operands import Formula, FormulaKind, Operands
 from ds_optim.kernels.rounding import Place, Places, Rounding
 from ds_optim.kernels.tables import Select, Tables
+from ds_optim.known_torch import triton_problem
 
 __all__ = [
     "Backend",
@@ -125,7 +126,7 @@ def device_backend(device_type: str) -> Backend:
         except UnavailableError as problem:
             reason = str(problem)
     elif device_type in ("cuda", "xpu"):
-        reason = triton.problem()
+        reason = triton_problem()
         if not reason:
             return "triton"
     else:

@@ -24,19 +24,16 @@ that arrive stay within [0.563, 1.6].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
-from ds_optim.linalg.precision import MatmulPrecision, rounded
+from ds_optim.linalg.precision import MatmulPrecision, own_gram, rounded
 
 GRAM_FROM = 1.5  # times as long as it is wide: where the Gram form begins to have fewer flops
 GRAM_STEPS = 5  # before R is taken anew
-
-ReadOperand = Callable[[Tensor], Tensor]
 
 
 def newton_schulz(stack: Tensor, steps: int, beta: float, precision: MatmulPrecision = "ieee") -> Tensor:
@@ -64,7 +61,6 @@ def newton_schulz(stack: Tensor, steps: int, beta: float, precision: MatmulPreci
     # Memory of its own, since the rounding may also depend on where in memory a matrix begins.
     x_BSL, y_BSL = (stack.new_empty(size, rows, columns, dtype=dtype) for _ in range(2))
     squares = [stack.new_empty(size, rows, rows, dtype=dtype) for _ in range(4 if is_wide else 1)]
-    read: ReadOperand = partial(rounded, precision=precision) if on_cpu else _as_it_is
     result = torch.empty_like(stack, memory_format=torch.contiguous_format)
     with fp32_products("tf32" if precision == "tf32" else "ieee"):
         for begin in range(0, len(stack), size):
@@ -72,24 +68,26 @@ def newton_schulz(stack: Tensor, steps: int, beta: float, precision: MatmulPreci
             if is_wide:
                 found = _gram_form(x_BSL, y_BSL, squares, steps, beta)
             else:
-                found = _plain_form(x_BSL, y_BSL, squares[0], steps, beta, read, precision == "bf16")
+                found = _plain_form(x_BSL, y_BSL, squares[0], steps, beta, precision)
             result[begin : begin + size] = found
     return result
 
 
-def _as_it_is(stack: Tensor) -> Tensor:
-    return stack
-
-
 def _plain_form(
-    x_BSL: Tensor, y_BSL: Tensor, a_BSS: Tensor, steps: int, beta: float, read: ReadOperand, keeps_rounded: bool
+    x_BSL: Tensor, y_BSL: Tensor, a_BSS: Tensor, steps: int, beta: float, precision: MatmulPrecision
 ) -> Tensor:
-    """`read`: what a product makes of its operands, where the device does not do so by itself."""
-    keep = read if keeps_rounded else _as_it_is
+    on_cpu = x_BSL.device.type == "cpu"
+
+    def read(operand: Tensor) -> Tensor:  # as an accelerator reads it by itself
+        return rounded(operand, precision) if on_cpu else operand
+
+    def keep(iterate: Tensor) -> Tensor:
+        return read(iterate) if precision == "bf16" else iterate
+
     x_BSL = keep(x_BSL)
     for _ in range(steps):
         operand_BSL = read(x_BSL)
-        product_BSS = read(torch.bmm(operand_BSL, operand_BSL.mT, out=a_BSS))
+        product_BSS = read(own_gram(operand_BSL, "ieee" if on_cpu else precision, out=a_BSS))
         torch.baddbmm(x_BSL, product_BSS, operand_BSL, beta=3 * beta, alpha=-beta, out=y_BSL)
         x_BSL, y_BSL = keep(y_BSL), x_BSL
     return x_BSL

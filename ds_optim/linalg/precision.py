@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
+from ds_optim.linalg import triangle
 
 MatmulPrecision = Literal["ieee", "tf32", "bf16"]
 PRECISIONS: tuple[MatmulPrecision, ...] = get_args(MatmulPrecision)
@@ -66,11 +67,26 @@ def _tf32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
 def _bf16(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     if a.device.type == "cpu":
         return torch.bmm(rounded(a, "bf16"), rounded(b, "bf16"), out=out)
+    if out is not None and out.dtype == torch.bfloat16:
+        return torch.bmm(a.bfloat16(), b.bfloat16(), out=out)
     if a.device.type == "cuda":  # the one that gives fp32 sums of bf16 products
         product = torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
     else:
         product = torch.bmm(a.bfloat16(), b.bfloat16()).float()
     return out.copy_(product) if out is not None else product
+
+
+def own_gram(stack: Tensor, precision: MatmulPrecision, *, out: Tensor) -> Tensor:
+    """``stack @ stack.mT``: by one triangle where an accelerator multiplies in fewer bits than fp32 has.
+
+    Args:
+        stack: (B, s, l) fp32, or bf16 with that precision.
+        precision: of the product.
+        out: (B, s, s) of the stack's dtype or fp32, contiguous; is returned.
+    """
+    if precision != "ieee" and triangle.serves(stack):
+        return triangle.times_own_transpose(stack.bfloat16() if precision == "bf16" else stack, out=out)
+    return product_in(precision)(stack, stack.mT, out=out)
 
 
 def _tf32x3(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.linalg.alignment import one_by_one
-from ds_optim.linalg.precision import MatmulPrecision, Product, product_in
+from ds_optim.linalg.precision import MatmulPrecision, own_gram, product_in
 
 
 def stacked_matmul(a: Tensor, b: Tensor, precision: MatmulPrecision = "ieee") -> Tensor:
@@ -32,11 +32,7 @@ def gram(stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tenso
     """
     rows = stack.movedim(axis + 1, 1).flatten(2) if stack.dim() > 2 else stack.unsqueeze(2)
     result = rows.new_empty(rows.shape[0], rows.shape[1], rows.shape[1])
-    return one_by_one(partial(_times_its_transpose, product_in(precision)), result, rows)
-
-
-def _times_its_transpose(product: Product, matrix: Tensor, *, out: Tensor) -> Tensor:
-    return product(matrix, matrix.mT, out=out)
+    return one_by_one(partial(own_gram, precision=precision), result, rows)
 
 
 def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tensor:

@@ -40,18 +40,6 @@ def serves(device_type: str) -> bool:
     return device_type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
-def problem() -> str:
-    """Why nothing can be compiled for the accelerator here; empty if it can. Builds Triton's driver and no program."""
-    try:
-        from triton.runtime import driver
-
-        driver.active.get_current_target()
-    except Exception as error:  # no triton, no C compiler, no device, or one that is too old
-        return f"Triton cannot be used here: {type(error).__name__}: {error}"
-    return ""
-
-
 @torch.no_grad()
 def elementwise(formula: Formula, operands: Operands) -> None:
     """`ds_optim.kernels.elementwise`."""
