@@ -40,7 +40,8 @@ def has(_: Formula) -> bool:
 @torch.no_grad()
 def elementwise(formula: Formula, operands: Operands) -> None:
     """`ds_optim.kernels.elementwise`."""
-    scalars, rounding = rounded(operands.scalars), operands.rounding
+    operands = _flat(operands)
+    scalars, rounding = operands.scalars, operands.rounding
     for tensor, start, length in placed_spans(operands):
         param, grad = operands.params[tensor], operands.grads[tensor]
         local = [state[tensor] for state in operands.states]
@@ -61,6 +62,7 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
 @torch.no_grad()
 def partial_sums(operands: Operands) -> None:
     """`ds_optim.kernels.partial_sums`."""
+    operands = _flat(operands)
     cut_sums = operands.cut_sums
     for piece in iterate_row_runs(operands.tables.row_runs, "cut"):
         grad = operands.grads[piece.tensor]
@@ -75,7 +77,7 @@ def partial_sums(operands: Operands) -> None:
 @torch.no_grad()
 def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     """`ds_optim.kernels.blockwise`."""
-    operands = replace(operands, scalars=rounded(operands.scalars))
+    operands = _flat(operands)
     cut_sums = operands.cut_sums
     for piece in iterate_row_runs(operands.tables.row_runs, select):
         param, grad = operands.params[piece.tensor], operands.grads[piece.tensor]
@@ -88,6 +90,17 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
         else:
             sums = cut_sums[run.cut : run.cut + run.blocks]
         _update_columns(formula, operands, run, (sums / run.block_numel).float())
+
+
+def _flat(operands: Operands) -> Operands:
+    """Without shapes, and with scalars rounded."""
+    return replace(
+        operands,
+        params=[param.detach().view(-1) for param in operands.params],
+        grads=[None if grad is None else grad.view(-1) for grad in operands.grads],
+        states=[[state.view(-1) for state in of_kind] for of_kind in operands.states],
+        scalars=rounded(operands.scalars),
+    )
 
 
 def rounded(scalars: Mapping[str, float | Tensor]) -> dict[str, float | Tensor]:

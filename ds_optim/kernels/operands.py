@@ -45,7 +45,7 @@ class Operands:
     """What one kernel call works on. All tensors are on one device, but for the tables, which are on the CPU.
 
     Attributes:
-        params: T local flat tensors, contiguous, fp32, bf16 or fp16; updated in place.
+        params: T local tensors, contiguous, of any shape, which is not looked at; fp32, bf16 or fp16; updated in place.
         grads: their gradients, of the same numel, any of the three dtypes; None counts as zero. Never written to.
         states: for every element state the list of its T tensors, in the order of the formula's arguments, like
             ``params`` in numel and choice of dtype; updated in place.

@@ -16,7 +16,7 @@ from ds_optim.listing import first_of
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import Binding, BoundTensor, local_of, verify
 from ds_optim.sharding.exchange import Ranks
-from ds_optim.sharding.layout import Replicated
+from ds_optim.sharding.layout import Layout, Replicated
 from ds_optim.stepping.options import kind_problems
 from ds_optim.stepping.shards import Shards
 from ds_optim.stepping.stepper import Stepper
@@ -119,25 +119,34 @@ class Freezing:
             )
 
 
-def refuse_unfit(owner: str, wanted_betas: int, group: Mapping[str, Any], tensor: Tensor, shards: Shards) -> None:
+def refuse_other_betas(owner: str, wanted: int, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups that have been given another number of betas.
+
+    Raises:
+        ValueError: they have.
+    """
+    for group in groups:
+        if len(group["betas"]) != wanted:
+            raise ValueError(
+                f"{owner} has {wanted} betas, something set {group['betas']!r} in its groups "
+                '(DeepSpeed\'s OneCycle does, unless "cycle_momentum": false)'
+            )
+
+
+def refuse_unfit(tensor: Tensor, layout: Layout, shards: Shards) -> None:
     """Refuse what cannot be stepped, though it could when the optimizer was made.
 
     Raises:
-        ValueError: a sparse gradient, or another number of betas in the group.
+        ValueError: a sparse gradient.
         RuntimeError: the parameter has another size.
     """
-    if tensor.grad is not None and tensor.grad.is_sparse:
+    grad = tensor.grad
+    if grad is not None and grad.is_sparse:
         raise ValueError(
             f"{shards.describe(tensor)} has a sparse gradient, which no optimizer here can take: make its "
             "nn.Embedding with sparse=False, or give it to an optimizer of its own (torch.optim.SparseAdam)"
         )
-    if len(group["betas"]) != wanted_betas:
-        raise ValueError(
-            f"{owner} has {wanted_betas} betas, something set {group['betas']!r} in its groups "
-            '(DeepSpeed\'s OneCycle does, unless "cycle_momentum": false)'
-        )
-    layout, numel = shards.of(tensor).layout, local_of(tensor).numel()
-    if isinstance(layout, Replicated) and numel != layout.parameter.numel:
+    if isinstance(layout, Replicated) and (numel := local_of(tensor).numel()) != layout.parameter.numel:
         raise RuntimeError(
             f"{layout.parameter.name} has {numel} elements and had {layout.parameter.numel} when it was first "
             "seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"

@@ -1,4 +1,4 @@
-"""One step's kernel calls: flat views of what is read and written, the tables to walk, and the order of the exchange.
+"""One step's kernel calls: what is read and written, the tables to walk, and the order of the exchange.
 
 Tensors that share their settings and their step count go through one call, so that hundreds of small ones cost one.
 """
@@ -111,9 +111,10 @@ class Call:
     ) -> None:
         self.formula, self.group = rule.formula, group
         self._copied: list[tuple[Tensor, Tensor]] = []
-        params = [self._flat(local_of(tensor)) for tensor in tensors]
-        grads = [None if (grad := local_grad(t)) is None else row_major(grad) for t in tensors]
-        kept = [[local_of(state[name]).view(-1) for state in states] for name in rule.element_state]
+        # No views: there are hundreds of tensors, and kernels look at memory alone.
+        params = [self._dense(local_of(tensor)) for tensor in tensors]
+        grads = [None if (grad := local_grad(t)) is None else grad.contiguous() for t in tensors]
+        kept = [[local_of(state[name]) for state in states] for name in rule.element_state]
         self.device = params[0].device
         self.backend = kernels.backend_for(self.formula, self.device)
         if walk.stretches is not None:
@@ -129,11 +130,12 @@ class Call:
             cut_sums=_zero_sums(0, self.device),  # replaced by `run`, where calls share one exchange
         )
 
-    def _flat(self, tensor: Tensor) -> Tensor:
-        flat = row_major(tensor)
-        if not tensor.is_contiguous():
-            self._copied.append((tensor, flat))
-        return flat
+    def _dense(self, tensor: Tensor) -> Tensor:
+        if tensor.is_contiguous():
+            return tensor
+        copy = tensor.detach().contiguous()
+        self._copied.append((tensor, copy))
+        return copy
 
     @property
     def num_cuts(self) -> int:
@@ -154,8 +156,8 @@ class Call:
 
     def finish(self) -> None:
         """Put copies of tensors that are not row-major back."""
-        for tensor, flat in self._copied:
-            tensor.copy_(flat.view(tensor.shape))
+        for tensor, copy in self._copied:
+            tensor.copy_(copy)
 
 
 def _narrowed(
@@ -166,14 +168,15 @@ def _narrowed(
     rounding: kernels.Rounding | None,
 ) -> tuple[list[Tensor], list[Tensor | None], list[list[Tensor]], kernels.Rounding | None]:
     """The same over stretches of the tensors."""
-    new = [params[one.tensor].narrow(0, one.start, one.length) for one in stretches]
+    new = [params[one.tensor].detach().view(-1).narrow(0, one.start, one.length) for one in stretches]
     if rounding is not None:
         bf16 = [index for index, param in enumerate(new) if param.dtype == torch.bfloat16]
         rounding = rounding.narrowed({index: stretches[index][:3] for index in bf16})
     new_grads = [
-        None if (grad := grads[one.tensor]) is None else grad.narrow(0, one.start, one.length) for one in stretches
+        None if (grad := grads[one.tensor]) is None else grad.view(-1).narrow(0, one.start, one.length)
+        for one in stretches
     ]
-    states = [[of_kind[one.tensor].narrow(0, one.begin, one.length) for one in stretches] for of_kind in kept]
+    states = [[of_kind[one.tensor].view(-1).narrow(0, one.begin, one.length) for one in stretches] for of_kind in kept]
     return new, new_grads, states, rounding
 
 

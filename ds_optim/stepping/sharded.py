@@ -23,7 +23,7 @@ from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, verify
 from ds_optim.sharding.exchange import ALONE, from_all_ranks
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan
-from ds_optim.stepping.agreement import Agreement, Freezing, backends, refuse_unfit
+from ds_optim.stepping.agreement import Agreement, Freezing, backends, refuse_other_betas, refuse_unfit
 from ds_optim.stepping.deferred import is_deferred
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.logical_tensors import LogicalParameter
@@ -266,17 +266,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for _, tensor in active:
                 self.state_of(tensor)
             return
+        refuse_other_betas(type(self).__name__, self.rule.betas.count, self.param_groups)
         together: dict[Together, list[Tensor]] = {}
-        groups: dict[int, dict[str, Any]] = {}
+        groups = {id(group): group for group in self.param_groups}
+        steps: list[Tensor] = []
         for group, tensor in active:
-            refuse_unfit(type(self).__name__, self.rule.betas.count, group, tensor, self.shards)
-            step = int(self.state_of(tensor)["step"]) + 1  # on the host: nothing waits for a device
-            groups[id(group)] = group
-            key = Together(id(group), step, tensor.device, self.shards.of(tensor).group)
+            bound = self.shards.of(tensor)
+            refuse_unfit(tensor, bound.layout, self.shards)
+            steps.append(self.state_of(tensor)["step"])
+            step = int(steps[-1]) + 1  # on the host: nothing waits for a device
+            key = Together(id(group), step, tensor.device, bound.group)
             together.setdefault(key, []).append(tensor)
         launches = self.stepper.prepare(together, groups, self.state)
-        for _, tensor in active:  # nothing counts before everything that can be refused has passed
-            self.state[tensor]["step"] += 1
+        if steps:  # nothing counts before everything that can be refused has passed
+            torch._foreach_add_(steps, 1)
         for launch in launches:
             launch()
 

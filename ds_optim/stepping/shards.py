@@ -164,12 +164,13 @@ class ParameterShards(Shards):
         return {name: logical_shape(parameter) for parameter, name in self._names.items()}
 
     def of(self, tensor: Tensor) -> BoundTensor:
-        if tensor not in self._tensors:
+        found = self._tensors.get(tensor)
+        if found is None:
             self.follow_replaced()
             if self._replicas is None:
                 self._replicas = dtensor.replicas_of(self._roles_given)
-            self._tensors[tensor] = dtensor.read(self._names[tensor], tensor, self._replicas.get(tensor))
-        return self._tensors[tensor]
+            found = self._tensors[tensor] = dtensor.read(self._names[tensor], tensor, self._replicas.get(tensor))
+        return found
 
     def whole(self, tensors: Sequence[Tensor]) -> list[str] | None:
         return None
