@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import attrgetter
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,8 @@ class LaunchGroup:
 Build = Callable[[Operands, frozenset[int]], dict[str, Rows]]
 """The rows of some members of a call, which count tensors as the call does."""
 
+_dtype_of = attrgetter("dtype")
+
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """{a layout's first table: {(dtypes of all tensors, device, places, other tables): ({dtypes: LaunchGroup}, ...)}}"""
 
@@ -67,7 +70,7 @@ def together(operands: Operands, layout: Sequence[Tensor], build: Build) -> dict
         build: makes rows.
     """
     streams: Sequence[Sequence[Tensor | None]] = (operands.params, operands.grads, *operands.states)
-    dtypes = tuple(tuple(_dtype(tensor, streams[0][i]) for i, tensor in enumerate(stream)) for stream in streams)
+    dtypes = tuple(_dtypes(stream, operands.params) for stream in streams)
     device = operands.params[0].device
     places = None if operands.rounding is None else operands.rounding.places
     known: dict[Any, Any] = _known.setdefault(layout[0], {})
@@ -100,7 +103,7 @@ def _built(operands: Operands, members: list[int], build: Build) -> LaunchGroup:
 
 def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
     streams = (operands.params, operands.grads, *operands.states, *operands.block_states)
-    words = [[_address(stream[index]) for index in group.members] for stream in streams]
+    words = [_addresses([stream[index] for index in group.members]) for stream in streams]
     if words != group.words:
         elements = words[: len(words) - len(operands.block_states)]
         aligned = [int(all(word and not word % 16 for word in of_tensor)) for of_tensor in zip(*elements, strict=True)]
@@ -108,15 +111,20 @@ def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
         group.words, group.addresses = words, sent(table, operands.params[0].device)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    try:
+        return list(map(Tensor.data_ptr, cast("Sequence[Tensor]", tensors)))
+    except TypeError:  # some gradient is None
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _dtype(tensor: Tensor | None, param: Tensor | None) -> torch.dtype:
-    """A gradient that is missing makes no launch of its own."""
-    found = param if tensor is None else tensor
-    assert found is not None
-    return found.dtype
+def _dtypes(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Dtypes:
+    """A gradient that is missing makes no launch of its own: it has the parameter's."""
+    try:
+        return tuple(map(_dtype_of, tensors))
+    except AttributeError:
+        pairs = zip(tensors, params, strict=True)
+        return tuple(param.dtype if tensor is None else tensor.dtype for tensor, param in pairs)
 
 
 def sent(words: Any, device: torch.device) -> Tensor:
