@@ -98,10 +98,12 @@ def _numbers(version: str) -> tuple[int, ...]:
     return (*release, *[0] * (4 - len(release)))
 
 
-TORCH = Releases("torch", "2.8", "3", ("2.8.0", "2.12.1", "2.14.1"))
-DEEPSPEED = Releases("deepspeed", "0.18.6", "1", ("0.18.6", "0.19.6", "0.19.8"))
-TRANSFORMERS = Releases("transformers", "4.55", "6", ("4.55.0", "5.10.4", "5.24.0"))
-ACCELERATE = Releases("accelerate", "1.10", "2", ("1.10.0", "1.13.0", "1.15.0"))
+TORCH = Releases("torch", "2.8", "3", ("2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"))
+DEEPSPEED = Releases("deepspeed", "0.18.6", "1", ("0.18.6", "0.19.0", "0.19.2", "0.19.6", "0.19.7", "0.19.8"))
+TRANSFORMERS = Releases(
+    "transformers", "4.55", "6", ("4.55.0", "4.57.6", "5.0.0", "5.6.0", "5.10.4", "5.17.0", "5.24.0")
+)
+ACCELERATE = Releases("accelerate", "1.10", "2", ("1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.15.0"))
 
 ALL = (TORCH, DEEPSPEED, TRANSFORMERS, ACCELERATE)
 

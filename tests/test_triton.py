@@ -254,6 +254,34 @@ def test_without_a_driver_there_is_one_warning_and_eager(monkeypatch: pytest.Mon
     kernels.device_backend.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "cut", [(slice(None), slice(None)), (slice(1, 4), slice(3, 2100)), (slice(0, 5, 2), slice(7, 8))]
+)
+def test_updates_are_subtracted_as_the_cpp_kernel_does(cut: tuple[slice, slice], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(6, 2500, generator=generator).bfloat16()
+    update = torch.randn(whole[cut].shape, generator=generator).mul_(1e-3)
+    found, wanted = whole.clone(), whole.clone()
+    for backend, target in (("triton", found), ("native", wanted)):
+        kernels.descend(backend, target[cut], update, 0.99, 11, 5 + cut[0].start if cut[0].start else 5, 13)  # type: ignore[arg-type]
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found, whole)
+
+
+def test_a_grid_has_one_axis_which_alone_may_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[tuple[int, ...]] = []
+
+    class Grids:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(elements, "descend_rows", Grids())
+    count = 70_000_000  # of elements, none of which is touched
+    kernels.descend("triton", torch.empty(count, dtype=torch.bfloat16), torch.empty(count), 1.0, 0, 0, 0)
+    assert grids == [(-(-count // access.BLOCK),)]
+
+
 # -- X X^T ------------------------------------------------------------------------------------------------------------
 
 

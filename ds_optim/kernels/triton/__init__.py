@@ -107,7 +107,8 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
     with _current(target.device):
         for corner in itertools.product(*(range(size) for size, _ in outer)):
             skipped = sum(index * step for index, (_, step) in zip(corner, outer, strict=True))
-            elements.descend_rows[(rows, -(-columns // access.BLOCK))](
+            # One axis: along the others a grid ends at 65,535, which 67 million elements in one row would exceed.
+            elements.descend_rows[(rows * -(-columns // access.BLOCK),)](
                 target.as_strided((rows, columns), (stride, 1), target.storage_offset() + skipped),
                 update.view(-1)[done : done + rows * columns],
                 *(rows, columns, stride, factor, isinstance(factor, Tensor)),

@@ -126,8 +126,9 @@ def descend_rows(
         update: fp32, contiguous.
         first: index of the view's first element.
     """
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.cdiv(columns, BLOCK)
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    offsets = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < columns
     factor = numbers((decay,), (POINTED,))[0]
     moved = tl.load(target + row * stride + offsets, mask=mask, other=0.0).to(tl.float32) * factor
