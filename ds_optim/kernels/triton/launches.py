@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
-from typing import Any, cast
+from operator import attrgetter, methodcaller
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,7 @@ Build = Callable[[Operands, frozenset[int]], dict[str, Rows]]
 """The rows of some members of a call, which count tensors as the call does."""
 
 _dtype_of = attrgetter("dtype")
+_address_of = methodcaller("data_ptr")
 
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """{a layout's first table: {(dtypes of all tensors, device, places, other tables): ({dtypes: LaunchGroup}, ...)}}"""
@@ -113,8 +114,8 @@ def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     try:
-        return list(map(Tensor.data_ptr, cast("Sequence[Tensor]", tensors)))
-    except TypeError:  # some gradient is None
+        return list(map(_address_of, tensors))
+    except AttributeError:  # some gradient is None
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
