@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ds_optim.linalg import inverse_roots as module
 from ds_optim.linalg import polar
 from ds_optim.linalg.inverse_roots import Method, inverse_roots, method_for, schedule
-from ds_optim.linalg.polar import newton_schulz
+from ds_optim.linalg.polar import newton_schulz, newton_schulz_flops
 from ds_optim.linalg.precision import MatmulPrecision, product_for_roots, product_in, rounded
 from ds_optim.linalg.products import apply_along, gram, stacked_matmul
 
@@ -415,6 +415,7 @@ def test_the_gram_form_has_the_flops_that_are_written_down() -> None:
     with FlopCounterMode(display=False) as counter:
         newton_schulz(wide_stack(1, rows, columns), 10, 0.8)
     assert counter.get_total_flops() == 2 * (4 * rows**2 * columns + 4 * 6 * rows**3)
+    assert counter.get_total_flops() == newton_schulz_flops(rows, columns, 10, "ieee")
     with FlopCounterMode(display=False) as counter:
         newton_schulz(wide_stack(1, rows, columns), 10, 0.8, "tf32")
     assert counter.get_total_flops() == 10 * 4 * rows**2 * columns

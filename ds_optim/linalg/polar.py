@@ -57,7 +57,7 @@ def newton_schulz(stack: Tensor, steps: int, beta: float, precision: MatmulPreci
     size = 1 if on_cpu else max(len(stack), 1)
     dtype = torch.bfloat16 if precision == "bf16" and not on_cpu else stack.dtype
     rows, columns = stack.shape[1:]
-    is_wide = precision == "ieee" and columns > GRAM_FROM * rows and steps > 1
+    is_wide = _takes_gram_form(rows, columns, steps, precision)
     # Memory of its own, since the rounding may also depend on where in memory a matrix begins.
     x_BSL, y_BSL = (stack.new_empty(size, rows, columns, dtype=dtype) for _ in range(2))
     squares = [stack.new_empty(size, rows, rows, dtype=dtype) for _ in range(4 if is_wide else 1)]
@@ -71,6 +71,18 @@ def newton_schulz(stack: Tensor, steps: int, beta: float, precision: MatmulPreci
                 found = _plain_form(x_BSL, y_BSL, squares[0], steps, beta, precision)
             result[begin : begin + size] = found
     return result
+
+
+def newton_schulz_flops(rows: int, columns: int, steps: int, precision: MatmulPrecision) -> float:
+    """Floating-point operations of `newton_schulz` on one matrix, whole products counted."""
+    if not _takes_gram_form(rows, columns, steps, precision):
+        return 4.0 * steps * rows**2 * columns
+    rounds = -(-steps // GRAM_STEPS)
+    return 4.0 * rounds * rows**2 * columns + 6.0 * (steps - rounds) * rows**3
+
+
+def _takes_gram_form(rows: int, columns: int, steps: int, precision: MatmulPrecision) -> bool:
+    return precision == "ieee" and columns > GRAM_FROM * rows and steps > 1
 
 
 def _plain_form(

@@ -50,6 +50,9 @@ from ds_optim.memory.tracker import Storage, StorageTracker
 from ds_optim.ranks import ranks_of
 from ds_optim.sharding.exchange import Ranks
 
+LETTING_GO = 0.5
+"""Seconds at most: a backend's own thread holds what a collective has brought for a moment longer than the caller."""
+
 
 class MemoryAccountant:
     """Follows a training run; enter it before the model is made.
@@ -167,6 +170,9 @@ class MemoryAccountant:
         self._optimizer = model.optimizer if is_engine else optimizer
         self._ranks = ranks_of(model, basic_optimizer(self._optimizer))
         self._claim()
+        until = time.perf_counter() + (LETTING_GO if self._ranks.size > 1 else 0)
+        while any(self._labels.of(one) is None for one in self._tracker.live) and time.perf_counter() < until:
+            time.sleep(0.01)
         self._at_init = {storage: storage.bytes for storage in self._tracker.live}
         self._state = state_entries(self._tracker, basic_optimizer(self._optimizer))
         calls = PhaseCalls(

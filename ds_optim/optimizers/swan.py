@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.polar import newton_schulz
+from ds_optim.linalg.polar import newton_schulz, newton_schulz_flops
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
@@ -113,9 +113,9 @@ def nothing_from_adam(moments: AdamMoments, group: Settings) -> Mapping[str, Ten
 
 
 def swan_work(settings: Settings, shape: tuple[int, ...]) -> Work:
-    """A step of Newton-Schulz takes 4 s^2 l floating-point operations."""
+    """What Newton-Schulz takes."""
     short, long = sorted((shape[0] * shape[2], shape[1]))
-    return Work(step_flops=4.0 * settings["ns_steps"] * short * short * long)
+    return Work(step_flops=newton_schulz_flops(short, long, settings["ns_steps"], settings["matmul_precision"]))
 
 
 def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:

@@ -27,7 +27,7 @@ from ds_optim.stepping.block_step import BlockStep, stack_size
 from ds_optim.stepping.in_place import Covered, InPlace
 from ds_optim.stepping.kernel_calls import row_major
 from ds_optim.stepping.logical_tensors import Logical, element_ranges, packed
-from ds_optim.stepping.options import Options
+from ds_optim.stepping.options import PRODUCTS, Options
 from ds_optim.stepping.owned_state import OwnedState
 from ds_optim.stepping.owner_state import state_begins
 from ds_optim.stepping.plans import Plans
@@ -58,7 +58,7 @@ class OwnedBlocks:
 
     def __init__(self, rule: WholeMatrix, settings: Settings, options: Options, shards: Shards, owner: str) -> None:
         self.rule, self.options, self.shards, self.owner = rule, options, shards, owner
-        self._settings = {**settings, "state_dtype": options.state_dtype}
+        self._settings = {**settings, **{key: getattr(options, key) for key in ("state_dtype", *PRODUCTS)}}
         self._set_plans(Plans(rule, self._settings, shards))
         self.traffic = pipeline.Traffic()
 
