@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ds_optim
 import pretended
 from ds_optim.linalg import triangle
+from ds_optim.sharding import exchange
 
 NAMES = ["AdamW", "Lion", "Adan", "AdamMini", "Shampoo", "SWAN"]
 OPTIONS: dict[str, dict[str, Any]] = {"Shampoo": {"max_preconditioner_dim": 32, "precondition_frequency": 2}}
@@ -160,6 +161,41 @@ def noting(function: Any, settings: list[str]) -> Any:
         return function(*given, **named)
 
     return noted
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["Shampoo", "SWAN"])
+def test_offloaded_matrices_are_worked_on_by_the_accelerator_through_pinned_memory(
+    name: str, state_dtype: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters, gradients and state on the host. What lands there is waited for: nothing else is."""
+    ends = []
+    for is_offloaded in (False, True):
+        model = model_of(seed)
+        options = {"exchange_bucket_size": 4000, "state_dtype": state_dtype}
+        with monkeypatch.context() as patch, pretended.entered(patch) as device:
+            if is_offloaded:
+                patch.setattr(exchange, "accelerator_at_work", lambda: pretended.CUDA)
+            else:
+                patch.setenv("DS_OPTIM_ROOTS", "newton")
+            patch.delenv("DS_OPTIM_KERNELS")
+            optimizer = made(name, model, model.named_parameters(), **options)
+            for step in range(5):
+                for key, one in model.named_parameters():
+                    one.grad = gradients(model, seed + step)[key]
+                with device.recording():
+                    optimizer.step()
+        ends.append({key: one.detach() for key, one in model.named_parameters()})
+        assert (device.launches["bmm"] > 0) == is_offloaded
+        copies = {line.partition(" ds_optim")[0] for line in device.copies}
+        assert copies == ({"to the device (pinned)", "to the host (pinned)"} if is_offloaded else set())
+        assert {line.partition(" ds_optim")[0] for line in device.waits} <= {"an event of this step"}
+        if is_offloaded:
+            assert not any(
+                type(value) is pretended.OnDevice for kept in optimizer.state.values() for value in kept.values()
+            )
+    for key, one in ends[0].items():
+        assert float((one - ends[1][key]).abs().max()) <= 1e-6 * float(one.abs().max()), key
 
 
 def test_the_device_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:

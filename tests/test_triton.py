@@ -282,6 +282,18 @@ def test_a_grid_has_one_axis_which_alone_may_be_long(monkeypatch: pytest.MonkeyP
     assert grids == [(-(-count // access.BLOCK),)]
 
 
+@pytest.mark.parametrize("stream", ["params", "grads", "states"])
+def test_what_is_not_contiguous_is_refused(stream: str) -> None:
+    found = Tensors.random("lion", [64], 0, (torch.float32,) * 3)
+    torn = torch.zeros(64, 2)[:, 0]
+    if stream == "states":
+        found.states[0][0] = torn
+    else:
+        getattr(found, stream)[0] = torn
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.elementwise("triton", FORMULAS["lion"], found.operands([(0, 0, 64)], SCALARS["lion"]))
+
+
 # -- X X^T ------------------------------------------------------------------------------------------------------------
 
 

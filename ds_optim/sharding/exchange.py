@@ -122,22 +122,48 @@ def carrier_of(device: torch.device, group: dist.ProcessGroup) -> torch.device:
     return torch.device(supported[0].type, torch.accelerator.current_device_index())
 
 
+def worker_of(device: torch.device, group: dist.ProcessGroup | None) -> torch.device:
+    """Where matrices are multiplied: where the tensors are, or, of a process whose accelerator is at work while they
+    are kept on the host (offload), on that accelerator, if the group can carry its memory."""
+    accelerator = accelerator_at_work() if device.type == "cpu" else None
+    if accelerator is not None and (group is None or torch.device(accelerator.type) in group._device_types):
+        return accelerator
+    return device if group is None else carrier_of(device, group)
+
+
+def accelerator_at_work() -> torch.device | None:
+    """The accelerator that this process has begun to use."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None or not getattr(torch.get_device_module(found), "is_initialized", lambda: False)():
+        return None
+    return torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def staged(values: Tensor) -> Tensor:
+    """Room for values of an accelerator in memory of the host that it copies from and to without anybody waiting."""
+    return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+
+
 class HostCopy:
-    """Values that a device computes in one step and the host reads in the next, without waiting for either."""
+    """Values that a device computes and the host reads later: in the next step, without waiting for either."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values.detach()
         self._event: torch.Event | None = None
         if values.device.type != "cpu":
-            self.values = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+            self.values = staged(values)
             self.values.copy_(values, non_blocking=True)
             self._event = torch.Event(values.device)
             self._event.record(torch.accelerator.current_stream(values.device))  # not that of the current device
 
     def read(self) -> list[Any]:
+        return self.wait().tolist()
+
+    def wait(self) -> Tensor:
+        """The values, on the host."""
         if self._event is not None:
             self._event.synchronize()
-        return self.values.tolist()
+        return self.values
 
 
 class FailureCount:

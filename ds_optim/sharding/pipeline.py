@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim.known_torch import all_gather_single
-from ds_optim.sharding.exchange import carrier_of
+from ds_optim.sharding.exchange import HostCopy, staged, worker_of
 from ds_optim.sharding.schedule import Bucket, Piece
 
 Compute = Callable[[Bucket, Tensor], None]
@@ -55,8 +55,13 @@ class Wire:
 
     @property
     def carrier(self) -> torch.device:
-        """Where buckets and matrix algebra live: an accelerator, if the group's backend cannot carry this device."""
-        return self.device if self.group is None else carrier_of(self.device, self.group)
+        """Where buckets and matrix algebra live, see `worker_of`."""
+        return worker_of(self.device, self.group)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether buckets pass through memory of the host on their way from and to the local tensors."""
+        return self.carrier != self.device
 
     @property
     def rank(self) -> int:
@@ -148,17 +153,24 @@ class _Incoming:
         self._work: Any = None
         if bucket.travels and not wire.replicated:
             self._sent = torch.empty(sum(bucket.to_ranks), dtype=wire.dtype, device=wire.carrier)
-            _read(self._sent, bucket.sending, gradient_of)
+            sent = staged(self._sent) if wire.is_staged else self._sent
+            _read(sent, bucket.sending, gradient_of)
+            if wire.is_staged:
+                self._sent.copy_(sent, non_blocking=True)
             self._received, self._work = _all_to_all(self._sent, bucket.to_ranks, bucket.from_ranks, wire)
 
     def unpack(self) -> Tensor:
         """The flat gradients of the owned blocks, one behind the other, fp32; waits for the others' parts."""
         bucket, wire = self._bucket, self._wire
         work = torch.empty(bucket.numel, dtype=torch.float32, device=wire.carrier)
-        own = list(zip(work.split([one.numel for one in bucket.owned]), bucket.owned, strict=True))
-        for block, one in own:
+        sizes = [one.numel for one in bucket.owned]
+        own = list(zip(work.split(sizes), bucket.owned, strict=True))
+        here = staged(work) if wire.is_staged else work
+        for block, one in zip(here.split(sizes), bucket.owned, strict=True):
             if one.local is not None:
                 _read(block.narrow(0, one.local.start, one.local.numel), [one.local], self._gradient_of)
+        if wire.is_staged:
+            work.copy_(here, non_blocking=True)  # what others send lands on the rest
         if self._work is not None:
             self._work.wait()
         if self._received is not None:
@@ -196,17 +208,27 @@ class _Outgoing:
                 for part in one.back
             )
             self._received, self._work = _all_to_all(sent, bucket.back_to, bucket.back_from, wire)
-        for block, one in zip(blocks, bucket.owned, strict=True):
+        self._landing = HostCopy(work) if wire.is_staged else None
+        if self._landing is None:
+            self._apply_own(work, apply)
+
+    def _apply_own(self, work: Tensor, apply: Apply) -> None:
+        sizes = [one.numel for one in self._bucket.owned]
+        for block, one in zip(work.split(sizes), self._bucket.owned, strict=True):
             if one.local is not None:
                 apply(one.local, block.narrow(0, one.local.start, one.local.numel))
 
     def finish(self, apply: Apply) -> None:
-        """Wait for what other ranks computed, and apply it."""
+        """Wait for what other ranks computed, and apply it; where buckets are staged, what this one did as well."""
+        if self._landing is not None:
+            self._apply_own(self._landing.wait(), apply)
+            self._landing = None
         if self._work is not None:
             self._work.wait()
         if self._received is not None:
+            received = HostCopy(self._received).wait() if self._wire.is_staged else self._received
             for piece in self._bucket.others:
-                apply(piece, self._received.narrow(0, piece.start, piece.numel))
+                apply(piece, received.narrow(0, piece.start, piece.numel))
         elif self._sent is not None and self._wire.replicated:
             self._broadcast(self._sent, apply)
         self._sent = self._received = None
@@ -228,6 +250,7 @@ class _Outgoing:
             if arriving is not None:
                 source, values, handle = arriving
                 handle.wait()
+                values = HostCopy(values).wait() if wire.is_staged else values
                 for piece in self._bucket.others:
                     if piece.owner == source:
                         apply(piece, values.narrow(0, piece.start, piece.numel))

@@ -20,6 +20,7 @@ from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.rule import Stack
 from ds_optim.sharding import pipeline
+from ds_optim.sharding.exchange import HostCopy, staged
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.schedule import Bucket, Owned, Piece
 from ds_optim.stepping.owner_state import StateOfBlock
@@ -61,6 +62,7 @@ class BlockStep:
         rounding: of each bf16 tensor that is not rounded to nearest, as the only tensor of a call.
         memories: what the rule remembers of each stack, by its blocks.
         suspects: collected as stacks are computed.
+        returning: state on its way from the accelerator to the host, where it is kept.
     """
 
     plan: Plan
@@ -78,10 +80,12 @@ class BlockStep:
     rounding: Mapping[int, kernels.Rounding]
     memories: dict[tuple[int, ...], dict[str, Any]]
     suspects: list[Suspects] = field(default_factory=list)
+    returning: list[tuple[Tensor, HostCopy]] = field(default_factory=list)
 
     def run(self, buckets: Sequence[Bucket]) -> Tensor:
         """Update every block; how many blocks of this rank went wrong (0-dim fp32, not waited for)."""
         pipeline.run(buckets, self.wire, self._gradient_of, self._compute, self._apply)
+        _return(self.returning)
         flags = [flag for one in self.suspects for flag in one.reasons.values()]
         if not flags:
             return torch.zeros((), device=self.wire.carrier)
@@ -91,9 +95,11 @@ class BlockStep:
         return self.grads[piece.tensor]
 
     def _compute(self, bucket: Bucket, work: Tensor) -> None:
+        computed, self.returning = self.returning, []
         with fp32_products("ieee"):
             for blocks, grads in self._stacks(bucket, work):
                 self._update_stack(blocks, grads)
+        _return(computed)  # of the bucket before, while the accelerator works on this one
 
     def _stacks(self, bucket: Bucket, work: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Neighbours of equal shape, whose state lies in one piece; few enough for a cache."""
@@ -127,7 +133,9 @@ class BlockStep:
         if memory:
             self.memories[blocks] = memory
         for name, kept in stored.items():
-            if working[name] is not kept:
+            if working[name].device != kept.device:
+                self.returning.append((kept, HostCopy(working[name])))
+            elif working[name] is not kept:
                 kept.copy_(working[name])
         reasons = {"its gradient is not finite": ~good, **failed}
         _withhold(grads, ~torch.stack(list(reasons.values())).any(0))
@@ -167,7 +175,16 @@ class BlockStep:
 
 def _working(kept: Tensor, device: torch.device) -> Tensor:
     """State where and as a rule computes with it: the tensor itself wherever possible."""
-    return kept.to(device=device, dtype=torch.float32 if kept.is_floating_point() else kept.dtype)
+    dtype = torch.float32 if kept.is_floating_point() else kept.dtype
+    if kept.device != device and kept.device.type == "cpu":
+        return staged(kept).copy_(kept).to(device=device, dtype=dtype, non_blocking=True)
+    return kept.to(device=device, dtype=dtype)
+
+
+def _return(computed: Sequence[tuple[Tensor, HostCopy]]) -> None:
+    """Wait for state and put it where it is kept."""
+    for kept, copy in computed:
+        kept.copy_(copy.wait())
 
 
 def _withhold(values: Tensor, good: Tensor) -> None:

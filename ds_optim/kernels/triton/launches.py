@@ -106,6 +106,9 @@ def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
     streams = (operands.params, operands.grads, *operands.states, *operands.block_states)
     words = [_addresses([stream[index] for index in group.members]) for stream in streams]
     if words != group.words:
+        used = [stream[index] for stream in streams for index in group.members]
+        if not all(tensor is None or tensor.is_contiguous() for tensor in used):
+            raise ValueError("Triton's programs work on contiguous tensors: one of these is not")
         elements = words[: len(words) - len(operands.block_states)]
         aligned = [int(all(word and not word % 16 for word in of_tensor)) for of_tensor in zip(*elements, strict=True)]
         table = np.array([*elements, aligned, *words[len(elements) :]], dtype=np.int64)
