@@ -115,7 +115,8 @@ def nothing_from_adam(moments: AdamMoments, group: Settings) -> Mapping[str, Ten
 def swan_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     """What Newton-Schulz takes."""
     short, long = sorted((shape[0] * shape[2], shape[1]))
-    return Work(step_flops=newton_schulz_flops(short, long, settings["ns_steps"], settings["matmul_precision"]))
+    precision = settings.get("matmul_precision", "ieee")
+    return Work(step_flops=newton_schulz_flops(short, long, settings["ns_steps"], precision))
 
 
 def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
