@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convergence import RECIPES, TEXT_CACHE, Setting, corpus
+from convergence import RECIPES, TEXT_CACHE, Setting, corpus, llama, next_token_loss
 from processor import processor
 from torch import Tensor, nn
 
 import ds_optim
 from ds_optim.linalg import triangle
 from ds_optim.linalg.inverse_roots import inverse_roots
-from ds_optim.linalg.polar import newton_schulz
-from ds_optim.linalg.precision import PRECISIONS
+from ds_optim.linalg.polar import newton_schulz, newton_schulz_flops
+from ds_optim.linalg.precision import PRECISIONS, MatmulPrecision
 from ds_optim.selftest import checks
 from ds_optim.selftest.result import CheckResult, judged
 
@@ -197,13 +197,11 @@ def matrices(bench: Bench) -> Iterator[CheckResult]:
         yield judged("X X^T by one triangle, bf16", half <= full, said, ms=half, bmm_ms=full)
 
 
-def _flops(precision: str, rows: int, columns: int) -> float:
-    """Of ten Newton-Schulz steps of a matrix, as they are taken."""
+def _flops(precision: MatmulPrecision, rows: int, columns: int) -> float:
+    """Of ten Newton-Schulz steps of a matrix, as they are taken: of X X^T one triangle, where that is computed."""
     short, long = sorted((rows, columns))
-    if precision == "ieee" and long > 1.5 * short:
-        return 2 * (4 * short**2 * long + 4 * 6 * short**3)
-    half = 2 if precision == "ieee" or short < triangle.SMALLEST else 1
-    return 10 * (half + 2) * short**2 * long
+    has_triangle = precision != "ieee" and short >= triangle.SMALLEST
+    return newton_schulz_flops(short, long, 10, precision) * (0.75 if has_triangle else 1)
 
 
 def roots(bench: Bench) -> Iterator[CheckResult]:
@@ -255,21 +253,9 @@ def convergence(bench: Bench) -> Iterator[CheckResult]:
 
 def trained(bench: Bench, text: Any, name: str, lr: float, batch: int) -> tuple[float, int]:
     """One run: its last held-out loss, and its tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     setting, device = bench.sizes.setting, bench.device
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=setting.vocab_size,
-        hidden_size=setting.hidden_size,
-        intermediate_size=setting.intermediate_size,
-        num_hidden_layers=setting.num_hidden_layers,
-        num_attention_heads=setting.num_attention_heads,
-        num_key_value_heads=setting.num_attention_heads,
-        max_position_embeddings=setting.seq_length,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).to(device)
+    model = llama(setting).to(device)
     parameters = sum(one.numel() for one in model.parameters())
     tokens = round(bench.sizes.tokens_per_parameter * parameters)
     setting = dataclasses.replace(setting, tokens=tokens, batch_size=batch)
@@ -278,20 +264,16 @@ def trained(bench: Bench, text: Any, name: str, lr: float, batch: int) -> tuple[
     windows = corpus.Windows(text.train, setting.seq_length, 0)
     held_out = corpus.Windows(text.held_out, setting.seq_length, 0).global_batch(0, setting.held_out_sequences)
 
-    def loss_of(ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids, use_cache=False).logits
-        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
     for step in range(setting.steps):
         for group in optimizer.param_groups:
             group["lr"] = lr * setting.learning_rate_share(step)
         ids = torch.from_numpy(windows.global_batch(step, batch)).to(device, non_blocking=True)
-        loss_of(ids).backward()
+        next_token_loss(model, ids).backward()
         nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        losses = [loss_of(ids.to(device)) for ids in torch.from_numpy(held_out).split(batch)]
+        losses = [next_token_loss(model, ids.to(device)) for ids in torch.from_numpy(held_out).split(batch)]
         return float(torch.stack(losses).mean()), setting.steps * setting.tokens_per_step
 
 

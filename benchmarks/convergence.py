@@ -168,23 +168,11 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def train(run: Run, setting: Setting, status: Path, cache: Path) -> dict[str, Any]:
-    """Trains once, in this process.
-
-    Returns:
-        The run's record: settings, machine, date, seconds and ``curve``, rows of (tokens, mean training loss since the
-        row before, held-out loss). A run whose loss is no longer finite ends there and is marked ``diverged``.
-    """
-    import torch
+def llama(setting: Setting) -> Any:
+    """The model that every run trains, with weights from torch's generator."""
     import transformers
-    from torch.nn.functional import cross_entropy
 
-    import ds_optim
-
-    torch.set_num_threads(1)
-    text = corpus.load(corpus.prepare(None, setting.vocab_size, cache))
-    torch.manual_seed(run.seed)
-    model = transformers.LlamaForCausalLM(
+    return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=setting.vocab_size,
             hidden_size=setting.hidden_size,
@@ -198,9 +186,34 @@ def train(run: Run, setting: Setting, status: Path, cache: Path) -> dict[str, An
         )
     )
 
+
+def next_token_loss(model: Any, ids: Any) -> Any:
+    """The mean over all positions of (sequences, tokens) but the last."""
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=ids, use_cache=False).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def train(run: Run, setting: Setting, status: Path, cache: Path) -> dict[str, Any]:
+    """Trains once, in this process.
+
+    Returns:
+        The run's record: settings, machine, date, seconds and ``curve``, rows of (tokens, mean training loss since the
+        row before, held-out loss). A run whose loss is no longer finite ends there and is marked ``diverged``.
+    """
+    import torch
+    import transformers
+
+    import ds_optim
+
+    torch.set_num_threads(1)
+    text = corpus.load(corpus.prepare(None, setting.vocab_size, cache))
+    torch.manual_seed(run.seed)
+    model = llama(setting)
+
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=ids, use_cache=False).logits
-        return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return next_token_loss(model, ids)
 
     step_loss = torch.compile(loss_of, dynamic=False) if setting.compile else loss_of
     groups = ds_optim.param_groups(model, RECIPES[run.optimizer].weight_decay)

@@ -8,7 +8,7 @@ that are the same in the whole range are named, and tried out, where they are us
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -39,6 +39,11 @@ def fsdp_parameters(module: Any) -> Iterator[Any]:
     for group in groups:
         if group is not None:  # a module whose parameters all belong to others
             yield from group.fsdp_params
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one, on which Triton launches: it need not be that of the tensors."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 @cache

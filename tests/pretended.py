@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from ds_optim.kernels.triton import blocks, elements
 from ds_optim.linalg import triangle
+from machine_code import PROGRAMS
 
 CUDA = torch.device("cuda", 0)
 
@@ -78,19 +78,6 @@ FREE = frozenset(
         "is_pinned",
     ]
 )
-PROGRAMS = {
-    elements: ("update_rows", "descend_rows"),
-    blocks: [
-        "update_wide_blocks",
-        "update_narrow_blocks",
-        "sum_rows",
-        "sum_columns",
-        "add_up",
-        "advance_known",
-        "update_cut_rows",
-        "update_columns",
-    ],
-}
 
 
 class Guardless(TorchFunctionMode):

@@ -6,14 +6,12 @@ products in TF32 and bf16, which run on tensor cores; in fp32, torch's own is le
 
 from __future__ import annotations
 
-import contextlib
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ds_optim.known_torch import triton_problem
+from ds_optim.known_torch import current, triton_problem
 
 TILE, DEPTH = 128, 64  # rows and columns of a program's tile, and of what it multiplies at a time
 OPTIONS = {"num_warps": 8, "num_stages": 3}
@@ -34,8 +32,7 @@ def times_own_transpose(stack: Tensor, *, out: Tensor) -> Tensor:
     """
     batch, rows, columns = stack.shape
     tiles = -(-rows // TILE)
-    on_device: Any = contextlib.nullcontext() if stack.device.type == "cpu" else torch.cuda.device(stack.device)
-    with on_device:
+    with current(stack.device):
         program()[(tiles * (tiles + 1) // 2, batch)](
             *(stack, out, rows, columns, *stack.stride(), TILE, DEPTH), **OPTIONS
         )

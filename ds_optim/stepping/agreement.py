@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class Freezing:
             )
 
 
-def refuse_other_betas(owner: str, wanted: int, groups: Sequence[Mapping[str, Any]]) -> None:
+def refuse_other_betas(owner: str, wanted: int, groups: Iterable[Mapping[str, Any]]) -> None:
     """Refuse groups that have been given another number of betas.
 
     Raises:

@@ -266,9 +266,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for _, tensor in active:
                 self.state_of(tensor)
             return
-        refuse_other_betas(type(self).__name__, self.rule.betas.count, self.param_groups)
         together: dict[Together, list[Tensor]] = {}
-        groups = {id(group): group for group in self.param_groups}
+        groups = {id(group): group for group, _ in active}
+        refuse_other_betas(type(self).__name__, self.rule.betas.count, groups.values())
         steps: list[Tensor] = []
         for group, tensor in active:
             bound = self.shards.of(tensor)

@@ -7,7 +7,6 @@ is copied while tensors stay where they are.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from ds_optim.kernels.operands import Formula, Operands
 from ds_optim.kernels.tables import Select
 from ds_optim.kernels.triton import launches
 from ds_optim.kernels.triton.launches import Dtypes, LaunchGroup
+from ds_optim.known_torch import current
 
 PROGRAMS = frozenset(("adamw", "lion", "adan", "adam_mini"))
 """The names of the formulas that there are programs for."""
@@ -47,7 +47,7 @@ def elementwise(formula: Formula, operands: Operands) -> None:
         return
     from ds_optim.kernels.triton import access, elements
 
-    with _current(operands.params[0].device):
+    with current(operands.params[0].device):
         scalars = _scalars(formula, operands)
         for dtypes, group in launches.together(operands, (operands.tables.spans,), launches.spans).items():
             rows = group.rows["update_rows"]
@@ -68,7 +68,7 @@ def partial_sums(operands: Operands) -> None:
     """`ds_optim.kernels.partial_sums`."""
     if not operands.params:
         return
-    with _current(operands.params[0].device):
+    with current(operands.params[0].device):
         for dtypes, group in _blocks(operands):
             if "cut" in group.rows:
                 _sum("cut", dtypes, group, operands.cut_sums)
@@ -79,7 +79,7 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     """`ds_optim.kernels.blockwise`."""
     if not operands.params:
         return
-    with _current(operands.params[0].device):
+    with current(operands.params[0].device):
         scalars = _scalars(formula, operands)
         for dtypes, group in _blocks(operands):
             how = (*_rounding(dtypes, operands), *scalars)
@@ -104,7 +104,7 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
     factor = decay.to(target.device, torch.float32) if isinstance(decay, Tensor) else float(decay)
     *outer, (rows, stride), (columns, _) = native.merged(target)
     done = 0
-    with _current(target.device):
+    with current(target.device):
         for corner in itertools.product(*(range(size) for size, _ in outer)):
             skipped = sum(index * step for index, (_, step) in zip(corner, outer, strict=True))
             # One axis: along the others a grid ends at 65,535, which 67 million elements in one row would exceed.
@@ -117,12 +117,6 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
             )
             done += rows * columns
     torch.autograd.graph.increment_version(target)
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
-    on_cpu = device.type == "cpu"
-    return contextlib.nullcontext() if on_cpu else torch.get_device_module(device).device(device)
 
 
 How = tuple[int, bool, tuple[Any, ...], tuple[bool, ...]]
