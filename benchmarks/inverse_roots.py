@@ -59,9 +59,9 @@ def contenders(exponent: float, ridge: float) -> dict[str, Callable[[Tensor], Te
         return roots.masked_fill(failed[:, None, None], math.nan)
 
     return {
-        "eigh fp64": lambda a: flagged(inverse_roots(a, exponent, eps=ridge, relative=True, method="eigh")),
-        "eigh fp32": lambda a: textbook(a, exponent, ridge),
-        "newton fp32": lambda a: flagged(inverse_roots(a, exponent, eps=ridge, relative=True, method="newton")),
+        "eigh": lambda a: flagged(inverse_roots(a, exponent, eps=ridge, relative=True, method="eigh")),
+        "eigh32": lambda a: flagged(inverse_roots(a, exponent, eps=ridge, relative=True, method="eigh32")),
+        "newton": lambda a: flagged(inverse_roots(a, exponent, eps=ridge, relative=True, method="newton")),
     }
 
 

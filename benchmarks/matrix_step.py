@@ -57,6 +57,7 @@ LARGEST_SPREAD = 1.5  # of Shampoo: 99th percentile of step times over their med
 SMALLEST_SHARE = 0.70  # of SWAN: time of its products alone over the time of its step
 RARELY = 5  # whoever only serves the comparison takes part in every fifth round
 ROLES = {"*": "mlp"}
+META = "Meta's Distributed Shampoo"
 RIVALS = ("pytorch-optimizer", "heavyball")
 HEAVYBALL_MODE: list[str | None] = [None]  # how heavyball compiles
 
@@ -172,6 +173,19 @@ def theirs(module: str, name: str, **settings: Any) -> Callable[[dict[str, torch
     return build
 
 
+def metas(block: int) -> Callable[[dict[str, torch.nn.Parameter]], Step]:
+    """Meta's Distributed Shampoo, of which a checkout is looked for; its decompositions are in fp32."""
+
+    def build(parameters: dict[str, torch.nn.Parameter]) -> Step:
+        its = importlib.import_module("distributed_shampoo")
+        settings = {"max_preconditioner_dim": block, "precondition_frequency": FREQUENCY}
+        graft = its.AdamPreconditionerConfig(beta2=0.95, epsilon=1e-8)
+        params = list(parameters.values())
+        return its.DistributedShampoo(params, lr=1e-3, betas=(0.9, 0.95), grafting_config=graft, **settings).step
+
+    return build
+
+
 def products_and_roots(parameters: dict[str, torch.nn.Parameter]) -> Step:
     """What a step of Shampoo cannot do without: of every block four products, and of every tenth the two roots."""
     blocks = [parameter.detach() for parameter in parameters.values()]
@@ -235,6 +249,7 @@ def shampoo(block: int) -> list[Contender]:
             rare=True,
         ),
         Contender("products and roots alone", "nothing else", products_and_roots, block=block),
+        Contender(META, "Shampoo, Adam graft, all roots in one step", metas(block)),
         Contender(
             "pytorch-optimizer ScalableShampoo",
             "Shampoo, RMSProp graft per parameter, Schur-Newton",

@@ -20,8 +20,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ds_optim import kernels
 from ds_optim.kernels import Formula
 from ds_optim.linalg.precision import MatmulPrecision
+from ds_optim.linalg.products import add_gram_
+from ds_optim.linalg.workers import Stepwise
 from ds_optim.roles.role import Role
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.blocks import BlockGrid
@@ -289,7 +292,8 @@ class WholeMatrix(Rule):
         work: what a block of a shape costs its owner.
         refresh: when blocks are refreshed.
         update: turns a `Stack`'s gradients into updates, in place, and advances its state. Returns flags (B,) of the
-            blocks whose update must be withheld and that all ranks must hear of, by reason.
+            blocks whose update must be withheld and that all ranks must hear of, by reason. What is best done for many
+            stacks at a time it may hand out as jobs, see `ds_optim.linalg.workers`.
         step_size: what updates are multiplied by.
         stack_temporaries: what an update takes beside its gradients and state, in units of a stack (measured).
         others: the rule of what is no matrix.
@@ -300,7 +304,7 @@ class WholeMatrix(Rule):
     state_of_block: Callable[[Settings, tuple[int, ...]], Mapping[str, StateSpec]]
     work: Callable[[Settings, tuple[int, ...]], Work]
     refresh: Callable[[Settings], Refresh]
-    update: Callable[[Settings, Stack], Mapping[str, Tensor]]
+    update: Callable[[Settings, Stack], Mapping[str, Tensor] | Stepwise[Mapping[str, Tensor]]]
     step_size: Callable[[Settings], Any]
     stack_temporaries: int
     others: Elementwise
@@ -342,6 +346,20 @@ class Stack:
         """(B,) values, shaped to broadcast against `grads`."""
         return values.view(-1, *(1 for _ in self.shape))
 
+    def pass_(self, formula: Formula, names: Sequence[str], scalars: Scalars) -> Tensor:
+        """Run a formula over all elements in one pass: `grads` becomes what it returns first, which is returned.
+
+        Args:
+            formula: elementwise, of gradients and states. Where a gradient is not a number it must leave states as they
+                are: so blocks that are not good are marked.
+            names: of the states, in the formula's order.
+            scalars: of the formula.
+        """
+        withhold(self.grads, self.good, math.nan)
+        backend = kernels.backend_for(formula, self.grads.device)
+        kernels.one_pass(backend, formula, self.grads, [self.state[name] for name in names], scalars)
+        return self.grads
+
     def average_(self, kept: Tensor, new: Tensor, beta: float) -> Tensor:
         """``kept <- beta kept + (1 - beta) new`` in place, ``kept + new`` if beta is 1; blocks that are not good stay.
 
@@ -349,6 +367,27 @@ class Stack:
         """
         keep = torch.where(self.good, beta, 1.0).view(-1, *(1 for _ in kept.shape[1:]))
         return kept.mul_(keep).add_(new if beta == 1 else new * (1 - beta))
+
+    def average_gram_(self, kept: Tensor, axis: int, beta: float) -> Tensor:
+        """The running average of the gradients' products with themselves, see `ds_optim.linalg.products.gram`.
+
+        ``kept <- beta kept + (1 - beta) gram`` in place, ``kept + gram`` if beta is 1; blocks that are not good stay.
+        """
+        weight = 1 if beta == 1 else 1 - beta
+        if kept.device.type == "cpu":
+            before = {index: kept[index].clone() for index, good in enumerate(self.good.tolist()) if not good}
+            add_gram_(kept, self.grads, axis, beta, weight, self.matmul_precision)
+            for index, one in before.items():
+                kept[index] = one
+            return kept
+        kept.mul_(torch.where(self.good, beta, 1.0).view(-1, 1, 1))
+        return add_gram_(kept, self.grads, axis, 1.0, weight, self.matmul_precision)
+
+
+def withhold(values: Tensor, good: Tensor, instead: float) -> None:
+    """Fill the blocks that are not good. Only a CPU may look first whether there are any."""
+    if values.device.type != "cpu" or not bool(good.all()):
+        values.masked_fill_(~good.view(-1, *(1 for _ in values.shape[1:])), instead)
 
 
 def bytes_of(spec: Mapping[str, StateSpec]) -> int:

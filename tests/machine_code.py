@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 from ds_optim import kernels
 from ds_optim.kernels import Operands, Place, Places, Rounding
+from ds_optim.kernels import triton as by_triton
 from ds_optim.kernels.triton import blocks, elements
 from ds_optim.linalg import triangle
 from test_kernels import ADAM_MINI, FORMULAS, SCALARS, Blocks, Tensors
@@ -30,12 +31,24 @@ CASES: list[tuple[str, tuple[torch.dtype, torch.dtype, torch.dtype], bool]] = [
     ("lion", (FP16, FP16, FP32), False),
     ("adan", (FP32,) * 3, False),
     ("adan", (BF16,) * 3, True),
+    ("momentum", (FP32,) * 3, False),
+    ("adam_graft", (FP32, FP32, FP32), False),
+    ("adam_graft", (FP32, FP32, BF16), False),
     ("adam_mini", (FP32,) * 3, False),
     ("adam_mini", (BF16, BF16, FP32), True),
 ]
+FEW = [CASES[0], CASES[-1]]
+CASES_OF = {
+    GPUTarget("cuda", 80, 32): CASES[::2],
+    GPUTarget("cuda", 90, 32): CASES,
+    GPUTarget("cuda", 100, 32): FEW,
+    GPUTarget("hip", "gfx942", 64): FEW,
+}
+"""NVIDIA's A100, H100 and B200, AMD's MI300, of 64 threads to a warp; and what is read of each: code takes time."""
+TARGETS = [*CASES_OF]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROGRAMS = {
-    elements: ("update_rows", "descend_rows"),
+    elements: ("update_rows", "update_all", "descend_rows"),
     blocks: (
         *("update_wide_blocks", "update_narrow_blocks", "sum_rows", "sum_columns"),
         *("add_up", "advance_known", "update_cut_rows", "update_columns"),
@@ -47,14 +60,14 @@ PROGRAMS = {
 class Driver:
     """Of a GPU that is not here, as far as Triton asks before it launches."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
+        return self.target
 
     def get_current_device(self) -> int:
-        return self.capability
+        return TARGETS.index(self.target)
 
     def get_current_stream(self, _: int) -> int:
         return 0
@@ -71,7 +84,8 @@ class Warmed:
     def __getitem__(self, grid: tuple[int]) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
             made = self.program.warmup(*arguments, grid=grid, **options)
-            self.made.append((self.program.__name__, made))
+            name = self.program.__name__
+            self.made.append((f"{name} of {arguments[-1]}" if name == "update_narrow_blocks" else name, made))
 
         return launch
 
@@ -87,6 +101,10 @@ def operands_of(rule: str, numels: list[int], dtypes: Any, rounding_key: int | N
 
 def calls(rule: str, dtypes: Any, is_rounded: bool) -> None:
     """Everything that a step may launch for a rule."""
+    if rule in ("momentum", "adam_graft"):
+        values, *states = Tensors.random(rule, [5000], 0, dtypes).flat()
+        kernels.one_pass("triton", FORMULAS[rule], values, states, SCALARS[rule])
+        return
     if rule != "adam_mini":
         kernels.elementwise("triton", FORMULAS[rule], operands_of(rule, [5000, 7], dtypes, 5 if is_rounded else None))
         return
@@ -101,7 +119,7 @@ def calls(rule: str, dtypes: Any, is_rounded: bool) -> None:
     kernels.partial_sums("triton", columns)
     kernels.blockwise("triton", ADAM_MINI, columns)
     if is_rounded:
-        kernels.descend("triton", torch.ones(4, 6).bfloat16()[:, 1:5], torch.ones(4, 4), 0.9, 3, 1, 5)
+        kernels.descend("triton", torch.ones(4, 6).bfloat16()[:, 1:5], torch.ones(4, 4), 0.9, (3, 1, 5))
 
 
 def disassembled(code: Any) -> list[str]:
@@ -115,13 +133,22 @@ def disassembled(code: Any) -> list[str]:
         ]
 
 
-def report(name: str, code: Any, dtypes: tuple[Any, ...], capability: int) -> dict[str, Any]:
+def report(name: str, code: Any, dtypes: tuple[Any, ...], target: GPUTarget) -> dict[str, Any]:
     """128-bit accesses, registers and spills from the machine code; contractions from what it was assembled from."""
+    common = {"program": name, "target": name_of(target), "dtypes": [dtype.itemsize for dtype in dtypes]}
+    if target.backend == "hip":
+        listed = code.asm["amdgcn"]
+        return {
+            **common,
+            "loads": len(re.findall(r"\b(?:global|flat|buffer)_load_dwordx4\b", listed)),
+            "stores": len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", listed)),
+            "spilled": sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", listed))),
+            "fused": len(re.findall(r"\bcontract\b|\bfmuladd\b", code.asm["llir"])),
+            "registers": int(re.findall(r"\.vgpr_count:\s*(\d+)", listed)[-1]),
+        }
     listed, used = disassembled(code)
     return {
-        "program": name,
-        "target": f"sm_{capability}",
-        "dtypes": [dtype.itemsize for dtype in dtypes],
+        **common,
         "loads": len(re.findall(r"\bLDG\.E\S*\.128\b", listed)),
         "stores": len(re.findall(r"\bSTG\.E\S*\.128\b", listed)),
         "spilled": len(re.findall(r"\b(?:LDL|STL)\b", listed)),
@@ -130,16 +157,26 @@ def report(name: str, code: Any, dtypes: tuple[Any, ...], capability: int) -> di
     }
 
 
+def name_of(target: GPUTarget) -> str:
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
+
+
+def drive(target: GPUTarget) -> None:
+    """Let Triton take this for the GPU that is here."""
+    triton.runtime.driver.set_active(Driver(target))
+    by_triton._options.cache_clear()
+
+
 def reports() -> list[dict[str, Any]]:
-    """Of every program, for every case and two GPUs."""
+    """Of every program, for every target."""
     found = []
-    for capability in (80, 90):
-        triton.runtime.driver.set_active(Driver(capability))
-        for rule, dtypes, is_rounded in CASES:
+    for target in TARGETS:
+        drive(target)
+        for rule, dtypes, is_rounded in CASES_OF[target]:
             Warmed.made.clear()
             calls(rule, dtypes, is_rounded)
             for name, code in {code.hash: (name, code) for name, code in Warmed.made}.values():
-                found.append({"rule": rule, **report(name, code, dtypes, capability)})
+                found.append({"rule": rule, **report(name, code, dtypes, target)})
     return found
 
 
@@ -147,8 +184,8 @@ def triangles() -> list[dict[str, Any]]:
     """Of the program for X X^T, in TF32 and bf16, for two GPUs."""
     found = []
     program = triangle.program()
-    for capability in (80, 90):
-        triton.runtime.driver.set_active(Driver(capability))
+    for target in TARGETS[:2]:
+        drive(target)
         for dtype in (FP32, BF16):
             stack, out = torch.empty(2, 1024, 4096, dtype=dtype), torch.empty(2, 1024, 1024, dtype=dtype)
             shape = (1024, 4096, *stack.stride(), triangle.TILE, triangle.DEPTH)
@@ -157,7 +194,7 @@ def triangles() -> list[dict[str, Any]]:
             reads = re.findall(r"\b(?:LDGSTS|LDG)\.E\S*", listed)
             found.append(
                 {
-                    "target": f"sm_{capability}",
+                    "target": name_of(target),
                     "dtype": str(dtype),
                     "tensor core": len(re.findall(r"\b(?:HMMA|HGMMA)\b", listed)),
                     "wide reads": sum(".128" in one for one in reads),
@@ -171,6 +208,7 @@ def triangles() -> list[dict[str, Any]]:
 def variants() -> list[int]:
     """How many programs there are after each of some calls that differ in what must not make another one."""
     Warmed.made.clear()
+    drive(TARGETS[0])
     found = []
     calls = [(1e-3, 5, [5000, 17]), (1.0, 16, [70_000]), (torch.tensor(0.5), 7, [33] * 16), (torch.tensor(1.0), 1, [1])]
     for lr, key, numels in calls:

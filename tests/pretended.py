@@ -8,6 +8,7 @@ host wait. Nothing here knows what a GPU computes or how long it takes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from ds_optim.linalg import triangle
+from ds_optim.sharding import exchange
 from machine_code import PROGRAMS
 
 CUDA = torch.device("cuda", 0)
@@ -177,6 +179,8 @@ class Device(TorchDispatchMode):
         launches: by name, and how often.
         copies: between host and device, by direction and line; "(pinned)" ones wait for nothing.
         waits: of the host, by reason and line.
+        order: of what touches memory.
+        stream: the current one.
     """
 
     def __init__(self) -> None:
@@ -184,13 +188,19 @@ class Device(TorchDispatchMode):
         self.launches, self.copies, self.waits = Counter[str](), Counter[str](), Counter[str]()
         self.is_recording = False
         self.recordings = 0
+        self.order = Order()
+        self.main = self.stream = type("Stream", (Stream,), {"device": self})("first stream")
         self._pinned: set[int] = set()
+        self._is_waited_for = False
+        self._alive: list[Tensor] = []  # in a step no memory is used twice: what allocators do is not asked here
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Forget what was written down, and write down what follows."""
         for book in (self.launches, self.copies, self.waits):
             book.clear()
+        self.order.forget()
+        self._alive.clear()
         self.is_recording = True
         self.recordings += 1
         try:
@@ -212,6 +222,7 @@ class Device(TorchDispatchMode):
         if name == "is_pinned":
             return self._is_pinned(args[0])
         does_pin = kwargs.pop("pin_memory", None)
+        self._is_waited_for = False
         lands_here = bool(ours) if asked is None else torch.device(asked).type == "cuda"
         if name in ("_to_copy", "copy_"):
             target_here = isinstance(args[0], OnDevice) if name == "copy_" else lands_here
@@ -221,6 +232,7 @@ class Device(TorchDispatchMode):
                 host = source if target_here else args[0] if name == "copy_" else None
                 self._copy(target_here, host, bool(kwargs.get("non_blocking") or (args[2:] and args[2])))
         elif name in READS and ours:
+            self._is_waited_for = True
             self.note(self.waits, name)
         elif name in ("index", "index_put_", "index_put") and any(
             one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1]
@@ -236,12 +248,32 @@ class Device(TorchDispatchMode):
         if asked is not None:
             kwargs["device"] = torch.device("cpu")
         found = function(*tree_map(_values, args), **tree_map(_values, kwargs))
+        if name not in FREE:
+            placed = tree_map(_placed, found) if lands_here and not function._schema.is_mutable else found
+            self._order(function, name, args, kwargs, () if function._schema.is_mutable else placed)
         if function._schema.is_mutable:
             changed = kwargs.get("out", args[0])
             return None if not function._schema.returns else changed
         if does_pin:
             return self._pin(found)
         return tree_map(_placed, found) if lands_here else found
+
+    def _order(self, function: Any, name: str, args: Any, kwargs: Any, found: Any) -> None:
+        """Who touches which memory: the stream that is current, or the host; a copy between them is the stream's."""
+        changes = function._schema.is_mutable
+        targets = (kwargs["out"] if "out" in kwargs else args[0]) if changes else ()
+        memory = {
+            is_written: {_address(one) for one in tree_iter(tree) if isinstance(one, Tensor)}
+            for is_written, tree in ((False, (args, kwargs)), (True, (targets, found)))
+        }
+        self._alive += [_values(one) for one in tree_iter((args, kwargs, found)) if isinstance(one, Tensor)]
+        everything = tree_iter((args, kwargs, found))
+        where = self.stream.name if any(isinstance(one, OnDevice) for one in everything) else "host"
+        if where != "host":
+            self.order.learns(where, self.order.of("host"))  # it was enqueued behind what the host has done
+        self.order.use(where, memory[False] - memory[True], memory[True], f"{name} {_line()}")
+        if self._is_waited_for:
+            self.order.learns("host", self.order.of(where))
 
     def _pin(self, tensor: Tensor) -> Tensor:
         self._pinned.add(tensor.untyped_storage().data_ptr())
@@ -256,23 +288,92 @@ class Device(TorchDispatchMode):
         direction = "to the device" if to_device else "to the host"
         self.note(self.copies, f"{direction}{' (pinned)' if free else ''}")
         if not free:
+            self._is_waited_for = True
             self.note(self.waits, f"copy {direction}")
+
+
+class Order:
+    """What comes after what, on the streams of a device and on the host: vector clocks.
+
+    Attributes:
+        races: uses of memory that another stream, or the host, has written, or is still reading where it is written to,
+            without having waited.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, Counter[str]] = {}
+        self.races = Counter[str]()
+        self._written: dict[int, tuple[str, int]] = {}
+        self._read: dict[int, dict[str, int]] = {}
+
+    def of(self, where: str) -> Counter[str]:
+        """How far all others are, as far as this one has waited for them."""
+        return self.known.setdefault(where, Counter())
+
+    def learns(self, where: str, known: Counter[str]) -> None:
+        self.of(where).update({one: max(0, time - self.of(where)[one]) for one, time in known.items()})
+
+    def use(self, where: str, read: set[int], written: set[int], what: str) -> None:
+        """Something happens on a stream, or on the host, to memory at these addresses."""
+        known = self.of(where)
+        known[where] += 1
+        for address in read | written:
+            writer, time = self._written.get(address, (where, 0))
+            readers = self._read.get(address, {}) if address in written else {}
+            for other, then in ((writer, time), *readers.items()):
+                if other != where and known[other] < then:
+                    self.races[f"{what} on {where}, behind the {other}'s back"] += 1
+        for address in read:
+            self._read.setdefault(address, {})[where] = known[where]
+        for address in written:
+            self._written[address] = where, known[where]
+            self._read.pop(address, None)
+
+    def forget(self) -> None:
+        """Which memory is whose."""
+        self._written.clear()
+        self._read.clear()
 
 
 class Event:
     """Of a stream: the host waits for it if it was recorded in the step that asks."""
 
-    device: Device
-
-    def __init__(self, _: Any) -> None:
-        self.recorded = -1
-
-    def record(self, _: Any) -> None:
-        self.recorded = self.device.recordings
+    def __init__(self, device: Device, known: Counter[str]) -> None:
+        self.device, self.known, self.recorded = device, known, device.recordings
 
     def synchronize(self) -> None:
+        self.device.order.learns("host", self.known)
         if self.recorded == self.device.recordings:
             self.device.note(self.device.waits, "an event of this step")
+
+
+class Stream:
+    """What runs in its own order."""
+
+    device: Device
+
+    def __init__(self, name: Any) -> None:
+        self.name = name if isinstance(name, str) else f"second stream of {name}"
+
+    def __enter__(self) -> Stream:
+        self._before, self.device.stream = self.device.stream, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.device.stream = self._before
+
+    def record_event(self) -> Event:
+        return Event(self.device, self.device.order.of(self.name).copy())
+
+    def wait_event(self, event: Event) -> None:
+        self.device.order.learns(self.name, event.known)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait_event(other.record_event())
+
+
+def _address(one: Tensor) -> int:
+    return int(_values(one).untyped_storage().data_ptr())
 
 
 def _values(one: Any) -> Any:
@@ -321,8 +422,10 @@ def entered(patch: pytest.MonkeyPatch, *, does_run: bool = True) -> Iterator[Dev
     patch.setenv("DS_OPTIM_KERNELS", "triton")
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
     patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    patch.setattr(torch, "Event", type("Event", (Event,), {"device": device}))
-    patch.setattr(torch.accelerator, "current_stream", lambda _: None)
+    patch.setattr(torch, "Stream", type(device.main))
+    patch.setattr(Tensor, "record_stream", lambda *_: None)
+    patch.setattr(torch.accelerator, "current_stream", lambda _: device.stream)
+    patch.setattr(exchange, "_copy_stream", functools.cache(exchange._copy_stream.__wrapped__))
     for module, names in PROGRAMS.items():
         for name in names:
             patch.setattr(module, name, _Program(device, name, getattr(module, name), does_run))

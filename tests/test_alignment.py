@@ -22,7 +22,8 @@ import ds_optim
 from ds_optim.kernels import Backend
 from ds_optim.linalg.inverse_roots import Method, inverse_roots
 from ds_optim.linalg.polar import newton_schulz
-from ds_optim.linalg.products import apply_along, block_norms, gram, stacked_matmul
+from ds_optim.linalg.precision import PRECISIONS, MatmulPrecision
+from ds_optim.linalg.products import add_gram_, apply_along, block_norms, gram, stacked_matmul
 from ds_optim.optimizers.swan import swan_update_
 from ds_optim.rule import Stack
 from test_kernels import FORMULAS, Blocks, Tensors, same_bits
@@ -83,6 +84,23 @@ def applied(axis: int) -> Function:
     return lambda matrices, stack: apply_along(matrices, stack, axis)
 
 
+def with_factor(axis: int) -> Callable[[Shape, int], list[Tensor]]:
+    return lambda shape, count: [drawn(count, shape[axis], shape[axis]), drawn(count, *shape)]
+
+
+def added(axis: int) -> Function:
+    """What is kept begins where it is given."""
+
+    def add(kept: Tensor, stack: Tensor) -> Tensor:
+        before = kept.clone()
+        add_gram_(kept, stack, axis, 0.9, 0.1)
+        result = kept.clone()
+        kept.copy_(before)
+        return result
+
+    return add
+
+
 def gram_of(axis: int) -> Function:
     return lambda stack: gram(stack, axis)
 
@@ -101,6 +119,8 @@ FUNCTIONS: dict[str, tuple[list[Shape], Callable[[Shape, int], list[Tensor]], Fu
     "gram over axis 0": (MATRICES + VECTORS + TENSORS, block, gram_of(0)),
     "gram over axis 1": (MATRICES + TENSORS, block, gram_of(1)),
     "gram over axis 2": (TENSORS, block, gram_of(2)),
+    "add_gram_ over axis 0": (MATRICES + TENSORS, with_factor(0), added(0)),
+    "add_gram_ over axis 1": (MATRICES + TENSORS, with_factor(1), added(1)),
     "apply_along axis 0": (MATRICES + VECTORS + TENSORS, rooted(0), applied(0)),
     "apply_along axis 1": (MATRICES + TENSORS, rooted(1), applied(1)),
     "apply_along axis 2": (TENSORS, rooted(2), applied(2)),
@@ -109,6 +129,7 @@ FUNCTIONS: dict[str, tuple[list[Shape], Callable[[Shape, int], list[Tensor]], Fu
     "swan_update_ over rows": (MATRICES, block, swan(1)),
     "swan_update_ over columns": (MATRICES, block, swan(2)),
     "inverse_roots by eigh": (SQUARE, factors, roots("eigh")),
+    "inverse_roots by eigh32": (SQUARE, factors, roots("eigh32")),
     "inverse_roots by newton": (SQUARE, factors, roots("newton")),
 }
 
@@ -149,6 +170,19 @@ def test_products_are_products_whatever_is_copied_on_the_way(count: int, shape: 
             (apply_along(matrices, stack, 0), matrices.double() @ stack.double()),
         ):
             torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 256, 257, 300, 700])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_gram_is_added_inside_its_product(rows: int, axis: int, precision: MatmulPrecision) -> None:
+    """By halves where there are many rows, whose corners are then each other's mirrors."""
+    stack = placed(drawn(2, *((rows, 40) if axis == 0 else (40, rows))), 3)
+    kept = statistics(2, rows)
+    wanted = 0.9 * kept.double() + 0.1 * gram(stack, axis, precision).double()
+    found = add_gram_(placed(kept, 5), stack, axis, 0.9, 0.1, precision)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, found.mT, rtol=1e-5, atol=1e-5)
 
 
 def updated(optimizer: Any, shape: Shape, count: int, offset: int, which: slice) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ as `ds_optim.kernels.tables` describes them, without that file's code, and sums 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from ds_optim.optimizers.adam_mini import adam_mini_update
 from ds_optim.optimizers.adamw import adamw_update
 from ds_optim.optimizers.adan import adan_update
 from ds_optim.optimizers.lion import lion_update
+from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, MOMENTUM
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = {"decay": 0.999, "beta1": 0.9, "one_minus_beta1": 0.1, "beta2": 0.95, "one_minus_beta2": 0.05}
@@ -48,11 +50,22 @@ SCALARS = {
         "shrink": 1.001,
         "has_previous": 1.0,
     },
+    "momentum": {"beta": 0.9, "weight": 0.1, "of_average": 0.7, "of_gradient": 0.3},
+    "adam_graft": {
+        **{key: value for key, value in MOMENTS.items() if key != "decay"},
+        "bias1": 0.3,
+        "bias2": 0.2,
+        "eps": 1e-8,
+    },
 }
+VARIED = {"adamw": "step_size", "lion": "lr", "adan": "step_size", "momentum": "of_average", "adam_graft": "bias1"}
+"""A scalar of each rule that is another one in every step."""
 FORMULAS = {
     "adamw": Formula("adamw", adamw_update, 2, 0),
     "lion": Formula("lion", lion_update, 1, 0),
     "adan": Formula("adan", adan_update, 4, 0),
+    "momentum": MOMENTUM,
+    "adam_graft": ADAM_GRAFT,
 }
 ADAM_MINI = Formula("adam_mini", adam_mini_update, 1, 1)
 NO_SUMS = torch.zeros(0, dtype=torch.float64)
@@ -138,8 +151,7 @@ def test_the_cpp_kernel_is_the_formula(rule: str, seed: int) -> None:
     for backend in ("native", "eager"):
         results[backend] = start.clone()
         for step_size in (0.01, 0.02, 0.005):
-            key = "lr" if rule == "lion" else "step_size"
-            results[backend].step(backend, rule, spans, **{key: step_size})
+            results[backend].step(backend, rule, spans, **{VARIED[rule]: step_size})
     assert_agree(results["native"].flat(), results["eager"].flat())
     assert not torch.equal(results["native"].params[0], start.params[0])
 
@@ -570,6 +582,63 @@ def test_a_blockwise_formula_without_a_kernel_is_eager_before_anything_ran(
     torch.testing.assert_close(found, blocks.param * 0.999 - average / (largest.sqrt() + 1), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="no blockwise C\\+\\+ kernel named 'block rms"):
         chosen.step("native", split=False, formula=formula)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
+def test_known_updates_are_subtracted_and_rounded_to_nearest(
+    backend: kernels.Backend, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(7, 5, 1300, generator=generator).to(dtype)
+    update = torch.randn(3, 4, 1290, generator=generator)
+    here = (slice(1, 6, 2), slice(1, 5), slice(3, 1293))
+    found, wanted = whole.clone(), whole.clone()
+    kernels.descend(backend, found[here], update, 0.9, ())
+    wanted[here] = (whole[here].float() * torch.tensor(0.9) - update).to(dtype)
+    assert same_bits([found], [wanted])
+
+
+PASSES = ("momentum", "adam_graft")
+
+
+@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
+@pytest.mark.parametrize("rule", PASSES)
+def test_a_pass_leaves_alone_what_is_not_a_number(backend: kernels.Backend, rule: str, seed: int) -> None:
+    start = Tensors.random(rule, [3000], seed)
+    start.params[0][700:1500] = math.nan
+    found, undisturbed = start.clone(), start.clone()
+    undisturbed.params[0].nan_to_num_()
+    for one in (found, undisturbed):
+        kernels.one_pass(backend, FORMULAS[rule], one.params[0], [state[0] for state in one.states], SCALARS[rule])
+    assert not found.params[0][700:1500].any()
+    for after, other, before in zip(found.states, undisturbed.states, start.states, strict=True):
+        assert same_bits([after[0][700:1500]], [before[0][700:1500]])
+        assert same_bits([after[0][:700], after[0][1500:]], [other[0][:700], other[0][1500:]])
+        assert not torch.equal(after[0][:700], before[0][:700])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 7, 11), (2, 4096), (3, 4099)])
+@pytest.mark.parametrize("rule", PASSES)
+def test_a_pass_is_the_elementwise_update_of_everything(
+    rule: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], seed: int
+) -> None:
+    numel = math.prod(shape)
+    start = Tensors.random(rule, [numel + 1], seed, dtypes)
+    wanted = start.clone()
+    wanted.step("native", rule, [(0, 1, numel)])
+    for backend in ("native", "triton", "eager"):
+        found = start.clone()
+        values, *states = (one[1:].view(shape) for one in found.flat())  # begins nowhere in particular
+        kernels.one_pass(backend, FORMULAS[rule], values, states, SCALARS[rule])  # type: ignore[arg-type]
+        if backend == "eager":
+            assert_agree(found.flat(), wanted.flat())
+        else:
+            assert same_bits(found.flat(), wanted.flat())
+        aligned = Tensors([start.params[0][1:].clone()], [None], [[state[0][1:].clone()] for state in start.states])
+        kernels.one_pass(backend, FORMULAS[rule], aligned.params[0], aligned.flat()[1:], SCALARS[rule])  # type: ignore[arg-type]
+        assert same_bits(aligned.flat(), [one[1:] for one in found.flat()])
 
 
 def test_kernels_are_known_by_name_kind_and_states() -> None:

@@ -18,7 +18,7 @@ from ds_optim.linalg.polar import newton_schulz, newton_schulz_flops
 from ds_optim.linalg.precision import MatmulPrecision, product_for_roots, product_in, rounded
 from ds_optim.linalg.products import apply_along, gram, stacked_matmul
 
-METHODS: tuple[Method, ...] = ("eigh", "newton")
+METHODS: tuple[Method, ...] = ("eigh", "eigh32", "newton")
 
 
 @contextmanager
@@ -155,6 +155,40 @@ def test_matrices_of_one_element_and_stacks_of_none(method: Method) -> None:
     assert (roots.shape, failed.shape) == ((0, 3, 3), (0,))
 
 
+@pytest.mark.parametrize(("condition", "most"), [(1e1, 1e-5), (1e3, 1e-4), (1e6, 0.05)])
+def test_a_decomposition_in_fp32_is_off_by_what_the_smallest_eigenvalue_has_left(condition: float, most: float) -> None:
+    a = conditioned(48, condition)
+    found = root_of(a, -1 / 4, eps=1e-6, relative=True, method="eigh32")
+    assert 0 < error(found, relative_root(a, -1 / 4, 1e-6)) <= most
+
+
+@pytest.mark.parametrize(("eps", "relative"), [(1e-7, True), (1e-12, True), (1e-12, False)])
+def test_what_fp32_does_not_resolve_is_decomposed_in_fp64(eps: float, relative: bool) -> None:
+    a = torch.stack([torch.diag(torch.logspace(0, -12, 32)), conditioned(32, 10.0)])
+    found, failed = inverse_roots(a, -1 / 4, eps=eps, relative=relative, method="eigh32")
+    wanted, _ = inverse_roots(a, -1 / 4, eps=eps, relative=relative, method="eigh")
+    assert not failed.any()
+    assert torch.equal(found[0], wanted[0])
+    assert not torch.equal(found[1], wanted[1])
+
+
+def test_a_decomposition_in_fp32_that_does_not_give_the_matrix_back_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stack = random_stack(2, 24)
+    wanted, _ = inverse_roots(stack, -1 / 4, eps=1e-6, relative=True, method="eigh")
+    eigh = torch.linalg.eigh
+
+    def wrong(a: Tensor) -> object:
+        values, vectors = eigh(a)
+        return (values, vectors) if a.dtype == torch.float64 else (values * 1.01, vectors)
+
+    monkeypatch.setattr(module.torch.linalg, "eigh", wrong)
+    found, failed = inverse_roots(stack, -1 / 4, eps=1e-6, relative=True, method="eigh32")
+    assert not failed.any()
+    assert torch.equal(found, wanted)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Inverse roots: each matrix by itself
 
@@ -199,7 +233,7 @@ def test_a_root_that_overflows_fails() -> None:
     assert torch.equal(roots[0], torch.eye(4))
 
 
-@pytest.mark.parametrize(("method", "count"), [("eigh", 1), ("eigh", 2), ("newton", 1)])
+@pytest.mark.parametrize(("method", "count"), [("eigh", 1), ("eigh", 2), ("eigh32", 1), ("eigh32", 2), ("newton", 1)])
 @pytest.mark.parametrize("n", [1, 5, 33, 130])
 def test_a_root_is_bitwise_the_same_in_any_stack(method: Method, count: int, n: int) -> None:
     stack = random_stack(5, n)
@@ -304,13 +338,13 @@ def test_newton_multiplies_in_full_precision_and_puts_the_setting_back() -> None
 
 def test_the_method_follows_the_device_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_OPTIM_ROOTS", raising=False)
-    assert method_for(torch.device("cpu")) == "eigh"
+    assert method_for(torch.device("cpu")) == "eigh32"
     assert method_for(torch.device("cuda")) == "newton"
     for forced in METHODS:
         monkeypatch.setenv("DS_OPTIM_ROOTS", forced)
         assert method_for(torch.device("cpu")) == method_for(torch.device("cuda")) == forced
     monkeypatch.setenv("DS_OPTIM_ROOTS", "svd")
-    with pytest.raises(ValueError, match="DS_OPTIM_ROOTS='svd' is not one of eigh, newton"):
+    with pytest.raises(ValueError, match="DS_OPTIM_ROOTS='svd' is not one of eigh, eigh32, newton"):
         method_for(torch.device("cpu"))
 
 

@@ -190,12 +190,34 @@ def test_offloaded_matrices_are_worked_on_by_the_accelerator_through_pinned_memo
         copies = {line.partition(" ds_optim")[0] for line in device.copies}
         assert copies == ({"to the device (pinned)", "to the host (pinned)"} if is_offloaded else set())
         assert {line.partition(" ds_optim")[0] for line in device.waits} <= {"an event of this step"}
+        assert not device.order.races
         if is_offloaded:
+            assert len(device.order.known) == 3  # two streams and the host
             assert not any(
                 type(value) is pretended.OnDevice for kept in optimizer.state.values() for value in kept.values()
             )
     for key, one in ends[0].items():
         assert float((one - ends[1][key]).abs().max()) <= 1e-6 * float(one.abs().max()), key
+
+
+@pytest.mark.parametrize("is_waited_for", [True, False])
+@pytest.mark.parametrize("way", ["in", "out", "in again"])
+def test_the_device_sees_what_is_used_too_early(way: str, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended.entered(monkeypatch) as device:
+        there = pretended.moved(torch.ones(3))
+        if way == "out":
+            copy = exchange.HostCopy(there)
+            (copy.wait() if is_waited_for else copy.values).tolist()
+            copy.values.add_(1)
+        else:
+            host = exchange.staged(torch.ones(3))
+            if is_waited_for or way != "in again":
+                host.fill_(2)
+            coming = exchange.DeviceCopy(host, pretended.CUDA, torch.float32)
+            (coming.arrived() if is_waited_for or way == "in again" else coming._copy).add_(1)
+            if way == "in again" and not is_waited_for:
+                host.fill_(3)  # the device may still be reading it
+    assert bool(device.order.races) != is_waited_for
 
 
 def test_the_device_sees_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:

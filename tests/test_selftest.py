@@ -61,7 +61,7 @@ def test_a_kernel_that_computes_something_else_fails(monkeypatch: pytest.MonkeyP
 
 def test_bits_that_are_rounded_otherwise_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     right = native.descend
-    monkeypatch.setattr(native, "descend", lambda *given: right(*given[:-1], given[-1] ^ 1))
+    monkeypatch.setattr(native, "descend", lambda *given: right(*given[:-1], (*given[-1][:-1], given[-1][-1] ^ 1)))
     [finding] = checks.rounding(CPU)
     assert finding.verdict == "FAIL"
 

@@ -174,7 +174,7 @@ def test_every_number_goes_to_a_neighbour_and_infinity_stays_where_it_is(backend
     signed = [pattern + sign for pattern in special for sign in (0, -(2**31))]
     values = torch.cat([patterns, torch.tensor(signed)]).to(torch.int32).view(torch.float32)
     target = torch.zeros(values.numel(), dtype=torch.bfloat16)
-    kernels.descend(backend, target, -values, 1.0, identity_of("a"), 5, key_of(0, 1))
+    kernels.descend(backend, target, -values, 1.0, (identity_of("a"), 5, key_of(0, 1)))
     assert same_bits(target, by_oracle(values + 0.0, "a", 5, 0, 1))
     assert torch.equal(target.isinf(), values.isinf())
     assert torch.equal(target.isnan(), values.isnan())
@@ -189,7 +189,7 @@ def test_rounding_is_unbiased() -> None:
     total = torch.zeros(values.numel(), dtype=torch.float64)
     for step in range(steps):
         target = torch.zeros(values.numel(), dtype=torch.bfloat16)
-        kernels.descend("native", target, -values, 1.0, identity_of("a"), 0, key_of(0, step))
+        kernels.descend("native", target, -values, 1.0, (identity_of("a"), 0, key_of(0, step)))
         total += target.double()
     ulp = (
         values.abs().double() / (1 + 2**-8)
@@ -252,7 +252,7 @@ def test_whole_matrix_rules_round_strided_parts_by_their_place(backend: kernels.
         exact = (param.float() * torch.tensor(0.999) - update).flatten()
         wanted = param.clone()
         wanted[box] = by_oracle(exact, "a", 50, 0, 1).view(4, 6, 9)[box]
-        kernels.descend(backend, param[box], update[box].contiguous(), 0.999, identity_of("a"), first, key_of(0, 1))
+        kernels.descend(backend, param[box], update[box].contiguous(), 0.999, (identity_of("a"), first, key_of(0, 1)))
         assert same_bits(param, wanted)
 
 

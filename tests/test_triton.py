@@ -25,7 +25,7 @@ from ds_optim.kernels import triton as by_triton
 from ds_optim.kernels.tables import table_of
 from ds_optim.kernels.triton import access, elements, launches
 from ds_optim.linalg import triangle
-from test_kernels import ADAM_MINI, FLOATS, FORMULAS, NO_SUMS, SCALARS, Blocks, Tensors, same_bits
+from test_kernels import ADAM_MINI, FLOATS, FORMULAS, NO_SUMS, SCALARS, VARIED, Blocks, Tensors, same_bits
 
 ROW = launches.ROW
 
@@ -49,9 +49,8 @@ def test_a_program_is_the_cpp_kernel_to_the_last_bit(
     wanted = found.clone()
     spans = [(0, 3, 2 * ROW + 10), (1, 0, 7), (2, 0, 1), (3, 0, 0), (4, 0, 512), (4, 520, 300)]
     for step_size in (0.01, 0.005):
-        key = "lr" if rule == "lion" else "step_size"
-        found.step("triton", rule, spans, **{key: step_size})
-        wanted.step("native", rule, spans, **{key: step_size})
+        found.step("triton", rule, spans, **{VARIED[rule]: step_size})
+        wanted.step("native", rule, spans, **{VARIED[rule]: step_size})
     assert same_bits(found.flat(), wanted.flat())
 
 
@@ -263,7 +262,7 @@ def test_updates_are_subtracted_as_the_cpp_kernel_does(cut: tuple[slice, slice],
     update = torch.randn(whole[cut].shape, generator=generator).mul_(1e-3)
     found, wanted = whole.clone(), whole.clone()
     for backend, target in (("triton", found), ("native", wanted)):
-        kernels.descend(backend, target[cut], update, 0.99, 11, 5 + cut[0].start if cut[0].start else 5, 13)  # type: ignore[arg-type]
+        kernels.descend(backend, target[cut], update, 0.99, (11, 5 + cut[0].start if cut[0].start else 5, 13))  # type: ignore[arg-type]
     assert torch.equal(found, wanted)
     assert not torch.equal(found, whole)
 
@@ -278,7 +277,7 @@ def test_a_grid_has_one_axis_which_alone_may_be_long(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(elements, "descend_rows", Grids())
     count = 70_000_000  # of elements, none of which is touched
-    kernels.descend("triton", torch.empty(count, dtype=torch.bfloat16), torch.empty(count), 1.0, 0, 0, 0)
+    kernels.descend("triton", torch.empty(count, dtype=torch.bfloat16), torch.empty(count), 1.0, (0, 0, 0))
     assert grids == [(-(-count // access.BLOCK),)]
 
 
@@ -336,8 +335,13 @@ def streams_of(one: dict[str, Any]) -> tuple[list[int], list[int]]:
     param, grad, state = one["dtypes"]
     states = [state] * (FORMULAS[one["rule"]].states if one["rule"] in FORMULAS else ADAM_MINI.states)
     everything = [param, grad, *states], [param, *states]
+    if one["rule"] in ("momentum", "adam_graft"):  # in place of the gradient
+        return [param, *states], [param, *states]
     return {
         "update_rows": everything,
+        "update_narrow_blocks of 128": everything,
+        "sum_columns": ([grad], []),
+        "update_columns": everything,
         "update_wide_blocks": ([grad, *everything[0]], everything[1]),  # the second time from the cache
         "update_cut_rows": everything,
         "sum_rows": ([grad], []),
@@ -345,10 +349,14 @@ def streams_of(one: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def test_whole_rows_move_128_bits_at_a_time_and_each_stream_once(made: dict[str, Any]) -> None:
-    assert {one["target"] for one in made["programs"]} == {"sm_80", "sm_90"}
+    assert {one["target"] for one in made["programs"]} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {one["rule"] for one in made["programs"]} == by_triton.PROGRAMS
     for one in made["programs"]:
-        each = 16 // min(one["dtypes"]) if one["program"] == "update_rows" else access.BLOCK // access.THREADS
+        each = (
+            16 // min(one["dtypes"])
+            if one["program"] in ("update_rows", "update_all")
+            else access.BLOCK // access.THREADS
+        )
         read, written = (sum(streams) * each // 16 for streams in streams_of(one))
         assert (one["loads"], one["stores"]) == (read, written), one
 

@@ -26,7 +26,7 @@ accelerator.
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Literal, Protocol, cast, get_args
 
@@ -35,8 +35,8 @@ from torch import Tensor
 
 from ds_optim.kernels import eager, native, triton
 from ds_optim.kernels.build import UnavailableError
-from ds_optim.kernels.operands import Formula, FormulaKind, Operands
-from ds_optim.kernels.rounding import Place, Places, Rounding
+from ds_optim.kernels.operands import Formula, FormulaKind, Operands, Scalars
+from ds_optim.kernels.rounding import Place, Places, Rounding, Words
 from ds_optim.kernels.tables import Select, Tables
 from ds_optim.known_torch import triton_problem
 
@@ -49,11 +49,13 @@ __all__ = [
     "Rounding",
     "Select",
     "Tables",
+    "Words",
     "backend_for",
     "blockwise",
     "descend",
     "device_backend",
     "elementwise",
+    "one_pass",
     "partial_sums",
 ]
 
@@ -67,13 +69,13 @@ class _Driver(Protocol):
 
     def elementwise(self, formula: Formula, operands: Operands) -> None: ...
 
+    def one_pass(self, formula: Formula, values: Tensor, states: Sequence[Tensor], scalars: Scalars) -> None: ...
+
     def partial_sums(self, operands: Operands) -> None: ...
 
     def blockwise(self, formula: Formula, operands: Operands, select: Select) -> None: ...
 
-    def descend(
-        self, target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int
-    ) -> None: ...
+    def descend(self, target: Tensor, update: Tensor, decay: float | Tensor, words: Words) -> None: ...
 
 
 _DRIVERS: Mapping[Backend, _Driver] = {"native": native, "triton": triton, "eager": eager}
@@ -166,6 +168,22 @@ def elementwise(backend: Backend, formula: Formula, operands: Operands) -> None:
     _DRIVERS[backend].elementwise(formula, operands)
 
 
+def one_pass(backend: Backend, formula: Formula, values: Tensor, states: Sequence[Tensor], scalars: Scalars) -> None:
+    """Update ``values`` and ``states`` in place, all their elements, without tables.
+
+    Args:
+        backend: what `backend_for` chose for the formula.
+        formula: an elementwise one that does not look at its gradient.
+        values: what it takes for the parameter, contiguous; fp32, bf16 or fp16, rounded to nearest.
+        states: of the formula, of the same numel.
+        scalars: of the formula, numbers or 0-dim tensors.
+
+    Raises:
+        ValueError: the backend cannot work on this.
+    """
+    _DRIVERS[backend].one_pass(formula, values, states, scalars)
+
+
 def partial_sums(backend: Backend, operands: Operands) -> None:
     """Add to ``cut_sums`` the sums of squared gradients of the local elements of every cut block.
 
@@ -197,18 +215,15 @@ def blockwise(backend: Backend, formula: Formula, operands: Operands, select: Se
     _DRIVERS[backend].blockwise(formula, operands, select)
 
 
-def descend(
-    backend: Backend, target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int
-) -> None:
-    """``target <- decay target - update`` on bf16 parameters, stochastically rounded.
+def descend(backend: Backend, target: Tensor, update: Tensor, decay: float | Tensor, words: Words) -> None:
+    """``target <- decay target - update``: the product and the difference are rounded to fp32, then to the target.
 
     Args:
         backend: what `backend_for` chose for no formula.
-        target: bf16, a strided view of a row-major parameter.
+        target: fp32, bf16 or fp16, a strided view of a row-major parameter.
         update: fp32, contiguous, of the same shape.
         decay: a number or a 0-dim tensor.
-        identity: of the parameter, see `ds_optim.kernels.rounding.identity_of`.
-        first: index of the view's first element in the whole parameter.
-        key: of the step, see `ds_optim.kernels.rounding.key_of`.
+        words: nothing rounds to nearest. For bf16 that is rounded stochastically: the parameter's identity, the index
+            of the view's first element in the whole parameter, and the step's key, see `ds_optim.kernels.rounding`.
     """
-    _DRIVERS[backend].descend(target, update, decay, identity, first, key)
+    _DRIVERS[backend].descend(target, update, decay, words)

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ds_optim.kernels.operands import Arithmetic, Formula, Operands
-from ds_optim.kernels.rounding import Rounding, store
+from ds_optim.kernels.operands import Arithmetic, Formula, Operands, Scalars
+from ds_optim.kernels.rounding import Rounding, Words, store
 from ds_optim.kernels.tables import (
     ColumnPiece,
     ColumnRun,
@@ -54,9 +54,20 @@ def elementwise(formula: Formula, operands: Operands) -> None:
 
 
 @torch.no_grad()
-def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
+def one_pass(formula: Formula, values: Tensor, states: Sequence[Tensor], scalars: Scalars) -> None:
+    """`ds_optim.kernels.one_pass`."""
+    flat = [one.view(-1) for one in (values, *states)]
+    chunk, numel = chunk_of(values.device), values.numel()
+    for first in range(0, numel, chunk):
+        part = slice(first, min(first + chunk, numel))
+        targets = [one[part] for one in flat]
+        apply(formula.update, targets, gradient(None, part, targets[0]), [], rounded(scalars), ())
+
+
+@torch.no_grad()
+def descend(target: Tensor, update: Tensor, decay: float | Tensor, words: Words) -> None:
     """`ds_optim.kernels.descend`."""
-    store(target, target.float().mul_(decay).sub_(update), (identity, first, key))
+    store(target, target.to(torch.float32, copy=True).mul_(decay).sub_(update), words)
 
 
 @torch.no_grad()
@@ -122,7 +133,7 @@ def placed_spans(operands: Operands) -> Iterator[tuple[int, int, int]]:
                 yield tensor, place.start, place.length
 
 
-def words_at(rounding: Rounding | None, param: Tensor, tensor: int, start: int) -> tuple[int, ...]:
+def words_at(rounding: Rounding | None, param: Tensor, tensor: int, start: int) -> Words:
     """What `store` rounds a parameter's elements from ``start`` on by; nothing if it rounds to nearest."""
     if rounding is None or param.dtype != torch.bfloat16:
         return ()

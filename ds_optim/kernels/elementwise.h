@@ -1,4 +1,4 @@
-// AdamW, Lion and Adan: one pass over whatever the spans cover.
+// AdamW, Lion, Adan, and the passes of whole-matrix rules: one pass over whatever the spans cover.
 //
 // Scalars come in the order of the structs' fields. A rule's loop is a function of its streams because compilers take
 // `restrict` at its word only there; without it the loop of Adan stays scalar.
@@ -82,6 +82,50 @@ struct Adan {
       v[i] = average_difference;
       q[i] = square;
       old[i] = gradient;
+    }
+  }
+};
+
+// The passes of whole-matrix rules over a stack of blocks: the first stream holds gradients and becomes what the rule goes
+// on with; the second is not looked at. Elements whose gradient is not a number become zero and leave state as it is.
+
+struct Momentum {
+  static constexpr int kStreams = 3;
+  float beta, weight, of_average, of_gradient;
+
+  DS_OPTIM_INLINE void operator()(float* const* x, int64_t i, int64_t n) const { update(*this, x[0] + i, x[2] + i, n); }
+
+  DS_OPTIM_INLINE static void update(Momentum s, float* __restrict g, float* __restrict m, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float gradient = g[i], before = m[i];
+      const bool is_number = gradient == gradient;
+      const float average = before * s.beta + gradient * s.weight;
+      const float mixed = average * s.of_average + gradient * s.of_gradient;
+      g[i] = is_number ? mixed : 0.0f;
+      m[i] = is_number ? average : before;
+    }
+  }
+};
+
+struct AdamGraft {
+  static constexpr int kStreams = 4;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, bias1, bias2, eps;
+
+  DS_OPTIM_INLINE void operator()(float* const* x, int64_t i, int64_t n) const {
+    update(*this, x[0] + i, x[2] + i, x[3] + i, n);
+  }
+
+  DS_OPTIM_INLINE static void update(AdamGraft s, float* __restrict g, float* __restrict m, float* __restrict v,
+                                     int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float gradient = g[i], before = m[i], square_before = v[i];
+      const bool is_number = gradient == gradient;
+      const float average = before * s.beta1 + gradient * s.one_minus_beta1;
+      const float square = square_before * s.beta2 + (gradient * gradient) * s.one_minus_beta2;
+      const float step = (average / s.bias1) / (std::sqrt(square / s.bias2) + s.eps);
+      g[i] = is_number ? step : 0.0f;
+      m[i] = is_number ? average : before;
+      v[i] = is_number ? square : square_before;
     }
   }
 };

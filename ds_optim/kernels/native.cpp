@@ -11,7 +11,7 @@
 // - All arithmetic on elements is fp32, whatever the tensors' dtypes.
 //
 // storage.h: tensors and their formats. rounding.h: stochastic rounding to bf16. threads.h: who works on what.
-// elementwise.h: AdamW, Lion, Adan. blocks.h: blocks and their sums. adam_mini.h: Adam-mini. This file: the interface, and
+// elementwise.h: AdamW, Lion, Adan, passes of whole-matrix rules. blocks.h: blocks and their sums. adam_mini.h: Adam-mini. This file: the interface, and
 // the step of whole-matrix rules, whose updates are known.
 
 #include <algorithm>
@@ -87,6 +87,8 @@ void ds_optim_use_threads(void* region, void* number) {
 DS_OPTIM_ELEMENTWISE(adamw, AdamW)
 DS_OPTIM_ELEMENTWISE(lion, Lion)
 DS_OPTIM_ELEMENTWISE(adan, Adan)
+DS_OPTIM_ELEMENTWISE(momentum, Momentum)
+DS_OPTIM_ELEMENTWISE(adam_graft, AdamGraft)
 
 int64_t ds_optim_partial_sums(int64_t tensors, const int64_t* const* streams, const int64_t* numels,
                               const int64_t* row_runs, int64_t rows, const int64_t* column_runs, int64_t column_rows,
@@ -121,20 +123,29 @@ int64_t ds_optim_adam_mini(int64_t tensors, const int64_t* const* streams, const
   return 0;
 }
 
-// param <- decay param - update over a bf16 matrix whose rows lie row_stride apart and whose updates lie row by row;
-// `places` has one row, for a tensor 0 that begins at the matrix's first element.
-void ds_optim_descend(uint16_t* param, const float* update, int64_t rows, int64_t columns, int64_t row_stride, float decay,
-                      const Rounding* rounding, int64_t threads) {
+// param <- decay param - update over a matrix whose rows lie row_stride apart and whose updates lie row by row; `places`
+// has one row, for a tensor 0 that begins at the matrix's first element.
+void ds_optim_descend(void* param, int64_t dtype, const float* update, int64_t rows, int64_t columns, int64_t row_stride,
+                      float decay, const Rounding* rounding, int64_t threads) {
   const int64_t total = rows * columns;
   run_tasks((total + kTask - 1) / kTask, threads, [&](int64_t task) {
     alignas(64) float buffer[kBuffer];
     const int64_t stop = std::min((task + 1) * kTask, total);
     for (int64_t done = task * kTask, n; done < stop; done += n) {
       const int64_t row = done / columns, start = row * row_stride + done - row * columns;
-      n = std::min({kBuffer, (row + 1) * columns - done, stop - done});
-      load(param, kBFloat16, start, n, buffer);
+      n = std::min((row + 1) * columns - done, stop - done);
+      if (dtype == kFloat32) {
+        subtract(static_cast<float*>(param) + start, update + done, decay, n);
+        continue;
+      }
+      n = std::min(n, kBuffer);
+      load(param, dtype, start, n, buffer);
       subtract(buffer, update + done, decay, n);
-      rounding->store(0, start, n, buffer, param + start);
+      if (rounding != nullptr) {
+        rounding->store(0, start, n, buffer, static_cast<uint16_t*>(param) + start);
+      } else {
+        store(param, dtype, start, n, buffer);
+      }
     }
   });
 }

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels.build import UnavailableError, built_library
-from ds_optim.kernels.operands import Formula, FormulaKind, Operands
-from ds_optim.kernels.rounding import Place, Places, Rounding
-from ds_optim.kernels.tables import Select
+from ds_optim.kernels.operands import Formula, FormulaKind, Operands, Scalars
+from ds_optim.kernels.rounding import Place, Places, Rounding, Words
+from ds_optim.kernels.tables import Select, Tables
 
 
 class CppKernel(NamedTuple):
@@ -46,11 +46,15 @@ _ADAN = (
     *("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "beta3", "one_minus_beta3"),
     *("step_size", "step_size_diff", "bias3_sqrt", "eps", "shrink", "has_previous"),
 )
+_MOMENTUM = ("beta", "weight", "of_average", "of_gradient")
+_GRAFT = ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "bias1", "bias2", "eps")
 
 KERNELS = {
     "adamw": CppKernel(states=2, block_states=0, scalars=_ADAM),
     "lion": CppKernel(states=1, block_states=0, scalars=_LION),
     "adan": CppKernel(states=4, block_states=0, scalars=_ADAN),
+    "momentum": CppKernel(states=1, block_states=0, scalars=_MOMENTUM),
+    "adam_graft": CppKernel(states=2, block_states=0, scalars=_GRAFT),
     "adam_mini": CppKernel(states=1, block_states=1, scalars=_ADAM),
 }
 """All C++ kernels of formulas, by name: what this table has, `library` has."""
@@ -94,7 +98,7 @@ def library() -> ctypes.CDLL:
         *(word, pointer, pointer, pointer, word, pointer, word, pointer, word, word)
     ]
     loaded.ds_optim_descend.restype = None
-    loaded.ds_optim_descend.argtypes = [pointer, pointer, word, word, word, ctypes.c_float, pointer, word]
+    loaded.ds_optim_descend.argtypes = [pointer, word, pointer, word, word, word, ctypes.c_float, pointer, word]
     _lend_threads(loaded)
     return loaded
 
@@ -122,19 +126,40 @@ def elementwise(formula: Formula, operands: Operands) -> None:
     """
     call, spans = _streams(formula, operands, "elementwise"), operands.tables.spans
     _check_table("spans", spans, 3)
-    constants, how = _scalars(formula, operands.scalars), _rounding(operands.rounding)
-    bad = getattr(library(), f"ds_optim_{formula.name}")(
-        len(operands.params),
+    bad = _update_spans(formula, call, spans.data_ptr(), len(spans), operands.scalars, operands.rounding)
+    _raise_if_bad(bad, spans, None)
+    torch.autograd.graph.increment_version(operands.params)
+
+
+def one_pass(formula: Formula, values: Tensor, states: Sequence[Tensor], scalars: Scalars) -> None:
+    """`ds_optim.kernels.one_pass`.
+
+    Raises:
+        ValueError: there is no kernel for the formula, or a tensor is not what it can work on.
+    """
+    operands = Operands([values], [values], [[one] for one in states], [], Tables(), scalars, None, torch.empty(0))
+    everything = array("q", [0, 0, values.numel()])
+    call = _streams(formula, operands, "elementwise")
+    _update_spans(formula, call, everything.buffer_info()[0], 1, scalars, None)
+    torch.autograd.graph.increment_version(values)
+
+
+def _update_spans(
+    formula: Formula, call: _Streams, spans: int, count: int, scalars: Scalars, rounding: Rounding | None
+) -> int:
+    """As many rows of a table at an address; what the C++ side says to them."""
+    constants, how = _scalars(formula, scalars), _rounding(rounding)
+    bad: int = getattr(library(), f"ds_optim_{formula.name}")(
+        call.tensors,
         call.address,
         call.numels,
-        spans.data_ptr(),
-        len(spans),
+        spans,
+        count,
         constants.buffer_info()[0],
         how and how.buffer_info()[0],
         torch.get_num_threads(),
     )
-    _raise_if_bad(bad, spans, None)
-    torch.autograd.graph.increment_version(operands.params)
+    return bad
 
 
 def partial_sums(operands: Operands) -> None:
@@ -189,24 +214,30 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     torch.autograd.graph.increment_version(operands.params)
 
 
-def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
+def descend(target: Tensor, update: Tensor, decay: float | Tensor, words: Words) -> None:
     """`ds_optim.kernels.descend`.
 
     Raises:
         ValueError: a tensor is not what the kernel can work on.
     """
     _check_tensors("update", [update])
-    if target.dtype != torch.bfloat16 or target.device.type != "cpu" or update.dtype != torch.float32:
-        raise ValueError(f"the C++ kernel subtracts fp32 from bf16 on the CPU, not {update.dtype} from {target.dtype}")
+    if target.dtype not in _DTYPES or target.device.type != "cpu" or update.dtype != torch.float32:
+        raise ValueError(
+            f"the C++ kernel subtracts fp32 from fp32, bf16 or fp16 on the CPU, not {update.dtype} from {target.dtype}"
+        )
     *outer, (rows, row_stride), (columns, _) = merged(target)
     number, begin = float(decay), 0
     for corner in product(*(range(size) for size, _ in outer)):
         skipped = sum(index * stride for index, (_, stride) in zip(corner, outer, strict=True))
         length = (rows - 1) * row_stride + columns
-        places = Places([Place(0, 0, length, identity, first + skipped)])
-        how = _rounding(Rounding(key, places))
+        rounding = None
+        if words and target.dtype == torch.bfloat16:
+            identity, first, key = words
+            rounding = Rounding(key, Places([Place(0, 0, length, identity, first + skipped)]))
+        how = _rounding(rounding)  # points into it
         library().ds_optim_descend(
             target.data_ptr() + skipped * target.element_size(),
+            _DTYPES[target.dtype],
             update.data_ptr() + begin * update.element_size(),
             rows,
             columns,
@@ -277,6 +308,7 @@ class _Streams:
     """A call's tensors: the first streams have one value per element, those in ``blocks`` one per block.
 
     Attributes:
+        tensors: how many.
         address: of the array of the streams' tables.
         numels: address of the sizes of the first stream's tensors.
         slots: address of the sizes of the last stream's tensors.
@@ -300,6 +332,7 @@ class _Streams:
         for label, tensors in blocks:
             if any(tensor.dtype != torch.float32 for tensor in tensors):
                 raise ValueError(f"every {label} must be torch.float32")
+        self.tensors = len(first.numels)
         self._tables = tables  # kept alive: the C++ side points into them
         self._pointers = array("q", [table.words.buffer_info()[0] for table in tables])
         self.address = self._pointers.buffer_info()[0]

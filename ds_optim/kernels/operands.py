@@ -14,6 +14,9 @@ from ds_optim.kernels.tables import Tables
 Arithmetic = Callable[..., tuple[Tensor, ...]]
 """A pure function of fp32 tensors: see `ds_optim.kernels`."""
 
+Scalars = Mapping[str, float | Tensor]
+"""A formula's keyword arguments: numbers or 0-dim tensors."""
+
 FormulaKind = Literal["elementwise", "blockwise"]
 
 
@@ -52,7 +55,7 @@ class Operands:
         block_states: for every block state the list of its T tensors, 1-D, fp32, one value per local block; updated in
             place. Empty for an elementwise formula.
         tables: int64, which elements are touched, and which of them form a block.
-        scalars: the formula's keyword arguments, numbers or 0-dim tensors.
+        scalars: of the formula.
         rounding: how bf16 parameters are rounded; None rounds them to nearest.
         cut_sums: (C,) fp64 (fp32 where the device has no fp64), contiguous: the sums of squared gradients of the blocks
             that a shard boundary cuts. `partial_sums` adds this rank's share to what the caller zeroed; the caller
@@ -64,6 +67,6 @@ class Operands:
     states: Sequence[Sequence[Tensor]]
     block_states: Sequence[Sequence[Tensor]]
     tables: Tables
-    scalars: Mapping[str, float | Tensor]
+    scalars: Scalars
     rounding: Rounding | None
     cut_sums: Tensor

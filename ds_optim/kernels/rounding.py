@@ -27,7 +27,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from torch import Tensor
 _WORD = 0xFFFFFFFF
 _FIRST, _SECOND = 0x2C1B3C6D, 0x297A2D39  # below 2^31: in int64 no product of a word overflows
 _LARGEST = 0x7F7F0000  # the largest finite bf16; what has a larger pattern is infinite, NaN, or rounds down
+
+Words: TypeAlias = tuple[()] | tuple[int, int, int]
+"""How elements that lie one behind another are rounded: to nearest, or by (identity, index of the first, key)."""
 
 
 class Place(NamedTuple):

@@ -20,7 +20,7 @@ _COPIED = 1 << 16
 """Elements of a stack that are copied together, unless a single matrix has more: few calls, and no stack beside it."""
 
 
-def one_by_one(product: Callable[..., object], result: Tensor, *stacks: Tensor) -> Tensor:
+def one_by_one(product: Callable[..., object], result: Tensor, *stacks: Tensor, is_added: bool = False) -> Tensor:
     """``product`` of each matrix of the stacks, alone and aligned, into the matrix of ``result``.
 
     Matrices that begin at multiples of `ALIGNMENT` stay where they are: blocks of the usual sizes fill whole cache
@@ -32,6 +32,7 @@ def one_by_one(product: Callable[..., object], result: Tensor, *stacks: Tensor) 
             (1, m, n), without gaps and aligned.
         result: (B, k, l), contiguous; is returned.
         stacks: (B, m, n) each; are not written to.
+        is_added: whether the product reads its result before it writes it.
     """
     if result.device.type != "cpu":
         product(*stacks, out=result)
@@ -44,7 +45,7 @@ def one_by_one(product: Callable[..., object], result: Tensor, *stacks: Tensor) 
     for first in range(0, len(result), most):
         parts = [one[first : first + most] for one in everything]
         used = [part if room is None else room[: len(part)] for part, room in zip(parts, rooms, strict=True)]
-        for part, place in zip(parts[1:], used[1:], strict=True):
+        for part, place in list(zip(parts, used, strict=True))[0 if is_added else 1 :]:
             if place is not part:
                 place.copy_(part)
         for out, *matrices in zip(*(one.split(1) for one in used), strict=True):

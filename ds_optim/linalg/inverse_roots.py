@@ -12,6 +12,10 @@ The shift is what Meta's Distributed Shampoo does about eigenvalues that roundin
 ``eigh``, the reference, decomposes in fp64, one matrix after the other: any exponent, and right wherever fp64 is, at
 condition numbers of 1e12 and scales from 1e-30 to 1e30. A result depends on nothing but its own matrix.
 
+``eigh32``, for CPUs, decomposes in fp32 first, in half the time. That moves eigenvalues by about the last place of the
+largest, as fp32 has moved the matrix already; where the smallest, ridge included, stands `DIGITS` bits above that place
+and the decomposition gives the matrix back, it is kept. Otherwise the matrix is decomposed in fp64.
+
 ``newton``, for accelerators, has matrix products in fp32 only, on the whole stack at once (where it is forced on a CPU,
 one matrix after the other), and never waits for the device. It is the coupled Newton iteration for :math:`e = -1/p`
 (Guo and Higham, "A Schur-Newton method for the matrix p-th root and its inverse", 2006; in Shampoo: Anil et al.,
@@ -30,7 +34,7 @@ from __future__ import annotations
 
 import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -38,8 +42,9 @@ from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.precision import MatmulPrecision, Product, product_for_roots
+from ds_optim.linalg.workers import Stepwise, finish
 
-Method = Literal["eigh", "newton"]
+Method = Literal["eigh", "eigh32", "newton"]
 
 # Newton's residual, see `_newton`. The relative error of a root is about residual / p.
 RESIDUAL_TOLERANCE = 0.1
@@ -48,18 +53,23 @@ SMALLEST_SHARE = 1e-7
 # Power iteration underestimates the largest eigenvalue; the iteration needs eigenvalues of at most one.
 MARGIN = 1.1
 POWER_STEPS = 32
+# Of the fp32 mantissa: bits that the smallest eigenvalue must have left. The ridge of 1e-6 leaves four.
+DIGITS = 4
+# How far a decomposition in fp32 may be from its matrix, in largest eigenvalues; LAPACK's is about 1e-6.
+DECOMPOSITION_TOLERANCE = 1e-4
 # No scaled step may press a large eigenvalue below this: it would have to grow again, and its rounding errors with it.
 FLOOR = 0.1
 
 
 def method_for(device: torch.device) -> Method:
-    """The method for tensors on `device`: "eigh" on CPU, "newton" elsewhere.
+    """The method for tensors on `device`: "eigh32" on CPU, "newton" elsewhere.
 
-    The environment variable ``DS_OPTIM_ROOTS`` (``eigh`` or ``newton``) overrides it; ValueError for anything else.
+    The environment variable ``DS_OPTIM_ROOTS`` (``eigh``, ``eigh32`` or ``newton``) overrides it; ValueError for
+    anything else.
     """
     forced = os.environ.get("DS_OPTIM_ROOTS", "")
     if not forced:
-        return "eigh" if device.type == "cpu" else "newton"
+        return "eigh32" if device.type == "cpu" else "newton"
     for method in get_args(Method):
         if forced == method:
             return method  # type: ignore[no-any-return]
@@ -76,9 +86,10 @@ def inverse_roots(
         exponent: negative, such as -1/4.
         eps: the ridge; must be positive where a matrix may be singular.
         relative: whether `eps` counts in largest eigenvalues. If so, the root of a zero matrix is the identity.
-        method: "eigh" or "newton", see the module. "newton" takes matrices as semidefinite (no shift) and wants
-            an exponent of -1/p for an integer p. "eigh" on an accelerator waits for it, as torch.linalg.eigh does.
-        precision: of Newton's products: fp32, or three products in TF32 where it is not "ieee". "eigh" has none.
+        method: "eigh", "eigh32" or "newton", see the module. "newton" takes matrices as semidefinite (no shift) and
+            wants an exponent of -1/p for an integer p. The others on an accelerator wait for it, as
+            torch.linalg.eigh does.
+        precision: of Newton's products: fp32, or three products in TF32 where it is not "ieee". The others have none.
 
     Returns:
         roots: (B, n, n) fp32, exactly symmetric.
@@ -88,8 +99,17 @@ def inverse_roots(
     Raises:
         ValueError: "newton" and `exponent` is not -1/p.
     """
-    if method == "eigh":
-        return _eigh(stack, exponent, eps, relative)
+    settings = {"eps": eps, "relative": relative, "method": method, "precision": precision}
+    return finish(inverse_roots_stepwise(stack, exponent, **settings))  # type: ignore[arg-type]
+
+
+def inverse_roots_stepwise(
+    stack: Tensor, exponent: float, *, eps: float, relative: bool, method: Method, precision: MatmulPrecision = "ieee"
+) -> Stepwise[tuple[Tensor, Tensor]]:
+    """`inverse_roots`, whose decompositions on a CPU are jobs."""
+    if method != "newton":
+        dtypes = (torch.float64,) if method == "eigh" else (torch.float32, torch.float64)
+        return (yield from _eigh(stack, exponent, eps, relative, dtypes))
     p = round(-1 / exponent)
     if p < 1 or abs(1 + p * exponent) > 1e-9:
         raise ValueError(
@@ -105,11 +125,12 @@ def inverse_roots(
         return torch.cat(roots), torch.cat(failed)
 
 
-def _eigh(stack: Tensor, exponent: float, eps: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """By eigendecomposition in fp64, matrix by matrix: the workspace is that of one matrix per thread.
+def _eigh(
+    stack: Tensor, exponent: float, eps: float, relative: bool, dtypes: Sequence[torch.dtype]
+) -> Stepwise[tuple[Tensor, Tensor]]:
+    """By eigendecomposition, matrix by matrix: the workspace is that of one matrix per thread.
 
-    On CPU every matrix has one thread, several matrices at a time: a decomposition of these sizes gains nothing from a
-    second thread, suffers from a busy one, and would round differently.
+    On a CPU every matrix has one thread, several matrices at a time, see `ds_optim.linalg.workers`.
     """
     roots = torch.empty_like(stack, memory_format=torch.contiguous_format)
     largest = stack.abs().amax((-2, -1)) if stack.numel() else stack.new_zeros(len(stack))
@@ -118,58 +139,62 @@ def _eigh(stack: Tensor, exponent: float, eps: float, relative: bool) -> tuple[T
     identity = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
 
     def decompose(index: int) -> None:
-        roots[index], overflowed = _eigh_root(
-            torch.where(trivial[index], identity, stack[index]), exponent, eps, relative
-        )
-        failed[index] |= overflowed
-        roots[index] = torch.where(trivial[index] | overflowed, identity, roots[index])
+        root = roots[index]
+        if not bool(trivial[index]):
+            for dtype in dtypes:
+                overflowed, is_resolved = _eigh_root(stack[index], exponent, eps, relative, dtype, root)
+                if dtype == torch.float64 or is_resolved:
+                    break
+            failed[index] |= overflowed
+        if bool(trivial[index] | failed[index]):
+            root.copy_(identity)
 
-    threads = torch.get_num_threads()
-    if stack.device.type != "cpu" or threads == 1:
+    if stack.device.type == "cpu":
+        yield [functools.partial(decompose, index) for index in range(len(stack))]
+    else:
         for index in range(len(stack)):
             decompose(index)
-        return roots, failed
-
-    def alone(index: int) -> None:
-        torch.set_num_threads(1)  # of this worker; the linear algebra library's is everybody's, and restored below
-        decompose(index)
-
-    try:
-        torch.set_num_threads(1)
-        list(_workers(threads).map(alone, range(len(stack))))
-    finally:
-        torch.set_num_threads(threads)
     return roots, failed
 
 
-@functools.cache
-def _workers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "ds_optim roots")
+def _eigh_root(
+    a: Tensor, exponent: float, eps: float, relative: bool, dtype: torch.dtype, root: Tensor
+) -> tuple[bool, bool]:
+    """The root of one finite matrix by a decomposition in ``dtype``.
 
+    Args:
+        a: (n, n) fp32, of which one triangle is read.
+        root: (n, n) fp32, is written to.
 
-os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork
-
-
-def _eigh_root(a: Tensor, exponent: float, eps: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """The root of one finite matrix, fp32, and whether there is none: no convergence, or an element overflows."""
+    Returns:
+        Whether there is none (no convergence, or an element overflows), and whether fp32 resolves it, see the module.
+    """
     n = len(a)
-    matrix = a.double()  # one triangle is read
+    matrix = a.to(dtype)
     if not relative:
-        matrix.diagonal().add_(eps)
+        matrix = matrix + eps * torch.eye(n, dtype=dtype, device=a.device)
     try:
         eigenvalues, q = torch.linalg.eigh(matrix)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # LinAlgError, or what an accelerator's solver raises: the other ranks must not wait
-        return a, torch.ones((), dtype=torch.bool, device=a.device)
-    ridge = torch.full_like(eigenvalues[-1], eps)
+        return True, False
+    shifted = eigenvalues.double()
+    ridge = torch.full_like(shifted[-1], eps)
     if relative:
-        ridge = eps * eigenvalues[-1]
-        eigenvalues = eigenvalues + ridge
-    eigenvalues = eigenvalues + (ridge - eigenvalues[0]).clamp_min(0)
-    product = torch.mm(q * eigenvalues.pow(exponent), q.mT, out=matrix.view(n, n)).to(a.dtype)
-    root = (product + product.mT).mul_(0.5)
-    return root, ~root.abs().amax().isfinite() if n else torch.zeros((), dtype=torch.bool, device=root.device)
+        ridge = eps * shifted[-1]
+        shifted = shifted + ridge
+    shifted = shifted + (ridge - shifted[0]).clamp_min(0)
+    is_resolved = shifted[0] * 2 ** (24 - DIGITS) >= shifted[-1]
+    if dtype == torch.float32:
+        probe = q.new_ones(n)
+        missed = torch.mv(matrix, probe) - torch.mv(q, eigenvalues * torch.mv(q.mT, probe))
+        is_resolved &= missed.norm() <= DECOMPOSITION_TOLERANCE * n**0.5 * eigenvalues[-1]
+    half = q.mul_(shifted.pow(exponent / 2).to(dtype))
+    product = torch.mm(half, half.mT)
+    torch.add(product, product.mT, out=root).mul_(0.5)
+    is_finite = bool(root.abs().amax().isfinite())
+    return not is_finite, is_finite and bool(is_resolved)
 
 
 def _newton(stack: Tensor, p: int, eps: float, relative: bool, bmm: Product) -> tuple[Tensor, Tensor]:

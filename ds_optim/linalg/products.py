@@ -13,6 +13,9 @@ from torch import Tensor
 from ds_optim.linalg.alignment import one_by_one
 from ds_optim.linalg.precision import MatmulPrecision, own_gram, product_in
 
+_WHOLE = 256
+"""Rows of a matrix whose product with itself is cheaper whole than by its halves."""
+
 
 def stacked_matmul(a: Tensor, b: Tensor, precision: MatmulPrecision = "ieee") -> Tensor:
     """``a @ b`` for stacks (B, m, k) and (B, k, n)."""
@@ -30,9 +33,50 @@ def gram(stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tenso
     Returns:
         (B, d_axis, d_axis).
     """
-    rows = stack.movedim(axis + 1, 1).flatten(2) if stack.dim() > 2 else stack.unsqueeze(2)
+    rows = _unfolded(stack, axis)
     result = rows.new_empty(rows.shape[0], rows.shape[1], rows.shape[1])
     return one_by_one(partial(own_gram, precision=precision), result, rows)
+
+
+def _unfolded(stack: Tensor, axis: int) -> Tensor:
+    return stack.movedim(axis + 1, 1).flatten(2) if stack.dim() > 2 else stack.unsqueeze(2)
+
+
+def add_gram_(
+    kept: Tensor, stack: Tensor, axis: int, beta: float, weight: float, precision: MatmulPrecision = "ieee"
+) -> Tensor:
+    """``kept <- beta kept + weight gram(stack, axis)``, in place: where nothing is lost, inside the product.
+
+    Args:
+        kept: (B, d_axis, d_axis) fp32, contiguous; is returned.
+        stack, axis, precision: as for `gram`.
+        beta: of what is kept.
+        weight: of what is new.
+    """
+    if precision != "ieee":
+        return kept.mul_(beta).add_(gram(stack, axis, precision).mul_(weight))
+    rows = _unfolded(stack, axis)
+    if kept.device.type != "cpu":
+        return kept.baddbmm_(rows, rows.mT, beta=beta, alpha=weight)
+
+    def product(one: Tensor, *, out: Tensor) -> None:
+        _add_own_product_(out[0], one[0], beta, weight)
+
+    return one_by_one(product, kept, rows, is_added=True)
+
+
+def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) -> None:
+    """``kept <- beta kept + weight rows rows^T`` of one matrix; beyond `_WHOLE` rows a corner is the other's mirror."""
+    count = len(rows)
+    if count <= _WHOLE:
+        kept.addmm_(rows, rows.mT, beta=beta, alpha=weight)
+        return
+    half = count // 2 // 16 * 16  # where a cache line begins
+    upper, lower = rows[:half], rows[half:]
+    _add_own_product_(kept[:half, :half], upper, beta, weight)
+    _add_own_product_(kept[half:, half:], lower, beta, weight)
+    corner = kept[half:, :half].addmm_(lower, upper.mT, beta=beta, alpha=weight)
+    kept[:half, half:].copy_(corner.mT)
 
 
 def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tensor:

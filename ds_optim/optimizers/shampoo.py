@@ -27,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.inverse_roots import Method, inverse_roots, method_for
-from ds_optim.linalg.products import apply_along, block_norms, gram
+from ds_optim.linalg.inverse_roots import Method, inverse_roots_stepwise, method_for
+from ds_optim.linalg.products import apply_along, block_norms
+from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
+from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, MOMENTUM, adam_graft_scalars, momentum_scalars
 from ds_optim.optimizers.matrix_roles import is_preconditioned, true_matrices
 from ds_optim.roles.role import Role
 from ds_optim.rule import (
@@ -163,60 +165,63 @@ def shampoo_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     )
 
 
-def shampoo_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
+def shampoo_update(group: Settings, stack: Stack) -> Stepwise[Mapping[str, Tensor]]:
     """Advance averages and factors, take the roots whose step it is, and precondition the momentum."""
     beta1, beta2 = group["betas"]
     state, step, axes = stack.state, stack.step, range(len(stack.shape))
     for axis in axes:
-        stack.average_(state[f"factor_{axis}"], gram(stack.grads, axis, stack.matmul_precision), beta2)
-    direction = stack.average_(state["momentum"], stack.grads, beta1) / (1 - beta1**step)
+        stack.average_gram_(state[f"factor_{axis}"], axis, beta2)
+    bias1 = 1 - beta1**step
     if group["graft"]:
-        graft_beta2 = _graft_beta2(group)
-        mean_square = stack.average_(state["graft"], stack.grads.square(), graft_beta2)
-        torch.div(mean_square, 1 - graft_beta2**step, out=stack.grads).sqrt_().add_(group["eps"])
-        torch.div(direction, stack.grads, out=stack.grads)  # Adam's step, which the graft's length is taken from
-    failed = _refresh(group, stack)
+        stack.pass_(
+            ADAM_GRAFT, ("momentum", "graft"), adam_graft_scalars((beta1, _graft_beta2(group)), step, group["eps"])
+        )
+        direction = state["momentum"]  # its bias is nothing to what is grafted
+    else:
+        direction = stack.pass_(MOMENTUM, ("momentum",), momentum_scalars(beta1, 1 / bias1, 0.0))
+    failed = yield from _refresh(group, stack)
     if step < _start(group):
         return {}
     for axis in axes:
         direction = apply_along(state[f"root_{axis}"], direction, axis, stack.matmul_precision)
     if group["graft"]:
-        lengths = block_norms(stack.grads) / (block_norms(direction) + 1e-16)
-        direction = direction * stack.per_block(lengths)
+        lengths = block_norms(stack.grads) / (block_norms(direction) + 1e-16 * bias1)
         rooted = stack.per_block(state["rooted"] > 0)
-        torch.where(rooted, direction, stack.grads, out=stack.grads)
+        torch.where(rooted, direction.mul_(stack.per_block(lengths)), stack.grads, out=stack.grads)
     else:
         stack.grads.copy_(direction)
     return {f"{TOLERATED_FAILURES} root computations in a row failed": failed}
 
 
-def _refresh(group: Settings, stack: Stack) -> Tensor:
+def _refresh(group: Settings, stack: Stack) -> Stepwise[Tensor]:
     """Take the roots of the blocks whose step it is; flags (B,) of those that failed once too often.
 
     What an accelerator's iteration could not do is decomposed in fp64 in the next step, block by block: only then
     is it known on the host, without waiting.
     """
     exponent = group["exponent"] or -0.5 / len(stack.shape)
-    method = method_for(stack.grads.device) if float(-1 / exponent).is_integer() else "eigh"
+    method = method_for(stack.grads.device)
+    if method == "newton" and not float(-1 / exponent).is_integer():
+        method = "eigh"
     flags = torch.zeros_like(stack.good)
     due, waiting = _due(group, stack), stack.state["waiting"]
     if method == "newton":
         last = stack.memory.get("waiting") or HostCopy(waiting)  # a fresh or resumed run looks once
         for index in [index for index, is_waiting in enumerate(last.read()) if is_waiting]:
             single = slice(index, index + 1)
-            flags[single] = _count(stack, single, _take_roots(group, stack, single, exponent, "eigh"))
+            flags[single] = _count(stack, single, (yield from _take_roots(group, stack, single, exponent, "eigh")))
             waiting[single] = 0
     if due.start < due.stop:
         # The iteration's workspace is seven times what it works on: it gets an eighth of the stack at a time.
-        most = len(stack) if method == "eigh" else -(-len(stack) // 8)
+        most = -(-len(stack) // 8) if method == "newton" else len(stack)
         for first in range(due.start, due.stop, most):
             part = slice(first, min(first + most, due.stop))
-            failed = _take_roots(group, stack, part, exponent, method)
-            if method == "eigh":
-                flags[part] = _count(stack, part, failed)
-            else:
+            failed = yield from _take_roots(group, stack, part, exponent, method)
+            if method == "newton":
                 stack.state["failures"][part] *= failed  # a root that was found ends the row of failures
                 waiting[part] = failed.to(waiting.dtype)
+            else:
+                flags[part] = _count(stack, part, failed)
     if method == "newton":
         stack.memory["waiting"] = HostCopy(waiting)
     return flags
@@ -233,19 +238,28 @@ def _due(group: Settings, stack: Stack) -> slice:
     return slice(due[0], due[-1] + 1) if due else nothing
 
 
-def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, method: Method) -> Tensor:
+def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, method: Method) -> Stepwise[Tensor]:
     """New roots of some of a stack's blocks along all axes; (n,) flags of the blocks that keep their last ones."""
     beta2, relative = group["betas"][1], group["ridge"] == "relative"
     correction = 1.0 if beta2 == 1 else 1 - beta2**stack.step
     eps = group["matrix_eps"] or (1e-6 if relative else 1e-12)
     failed = torch.zeros_like(stack.good[which])
     found: dict[int, Tensor] = {}
-    for size in dict.fromkeys(stack.shape):  # axes of one length share a stack
-        axes = [axis for axis, its in enumerate(stack.shape) if its == size]
-        factors = torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction)
-        roots, failed_here = inverse_roots(
-            factors, exponent, eps=eps, relative=relative, method=method, precision=stack.matmul_precision
+    of_size: dict[int, list[int]] = {}  # axes of one length share a stack
+    for axis, size in enumerate(stack.shape):
+        of_size.setdefault(size, []).append(axis)
+    computed = yield from side_by_side(
+        inverse_roots_stepwise(
+            torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction),
+            exponent,
+            eps=eps,
+            relative=relative,
+            method=method,
+            precision=stack.matmul_precision,
         )
+        for axes in of_size.values()
+    )
+    for axes, (roots, failed_here) in zip(of_size.values(), computed, strict=True):
         failed = failed | failed_here.view(len(axes), -1).any(0)
         found.update(zip(axes, roots.chunk(len(axes)), strict=True))
     for axis, roots in found.items():

@@ -112,7 +112,7 @@ def rounding(device: torch.device) -> Iterator[CheckResult]:
     ends = []
     for where, backend in ((torch.device("cpu"), "eager"), (device, kernels.backend_for(None, device))):
         here = target.clone().to(where)
-        kernels.descend(backend, here, update.to(where), 0.999, identity_of("w"), 5, key_of(0, 1))  # type: ignore[arg-type]
+        kernels.descend(backend, here, update.to(where), 0.999, (identity_of("w"), 5, key_of(0, 1)))  # type: ignore[arg-type]
         ends.append(here.cpu().view(torch.int16))
     differ = int((ends[0] != ends[1]).sum())
     yield judged(f"stochastic rounding on {device}", differ == 0, f"{differ} of {target.numel():,} bits differ")

@@ -6,8 +6,10 @@ else and would be waited for in vain.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -144,17 +146,63 @@ def staged(values: Tensor) -> Tensor:
     return torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
 
 
+@contextlib.contextmanager
+def beside(device: torch.device, *used: Tensor) -> Iterator[torch.Stream]:
+    """What is enqueued here runs beside the device's computations: behind those that are enqueued already.
+
+    Args:
+        used: tensors of the device that are used here and were made outside; what is computed later must not write to
+            them before it has waited.
+    """
+    stream = _copy_stream(device)
+    stream.wait_stream(torch.accelerator.current_stream(device))  # not that of the current device
+    with stream:
+        yield stream
+    for tensor in used:
+        tensor.record_stream(stream)
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device)
+
+
+class DeviceCopy:
+    """Values of the host on their way to an accelerator, beside its computations.
+
+    Args:
+        values: `staged`, or any others, which are staged first.
+        device: the accelerator.
+        dtype: that they are to have there.
+    """
+
+    def __init__(self, values: Tensor, device: torch.device, dtype: torch.dtype) -> None:
+        host = values if values.is_pinned() else staged(values).copy_(values)
+        self._copy = torch.empty(values.shape, dtype=dtype, device=device)
+        with beside(device, self._copy) as stream:
+            self._copy.copy_(host, non_blocking=True)
+            self._arrived = stream.record_event()
+
+    def arrived(self) -> Tensor:
+        """The copy; what is enqueued from here on comes after it."""
+        torch.accelerator.current_stream(self._copy.device).wait_event(self._arrived)
+        return self._copy
+
+
 class HostCopy:
-    """Values that a device computes and the host reads later: in the next step, without waiting for either."""
+    """Values that a device computes and the host reads later: in the next step, without waiting for either.
+
+    Until it has been waited for, nothing may write to them.
+    """
 
     def __init__(self, values: Tensor) -> None:
         self.values = values.detach()
         self._event: torch.Event | None = None
         if values.device.type != "cpu":
             self.values = staged(values)
-            self.values.copy_(values, non_blocking=True)
-            self._event = torch.Event(values.device)
-            self._event.record(torch.accelerator.current_stream(values.device))  # not that of the current device
+            with beside(values.device, values) as stream:
+                self.values.copy_(values, non_blocking=True)
+                self._event = stream.record_event()
 
     def read(self) -> list[Any]:
         return self.wait().tolist()

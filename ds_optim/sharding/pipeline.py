@@ -7,6 +7,7 @@ process groups, nothing of optimizers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim.known_torch import all_gather_single
-from ds_optim.sharding.exchange import HostCopy, staged, worker_of
+from ds_optim.sharding.exchange import DeviceCopy, HostCopy, beside, staged, worker_of
 from ds_optim.sharding.schedule import Bucket, Piece
 
 Compute = Callable[[Bucket, Tensor], None]
@@ -153,24 +154,34 @@ class _Incoming:
         self._work: Any = None
         if bucket.travels and not wire.replicated:
             self._sent = torch.empty(sum(bucket.to_ranks), dtype=wire.dtype, device=wire.carrier)
+            self._received = torch.empty(sum(bucket.from_ranks), dtype=wire.dtype, device=wire.carrier)
             sent = staged(self._sent) if wire.is_staged else self._sent
             _read(sent, bucket.sending, gradient_of)
-            if wire.is_staged:
-                self._sent.copy_(sent, non_blocking=True)
-            self._received, self._work = _all_to_all(self._sent, bucket.to_ranks, bucket.from_ranks, wire)
+            with beside(wire.carrier, self._sent, self._received) if wire.is_staged else contextlib.nullcontext():
+                if wire.is_staged:
+                    self._sent.copy_(sent, non_blocking=True)
+                self._work = _all_to_all(self._received, self._sent, bucket.from_ranks, bucket.to_ranks, wire)
+        self._own: DeviceCopy | None = None
+        if wire.is_staged:
+            here = staged(torch.empty(bucket.numel, dtype=torch.float32, device="cpu"))
+            self._read_own(here)
+            self._own = DeviceCopy(here, wire.carrier, torch.float32)
+
+    def _read_own(self, work: Tensor) -> None:
+        """What this rank itself holds of its blocks."""
+        for block, one in zip(work.split([one.numel for one in self._bucket.owned]), self._bucket.owned, strict=True):
+            if one.local is not None:
+                _read(block.narrow(0, one.local.start, one.local.numel), [one.local], self._gradient_of)
 
     def unpack(self) -> Tensor:
         """The flat gradients of the owned blocks, one behind the other, fp32; waits for the others' parts."""
         bucket, wire = self._bucket, self._wire
-        work = torch.empty(bucket.numel, dtype=torch.float32, device=wire.carrier)
-        sizes = [one.numel for one in bucket.owned]
-        own = list(zip(work.split(sizes), bucket.owned, strict=True))
-        here = staged(work) if wire.is_staged else work
-        for block, one in zip(here.split(sizes), bucket.owned, strict=True):
-            if one.local is not None:
-                _read(block.narrow(0, one.local.start, one.local.numel), [one.local], self._gradient_of)
-        if wire.is_staged:
-            work.copy_(here, non_blocking=True)  # what others send lands on the rest
+        if self._own is not None:
+            work, self._own = self._own.arrived(), None  # what others send lands on the rest
+        else:
+            work = torch.empty(bucket.numel, dtype=torch.float32, device=wire.carrier)
+            self._read_own(work)
+        own = zip(work.split([one.numel for one in bucket.owned]), bucket.owned, strict=True)
         if self._work is not None:
             self._work.wait()
         if self._received is not None:
@@ -207,7 +218,8 @@ class _Outgoing:
                 for block, one in zip(blocks, bucket.owned, strict=True)
                 for part in one.back
             )
-            self._received, self._work = _all_to_all(sent, bucket.back_to, bucket.back_from, wire)
+            self._received = torch.empty(sum(bucket.back_from), dtype=wire.dtype, device=wire.carrier)
+            self._work = _all_to_all(self._received, sent, bucket.back_from, bucket.back_to, wire)
         self._landing = HostCopy(work) if wire.is_staged else None
         if self._landing is None:
             self._apply_own(work, apply)
@@ -283,8 +295,7 @@ def _as_sent(work: Tensor, wire: Wire) -> Tensor:
     return work if wire.dtype == torch.float32 else work.copy_(work.to(wire.dtype))
 
 
-def _all_to_all(sent: Tensor, to_ranks: Sequence[int], from_ranks: Sequence[int], wire: Wire) -> tuple[Tensor, Any]:
-    received = torch.empty(sum(from_ranks), dtype=wire.dtype, device=wire.carrier)
+def _all_to_all(received: Tensor, sent: Tensor, from_ranks: Sequence[int], to_ranks: Sequence[int], wire: Wire) -> Any:
     # Bytes: every backend carries them, not every one carries bf16.
     size = wire.dtype.itemsize
     work = dist.all_to_all_single(
@@ -298,7 +309,7 @@ def _all_to_all(sent: Tensor, to_ranks: Sequence[int], from_ranks: Sequence[int]
     wire.traffic.sent += sent.numel()
     wire.traffic.received += received.numel()
     wire.traffic.messages += 1
-    return received, work
+    return work
 
 
 def _gather_by_all(work: Tensor, bucket: Bucket, wire: Wire) -> tuple[Tensor, Tensor, Any]:

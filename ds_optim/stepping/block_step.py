@@ -18,9 +18,10 @@ from torch import Tensor
 from ds_optim import kernels
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.precision import MatmulPrecision
-from ds_optim.rule import Stack
+from ds_optim.linalg.workers import Stepwise, finish, finish_all
+from ds_optim.rule import Stack, withhold
 from ds_optim.sharding import pipeline
-from ds_optim.sharding.exchange import HostCopy, staged
+from ds_optim.sharding.exchange import DeviceCopy, HostCopy
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.schedule import Bucket, Owned, Piece
 from ds_optim.stepping.owner_state import StateOfBlock
@@ -72,7 +73,7 @@ class BlockStep:
     state: Mapping[int, dict[str, Any]]
     begins: Mapping[int, Mapping[int, Mapping[str, int]]]
     state_of_block: StateOfBlock
-    update: Callable[[Stack], Mapping[str, Tensor]]
+    update: Callable[[Stack], Mapping[str, Tensor] | Stepwise[Mapping[str, Tensor]]]
     matmul_precision: MatmulPrecision
     step: int
     step_size: Any
@@ -97,9 +98,19 @@ class BlockStep:
     def _compute(self, bucket: Bucket, work: Tensor) -> None:
         computed, self.returning = self.returning, []
         with fp32_products("ieee"):
-            for blocks, grads in self._stacks(bucket, work):
-                self._update_stack(blocks, grads)
+            finish_all(self._updates(bucket, work))
         _return(computed)  # of the bucket before, while the accelerator works on this one
+
+    def _updates(self, bucket: Bucket, work: Tensor) -> Iterator[Stepwise[None]]:
+        """Of every stack; what an accelerator needs of the next one's state is on its way meanwhile."""
+        before: tuple[tuple[int, ...], Tensor, dict[str, Tensor | DeviceCopy]] | None = None
+        for blocks, grads in self._stacks(bucket, work):
+            state = {name: _fetched(kept, grads.device) for name, kept in self._stored(blocks).items()}
+            if before is not None:
+                yield self._update_stack(*before)
+            before = blocks, grads, state
+        if before is not None:
+            yield self._update_stack(*before)
 
     def _stacks(self, bucket: Bucket, work: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Neighbours of equal shape, whose state lies in one piece; few enough for a cache."""
@@ -118,18 +129,26 @@ class BlockStep:
                 yield blocks, work.narrow(0, start, len(blocks) * numel).view(len(blocks), *shape)
                 start += len(blocks) * numel
 
-    def _update_stack(self, blocks: tuple[int, ...], grads: Tensor) -> None:
+    def _update_stack(
+        self, blocks: tuple[int, ...], grads: Tensor, fetched: Mapping[str, Tensor | DeviceCopy]
+    ) -> Stepwise[None]:
         first = self.plan.blocks[blocks[0]]
         flat = grads.flatten(1)
         good = flat.amax(1).isfinite() & flat.amin(1).isfinite()  # both see a NaN; a norm would be slower
-        _withhold(grads, good)
+        withhold(grads, good, 0)
         stored = self._stored(blocks)
-        working = {name: _working(kept, grads.device) for name, kept in stored.items()}
+        working = {name: _working(one) for name, one in fetched.items()}
         offsets = tuple(self.plan.blocks[block].offset for block in blocks)
         memory = self.memories.get(blocks, {})
-        failed = self.update(
+        update = self.update(
             Stack(first.tile.shape, grads, working, good, self.step, offsets, memory, self.matmul_precision)
         )
+        if isinstance(update, Mapping):
+            failed = update
+        elif all(working[name] is kept for name, kept in stored.items()):
+            failed = yield from update
+        else:  # copies of state: not those of many stacks
+            failed = finish(update)
         if memory:
             self.memories[blocks] = memory
         for name, kept in stored.items():
@@ -138,7 +157,7 @@ class BlockStep:
             elif working[name] is not kept:
                 kept.copy_(working[name])
         reasons = {"its gradient is not finite": ~good, **failed}
-        _withhold(grads, ~torch.stack(list(reasons.values())).any(0))
+        withhold(grads, ~torch.stack(list(reasons.values())).any(0), 0)
         grads.mul_(self.step_size)
         self.suspects.append(Suspects(blocks, reasons))
 
@@ -157,37 +176,35 @@ class BlockStep:
         flat = self.flat[piece.tensor]
         targets = pipeline.views(flat, piece)
         updates = [part.to(flat.device, torch.float32) for part in pipeline.parts(update, piece)]
-        rounding = self.rounding.get(piece.tensor)
-        if rounding is not None:
-            backend = kernels.backend_for(None, flat.device)
-            for target, part, rectangle in zip(targets, updates, piece.rectangles, strict=True):
+        if flat.dtype == torch.float32 and flat.device.type != "cpu":  # few launches, however many parts
+            if isinstance(self.decay, Tensor) or self.decay != 1:
+                torch._foreach_mul_(targets, self.decay)
+            torch._foreach_sub_(targets, updates)
+            return
+        backend, rounding = kernels.backend_for(None, flat.device), self.rounding.get(piece.tensor)
+        for target, part, rectangle in zip(targets, updates, piece.rectangles, strict=True):
+            words: kernels.Words = ()
+            if rounding is not None:
                 place = rounding.places.at(0, rectangle.offset)
-                kernels.descend(backend, target, part, self.decay, place.identity, place.first, rounding.key)
-            return
-        if flat.dtype != torch.float32:
-            for target, part in zip(targets, updates, strict=True):
-                target.copy_(target.float().mul_(self.decay).sub_(part))
-            return
-        if isinstance(self.decay, Tensor) or self.decay != 1:
-            torch._foreach_mul_(targets, self.decay)
-        torch._foreach_sub_(targets, updates)
+                words = place.identity, place.first, rounding.key
+            kernels.descend(backend, target, part, self.decay, words)
 
 
-def _working(kept: Tensor, device: torch.device) -> Tensor:
-    """State where and as a rule computes with it: the tensor itself wherever possible."""
-    dtype = torch.float32 if kept.is_floating_point() else kept.dtype
-    if kept.device != device and kept.device.type == "cpu":
-        return staged(kept).copy_(kept).to(device=device, dtype=dtype, non_blocking=True)
-    return kept.to(device=device, dtype=dtype)
+def _fetched(kept: Tensor, device: torch.device) -> Tensor | DeviceCopy:
+    """State on its way to where a rule computes with it: the tensor itself wherever possible."""
+    return kept if kept.device == device else DeviceCopy(kept, device, _working_dtype(kept))
+
+
+def _working(fetched: Tensor | DeviceCopy) -> Tensor:
+    """State as a rule computes with it: the tensor itself wherever possible."""
+    return fetched.arrived() if isinstance(fetched, DeviceCopy) else fetched.to(_working_dtype(fetched))
+
+
+def _working_dtype(kept: Tensor) -> torch.dtype:
+    return torch.float32 if kept.is_floating_point() else kept.dtype
 
 
 def _return(computed: Sequence[tuple[Tensor, HostCopy]]) -> None:
     """Wait for state and put it where it is kept."""
     for kept, copy in computed:
         kept.copy_(copy.wait())
-
-
-def _withhold(values: Tensor, good: Tensor) -> None:
-    """Zero the blocks that are not good. Only a CPU may look first whether there are any."""
-    if values.device.type != "cpu" or not bool(good.all()):
-        values.masked_fill_(~good.view(-1, *(1 for _ in values.shape[1:])), 0)

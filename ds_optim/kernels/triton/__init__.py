@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels import native
-from ds_optim.kernels.operands import Formula, Operands
+from ds_optim.kernels.operands import Formula, Operands, Scalars
+from ds_optim.kernels.rounding import Words
 from ds_optim.kernels.tables import Select
 from ds_optim.kernels.triton import launches
 from ds_optim.kernels.triton.launches import Dtypes, LaunchGroup
 from ds_optim.known_torch import current
 
-PROGRAMS = frozenset(("adamw", "lion", "adan", "adam_mini"))
+PROGRAMS = frozenset(("adamw", "lion", "adan", "momentum", "adam_graft", "adam_mini"))
 """The names of the formulas that there are programs for."""
 
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_FUSION = {"enable_fp_fusion": False}
 """No contraction: a block must not depend on how it is cut."""
 
 
@@ -48,7 +49,7 @@ def elementwise(formula: Formula, operands: Operands) -> None:
     from ds_optim.kernels.triton import access, elements
 
     with current(operands.params[0].device):
-        scalars = _scalars(formula, operands)
+        scalars = _scalars(formula, operands.scalars, operands.params[0].device)
         for dtypes, group in launches.together(operands, (operands.tables.spans,), launches.spans).items():
             rows = group.rows["update_rows"]
             elements.update_rows[(len(rows),)](
@@ -58,9 +59,32 @@ def elementwise(formula: Formula, operands: Operands) -> None:
                 *_rounding(dtypes, operands),
                 *scalars,
                 access.THREADS * 16 // min(dtype.itemsize for dtype in dtypes),
-                **_OPTIONS,
+                **_options(),
             )
     torch.autograd.graph.increment_version(operands.params)
+
+
+@torch.no_grad()
+def one_pass(formula: Formula, values: Tensor, states: Sequence[Tensor], scalars: Scalars) -> None:
+    """`ds_optim.kernels.one_pass`."""
+    from ds_optim.kernels.triton import access, elements
+
+    streams = (values, *states)
+    if not all(one.is_contiguous() and one.numel() == values.numel() for one in streams):
+        raise ValueError("a pass is over contiguous tensors of one size")
+    is_aligned = not any(one.data_ptr() % 16 for one in streams)
+    with current(values.device):
+        elements.update_all[(-(-values.numel() // launches.ROW),)](
+            elements.ARITHMETIC[formula.name],
+            streams,
+            values.numel(),
+            *_scalars(formula, scalars, values.device),
+            is_aligned,
+            launches.ROW,
+            access.THREADS * 16 // min(one.itemsize for one in streams),
+            **_options(),
+        )
+    torch.autograd.graph.increment_version(values)
 
 
 @torch.no_grad()
@@ -80,7 +104,7 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
     if not operands.params:
         return
     with current(operands.params[0].device):
-        scalars = _scalars(formula, operands)
+        scalars = _scalars(formula, operands.scalars, operands.params[0].device)
         for dtypes, group in _blocks(operands):
             how = (*_rounding(dtypes, operands), *scalars)
             if select != "cut":
@@ -97,11 +121,13 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
 
 
 @torch.no_grad()
-def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int, first: int, key: int) -> None:
+def descend(target: Tensor, update: Tensor, decay: float | Tensor, words: Words) -> None:
     """`ds_optim.kernels.descend`."""
     from ds_optim.kernels.triton import access, elements
 
     factor = decay.to(target.device, torch.float32) if isinstance(decay, Tensor) else float(decay)
+    is_rounded = bool(words) and target.dtype == torch.bfloat16
+    identity, first, key = words or (0, 0, 0)
     *outer, (rows, stride), (columns, _) = native.merged(target)
     done = 0
     with current(target.device):
@@ -112,11 +138,23 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, identity: int
                 target.as_strided((rows, columns), (stride, 1), target.storage_offset() + skipped),
                 update.view(-1)[done : done + rows * columns],
                 *(rows, columns, stride, factor, isinstance(factor, Tensor)),
-                *(identity, first + skipped, key, access.BLOCK),
-                **_OPTIONS,
+                *(identity, first + skipped, key, is_rounded, access.BLOCK),
+                **_options(),
             )
             done += rows * columns
     torch.autograd.graph.increment_version(target)
+
+
+@cache
+def _options() -> dict[str, Any]:
+    """Of a launch: as many warps as have the threads that the programs are written for, 64 each on some of AMD's."""
+    from ds_optim.kernels.triton import access
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return _FUSION
+    import triton
+
+    return {**_FUSION, "num_warps": access.THREADS // triton.runtime.driver.active.get_current_target().warp_size}
 
 
 How = tuple[int, bool, tuple[Any, ...], tuple[bool, ...]]
@@ -135,10 +173,10 @@ def _update_whole(dtypes: Dtypes, group: LaunchGroup, how: How) -> None:
     for width, rows in group.rows.items():
         common = (*_tensors(dtypes, group), rows, *how)
         if width == "wide":
-            blocks.update_wide_blocks[(len(rows),)](*common, access.BLOCK, **_OPTIONS)
+            blocks.update_wide_blocks[(len(rows),)](*common, access.BLOCK, **_options())
         elif width.isdecimal():
             tile = launches.NARROW[int(width)], int(width)
-            blocks.update_narrow_blocks[(len(rows),)](*common, *tile, **_OPTIONS)
+            blocks.update_narrow_blocks[(len(rows),)](*common, *tile, **_options())
 
 
 def _sum(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor) -> None:
@@ -149,11 +187,11 @@ def _sum(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor) -> None:
     assert known is not None
     partials = torch.zeros(group.partials[which], dtype=torch.float64, device=sums.device)
     if parts is not None:
-        blocks.sum_rows[(len(parts),)](*_tensors(dtypes, group), parts, partials, access.BLOCK, **_OPTIONS)
+        blocks.sum_rows[(len(parts),)](*_tensors(dtypes, group), parts, partials, access.BLOCK, **_options())
     if tiles is not None:
         tile = launches.HIGH, launches.BROAD
-        blocks.sum_columns[(len(tiles),)](*_tensors(dtypes, group), tiles, partials, *tile, **_OPTIONS)
-    blocks.add_up[(len(known),)](known, partials, sums, launches.BROAD, **_OPTIONS)
+        blocks.sum_columns[(len(tiles),)](*_tensors(dtypes, group), tiles, partials, *tile, **_options())
+    blocks.add_up[(len(known),)](known, partials, sums, launches.BROAD, **_options())
 
 
 def _update(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor, how: How) -> None:
@@ -164,12 +202,12 @@ def _update(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor, how: H
     assert known is not None
     factors = torch.empty(len(known), dtype=torch.float32, device=sums.device)
     words, addresses, count = _tensors(dtypes, group)
-    blocks.advance_known[(len(known),)](addresses, count, known, sums, factors, *how[2:], **_OPTIONS)
+    blocks.advance_known[(len(known),)](addresses, count, known, sums, factors, *how[2:], **_options())
     if parts is not None:
-        blocks.update_cut_rows[(len(parts),)](words, addresses, count, parts, factors, *how, access.BLOCK, **_OPTIONS)
+        blocks.update_cut_rows[(len(parts),)](words, addresses, count, parts, factors, *how, access.BLOCK, **_options())
     if tiles is not None:
         tile = launches.HIGH, launches.BROAD
-        blocks.update_columns[(len(tiles),)](words, addresses, count, tiles, factors, *how, *tile, **_OPTIONS)
+        blocks.update_columns[(len(tiles),)](words, addresses, count, tiles, factors, *how, *tile, **_options())
 
 
 def _tensors(dtypes: Dtypes, group: LaunchGroup) -> tuple[Any, Any, int]:
@@ -184,10 +222,9 @@ def _rounding(dtypes: Dtypes, operands: Operands) -> tuple[int, bool]:
     return operands.rounding.key, True
 
 
-def _scalars(formula: Formula, operands: Operands) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
+def _scalars(formula: Formula, given: Scalars, device: torch.device) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
     """The formula's scalars, in the order of its program, and which of them lie on the device."""
-    device = operands.params[0].device
-    values = [operands.scalars[name] for name in native.KERNELS[formula.name].scalars]
+    values = [given[name] for name in native.KERNELS[formula.name].scalars]
     pointed = tuple(isinstance(one, Tensor) and one.device == device for one in values)  # the host reads its own
     scalars = tuple(
         one.to(torch.float32) if lies_there and isinstance(one, Tensor) else float(one)

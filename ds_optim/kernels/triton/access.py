@@ -10,15 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-THREADS = 128  # of a program: four warps
+THREADS = 128  # of a program: four warps, or two where a warp has 64
 BLOCK = 8 * THREADS  # elements at a time, so that two bytes each make 128 bits; of four bytes half as many do
 
 
 @triton.jit
 def pointers(base, offsets, ALIGNED: tl.constexpr):
+    """Of elements in a row, or in rows of a tile, which then all begin aligned."""
     found = base + offsets
     if ALIGNED:
-        found = tl.max_contiguous(tl.multiple_of(found, 16), 1024)
+        if len(found.shape) == 2:
+            found = tl.max_contiguous(tl.multiple_of(found, (1, 16)), (1, 1024))
+        else:
+            found = tl.max_contiguous(tl.multiple_of(found, 16), 1024)
     return found
 
 

@@ -22,10 +22,9 @@ def advance(square, mean_square, scalars):
 
 
 @triton.jit
-def move(bases, present, offsets, mask, factor, index, mixed, scalars, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr):
+def move(bases, grad, offsets, mask, factor, index, mixed, scalars, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr):
     """Elements whose blocks' factors are known."""
     param = get(bases[0], offsets, mask, ALIGNED)
-    grad = get_grad(bases[1], offsets, mask, present, ALIGNED)
     average = get(bases[2], offsets, mask, ALIGNED)
     average = average + (grad - average) * scalars[1]
     put_param(bases[0], offsets, mask, param * scalars[0] - average * factor, index, mixed, ROUNDED, ALIGNED)
@@ -48,7 +47,9 @@ def move_row(
     """The elements of one block, or of a part of one."""
     for at in range(0, length, BLOCK):
         offsets = at + tl.arange(0, BLOCK)
-        move(bases, present, offsets, offsets < length, factor, index, mixed, scalars, ROUNDED, ALIGNED)
+        mask = offsets < length
+        grad = get_grad(bases[1], offsets, mask, present, ALIGNED)
+        move(bases, grad, offsets, mask, factor, index, mixed, scalars, ROUNDED, ALIGNED)
 
 
 @triton.jit
@@ -58,12 +59,67 @@ def states_of(addresses, tensors, tensor):
 
 
 @triton.jit
-def tile_at(row, WIDTH: tl.constexpr):
-    """What the rows of `sum_columns` and `update_columns` begin with; and which columns there are."""
-    first, last = tl.load(row + 4), tl.load(row + 5)
-    columns = tl.load(row + 6) + tl.arange(0, WIDTH)
-    inside = (columns >= first) & (columns < last)
-    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), first, columns, inside
+def tile_at(row):
+    """What the rows of `sum_columns` and `update_columns` begin with, and whether all in it are whole steps."""
+    length, first, last, tile = tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    is_whole = (length % 8 == 0) & (first % 8 == 0) & (last % 8 == 0)  # tiles begin at whole steps
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), length, first, last, tile, is_whole
+
+
+@triton.jit
+def columns_of(where, WIDTH: tl.constexpr):
+    """Of a tile: the row length, the first column that there is, the tile's columns, and which of them there are."""
+    length, first, last, tile = where
+    columns = tile + tl.arange(0, WIDTH)
+    return length, first, columns, (columns >= first) & (columns < last)
+
+
+@triton.jit
+def sum_tile(
+    base,
+    present,
+    into,
+    distance,
+    height,
+    where,
+    ALIGNED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    length, first, columns, inside = columns_of(where, WIDTH)
+    total = tl.zeros((WIDTH,), tl.float64)
+    for top in range(0, height, HEIGHT):
+        down = top + tl.arange(0, HEIGHT)
+        mask = (down < height)[:, None] & inside[None, :]
+        grad = get_grad(base, down[:, None] * length + (columns - first)[None, :], mask, present, ALIGNED)
+        total += tl.sum(grad * grad, axis=0).to(tl.float64)
+    tl.store(into + tl.arange(0, WIDTH) * distance, total, mask=inside)
+
+
+@triton.jit
+def update_tile(
+    bases,
+    present,
+    factors,
+    width,
+    height,
+    where,
+    index,
+    mixed,
+    scalars,
+    ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    length, first, columns, inside = columns_of(where, WIDTH)
+    factor = tl.load(factors + columns // width, mask=inside, other=0.0)
+    for top in range(0, height, HEIGHT):
+        down = top + tl.arange(0, HEIGHT)
+        mask = (down < height)[:, None] & inside[None, :]
+        offsets = down[:, None] * length + (columns - first)[None, :]
+        grad = get_grad(bases[1], offsets, mask, present, ALIGNED)
+        move(bases, grad, offsets, mask, factor[None, :], index, mixed, scalars, ROUNDED, ALIGNED)
 
 
 @triton.jit
@@ -128,6 +184,31 @@ def update_wide_blocks(
         update_wide_block(bases, square, present, width, index, mixed, values, ROUNDED, False, BLOCK)
 
 
+@triton.jit
+def update_rows_of_blocks(
+    bases,
+    square,
+    present,
+    width,
+    count,
+    index,
+    mixed,
+    scalars,
+    ROUNDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    block, element = tl.arange(0, COUNT), tl.arange(0, WIDTH)
+    offsets = block[:, None] * width + element[None, :]
+    mask = (block < count)[:, None] & (element < width)[None, :]
+    grad = get_grad(bases[1], offsets, mask, present, ALIGNED)
+    mean_square = (tl.sum(grad * grad, axis=1).to(tl.float64) / width).to(tl.float32)
+    advanced, factor = advance(tl.load(square + block, mask=block < count, other=0.0), mean_square, scalars)
+    tl.store(square + block, advanced, mask=block < count)
+    move(bases, grad, offsets, mask, factor[:, None], index, mixed, scalars, ROUNDED, ALIGNED)
+
+
 @triton.jit(do_not_specialize=["tensors", "key"])
 def update_narrow_blocks(
     DTYPES: tl.constexpr,
@@ -150,16 +231,15 @@ def update_narrow_blocks(
     tensor, start, width, count = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     mixed, index = tl.load(row + 5) ^ key, tl.load(row + 6)
     values = numbers(scalars, POINTED)
-    bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
-    block, element = tl.arange(0, COUNT), tl.arange(0, WIDTH)
-    square = states_of(addresses, tensors, tensor) + tl.load(row + 4) + block
-    offsets = block[:, None] * width + element[None, :]
-    mask = (block < count)[:, None] & (element < width)[None, :]
-    grad = get_grad(bases[1], offsets, mask, present, False)
-    mean_square = (tl.sum(grad * grad, axis=1).to(tl.float64) / width).to(tl.float32)
-    advanced, factor = advance(tl.load(square, mask=block < count, other=0.0), mean_square, values)
-    tl.store(square, advanced, mask=block < count)
-    move(bases, present, offsets, mask, factor[:, None], index, mixed, values, ROUNDED, False)
+    bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
+    square = states_of(addresses, tensors, tensor) + tl.load(row + 4)
+    if WIDTH == 1:
+        update_rows_of_blocks(bases, square, present, width, count, index, mixed, values, ROUNDED, False, COUNT, WIDTH)
+    elif is_aligned & (width % 8 == 0):
+        wide = width // 8 * 8
+        update_rows_of_blocks(bases, square, present, wide, count, index, mixed, values, ROUNDED, True, COUNT, WIDTH)
+    else:
+        update_rows_of_blocks(bases, square, present, width, count, index, mixed, values, ROUNDED, False, COUNT, WIDTH)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -188,15 +268,14 @@ def sum_columns(DTYPES: tl.constexpr, addresses, tensors, rows, partials, HEIGHT
             of the program; where the first column's number is and how far the next one's.
     """
     row = rows + tl.program_id(0).to(tl.int64) * 9
-    tensor, start, height, length, first, columns, inside = tile_at(row, WIDTH)
-    bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
-    total = tl.zeros((WIDTH,), tl.float64)
-    for top in range(0, height, HEIGHT):
-        down = top + tl.arange(0, HEIGHT)
-        mask = (down < height)[:, None] & inside[None, :]
-        grad = get_grad(bases[1], down[:, None] * length + (columns - first)[None, :], mask, present, False)
-        total += tl.sum(grad * grad, axis=0).to(tl.float64)
-    tl.store(partials + tl.load(row + 7) + tl.arange(0, WIDTH) * tl.load(row + 8), total, mask=inside)
+    tensor, start, height, length, first, last, tile, is_whole = tile_at(row)
+    bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
+    into, distance = partials + tl.load(row + 7), tl.load(row + 8)
+    if is_aligned & is_whole:
+        where = (length // 8 * 8, first // 8 * 8, last // 8 * 8, tile // 8 * 8)
+        sum_tile(bases[1], present, into, distance, height, where, True, HEIGHT, WIDTH)
+    else:
+        sum_tile(bases[1], present, into, distance, height, (length, first, last, tile), False, HEIGHT, WIDTH)
 
 
 @triton.jit
@@ -279,13 +358,14 @@ def update_columns(
             of a block, identity, index of the element at ``start``.
     """
     row = rows + tl.program_id(0).to(tl.int64) * 11
-    tensor, start, height, length, first, columns, inside = tile_at(row, WIDTH)
+    tensor, start, height, length, first, last, tile, is_whole = tile_at(row)
+    factor, width = factors + tl.load(row + 7), tl.load(row + 8)
     mixed, index = tl.load(row + 9) ^ key, tl.load(row + 10)
     values = numbers(scalars, POINTED)
-    bases, present, _ = bases_of(DTYPES, addresses, tensors, tensor, start)
-    factor = tl.load(factors + tl.load(row + 7) + columns // tl.load(row + 8), mask=inside, other=0.0)
-    for top in range(0, height, HEIGHT):
-        down = top + tl.arange(0, HEIGHT)
-        mask = (down < height)[:, None] & inside[None, :]
-        offsets = down[:, None] * length + (columns - first)[None, :]
-        move(bases, present, offsets, mask, factor[None, :], index, mixed, values, ROUNDED, False)
+    bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
+    if is_aligned & is_whole:
+        where = (length // 8 * 8, first // 8 * 8, last // 8 * 8, tile // 8 * 8)
+        update_tile(bases, present, factor, width, height, where, index, mixed, values, ROUNDED, True, HEIGHT, WIDTH)
+    else:
+        where = (length, first, last, tile)
+        update_tile(bases, present, factor, width, height, where, index, mixed, values, ROUNDED, False, HEIGHT, WIDTH)

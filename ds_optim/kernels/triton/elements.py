@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_optim.kernels.triton.access import at_random, bases_of, get, get_grad, numbers, put, put_param
+from ds_optim.kernels.triton.access import bases_of, get, get_grad, numbers, put, put_param
 
 
 @triton.jit
@@ -47,7 +47,32 @@ def adan(streams, scalars):
     return moved, average, average_difference, square, grad
 
 
-ARITHMETIC = {"adamw": adamw, "lion": lion, "adan": adan}
+@triton.jit
+def momentum(streams, scalars):
+    gradient, _, before = streams
+    beta, weight, of_average, of_gradient = scalars
+    average = before * beta + gradient * weight
+    mixed = average * of_average + gradient * of_gradient
+    is_number = gradient == gradient
+    return tl.where(is_number, mixed, 0.0), tl.where(is_number, average, before)
+
+
+@triton.jit
+def adam_graft(streams, scalars):
+    gradient, _, before, square_before = streams
+    beta1, one_minus_beta1, beta2, one_minus_beta2, bias1, bias2, eps = scalars
+    average = before * beta1 + gradient * one_minus_beta1
+    square = square_before * beta2 + (gradient * gradient) * one_minus_beta2
+    step = tl.div_rn(tl.div_rn(average, bias1), tl.sqrt_rn(tl.div_rn(square, bias2)) + eps)
+    is_number = gradient == gradient
+    return (
+        tl.where(is_number, step, 0.0),
+        tl.where(is_number, average, before),
+        tl.where(is_number, square, square_before),
+    )
+
+
+ARITHMETIC = {"adamw": adamw, "lion": lion, "adan": adan, "momentum": momentum, "adam_graft": adam_graft}
 
 
 @triton.jit
@@ -115,16 +140,63 @@ def update_rows(
         update_row(update, bases, present, length, index, mixed, values, ROUNDED, False, BLOCK)
 
 
-@triton.jit(do_not_specialize=["key", "identity", "first"])
-def descend_rows(
-    target, update, rows, columns, stride, decay, POINTED: tl.constexpr, identity, first, key, BLOCK: tl.constexpr
+@triton.jit
+def update_all(
+    update: tl.constexpr,
+    streams,
+    numel,
+    scalars,
+    POINTED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """``target <- decay target - update``, bf16, rounded at random: some columns of one row of a strided view.
+    """An elementwise formula on a row of tensors that are known without a table; there is no gradient beside them.
 
     Args:
-        target: bf16, the rows ``stride`` elements apart.
+        streams: parameter, states.
+        numel: of each.
+        ALIGNED: whether they all begin at multiples of 16 bytes.
+    """
+    start = tl.program_id(0).to(tl.int64) * ROW
+    length = tl.minimum(numel - start, ROW)
+    bases = (streams[0] + start, streams[0] + start)
+    for stream in tl.static_range(1, len(streams)):
+        bases = bases + (streams[stream] + start,)
+    values = numbers(scalars, POINTED)
+    if ALIGNED:
+        whole = length // 8 * 8  # the rest is the last row's
+        update_row(update, bases, False, whole, start, start, values, False, True, BLOCK)
+        rest = ()
+        for stream in tl.static_range(len(bases)):
+            rest = rest + (bases[stream] + whole,)
+        update_row(update, rest, False, length - whole, start, start, values, False, False, 8)
+    else:
+        update_row(update, bases, False, length, start, start, values, False, False, BLOCK)
+
+
+@triton.jit(do_not_specialize=["key", "identity", "first"])
+def descend_rows(
+    target,
+    update,
+    rows,
+    columns,
+    stride,
+    decay,
+    POINTED: tl.constexpr,
+    identity,
+    first,
+    key,
+    ROUNDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``target <- decay target - update``: some columns of one row of a strided view.
+
+    Args:
+        target: the rows ``stride`` elements apart.
         update: fp32, contiguous.
         first: index of the view's first element.
+        ROUNDED: whether the target, which then is bf16, is rounded at random.
     """
     tiles = tl.cdiv(columns, BLOCK)
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -133,5 +205,5 @@ def descend_rows(
     factor = numbers((decay,), (POINTED,))[0]
     moved = tl.load(target + row * stride + offsets, mask=mask, other=0.0).to(tl.float32) * factor
     moved = moved - tl.load(update + row * columns + offsets, mask=mask, other=0.0)
-    rounded = at_random(moved, first + row * stride + offsets, identity.to(tl.int64) ^ key)
-    tl.store(target + row * stride + offsets, rounded, mask=mask)
+    base, mixed = target + row * stride, identity.to(tl.int64) ^ key
+    put_param(base, offsets, mask, moved, first + row * stride, mixed, ROUNDED, False)

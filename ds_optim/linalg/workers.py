@@ -1,0 +1,98 @@
+"""Small matrices on a CPU: a decomposition has one thread, several run at a time.
+
+A decomposition of a few hundred rows gains little from a second thread, suffers from a busy one, and would round
+differently: what becomes of a matrix must not depend on how many threads there are. A computation that needs some is
+written as a `Stepwise`: it hands out jobs, and goes on when they are done, so that the jobs of many computations fill
+all threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+_T = TypeVar("_T")
+Job: TypeAlias = Callable[[], object]
+Stepwise: TypeAlias = Generator[Sequence[Job], None, _T]
+"""Yields jobs that may run in any order and at the same time; goes on when they are done."""
+
+_JOBS_PER_THREAD = 4
+"""Jobs that are enough to start: more of them fill threads better, and have more computations under way."""
+
+
+def side_by_side(tasks: Iterable[Stepwise[_T]]) -> Stepwise[list[_T]]:
+    """Computations as one, whose jobs are theirs."""
+    running, results = dict(enumerate(tasks)), dict[int, _T]()
+    while running:
+        jobs: list[Job] = []
+        for index, task in list(running.items()):
+            try:
+                jobs += next(task)
+            except StopIteration as end:
+                results[index] = end.value
+                del running[index]
+        if jobs:
+            yield jobs
+    return [results[index] for index in sorted(results)]
+
+
+def finish(task: Stepwise[_T]) -> _T:
+    """Run a computation to its end, and return what it comes to."""
+    while True:
+        try:
+            jobs = next(task)
+        except StopIteration as end:
+            result: _T = end.value
+            return result
+        on_one_thread_each(jobs)
+
+
+def finish_all(tasks: Iterable[Stepwise[Any]]) -> None:
+    """Run computations to their ends: several are under way as long as they have too few jobs for all threads."""
+    waiting: list[tuple[Stepwise[Any], Sequence[Job]]] = []
+    for task in tasks:
+        if (jobs := next(task, None)) is not None:
+            waiting.append((task, jobs))
+        if sum(len(jobs) for _, jobs in waiting) >= _JOBS_PER_THREAD * torch.get_num_threads():
+            waiting = _finish_waiting(waiting)
+    _finish_waiting(waiting)
+
+
+def _finish_waiting(waiting: list[tuple[Stepwise[Any], Sequence[Job]]]) -> list[tuple[Stepwise[Any], Sequence[Job]]]:
+    while waiting:
+        on_one_thread_each([job for _, jobs in waiting for job in jobs])
+        waiting = [(task, jobs) for task, _ in waiting if (jobs := next(task, None)) is not None]
+    return waiting
+
+
+def on_one_thread_each(jobs: Sequence[Job]) -> None:
+    """Run jobs, each on a single thread of torch's; raises what one of them raises."""
+    threads = torch.get_num_threads()
+    try:
+        if threads > 1:
+            torch.set_num_threads(1)  # of this thread; the linear algebra library's are everybody's, restored below
+        if threads > 1 and len(jobs) > 1:
+            list(_workers(threads).map(_run, jobs))
+        else:
+            for job in jobs:
+                job()
+    finally:
+        if threads > 1:
+            torch.set_num_threads(threads)
+
+
+def _run(job: Job) -> None:
+    job()
+
+
+@functools.cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "ds_optim matrices", initializer=functools.partial(torch.set_num_threads, 1))
+
+
+os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork
