@@ -390,6 +390,24 @@ def withhold(values: Tensor, good: Tensor, instead: float) -> None:
         values.masked_fill_(~good.view(-1, *(1 for _ in values.shape[1:])), instead)
 
 
+def replace_(kept: Tensor, new: Tensor, blocks: Tensor, factors: Tensor | float = 1.0) -> None:
+    """``kept <- factors new`` in the blocks that are flagged. Only a CPU may look first whether they all are.
+
+    Args:
+        kept: (B, ...).
+        new: likewise; may be written to.
+        blocks: (B,) bool.
+        factors: (B,), or a number.
+    """
+    shape = -1, *(1 for _ in kept.shape[1:])
+    if isinstance(factors, Tensor):
+        factors = factors.view(shape)
+    if kept.device.type == "cpu" and bool(blocks.all()):
+        torch.mul(new, factors, out=kept)
+    else:
+        torch.where(blocks.view(shape), new.mul_(factors), kept, out=kept)
+
+
 def bytes_of(spec: Mapping[str, StateSpec]) -> int:
     """What is kept, in bytes."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())

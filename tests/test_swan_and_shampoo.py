@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import ds_optim.checkpoint
 from ds_optim.linalg import inverse_roots as roots_module
+from ds_optim.linalg import workers
 from ds_optim.linalg.workers import Stepwise
 from ds_optim.optimizers import shampoo as shampoo_module
 from reference.shampoo import shampoo
@@ -504,6 +505,25 @@ def test_gradients_of_condition_1e12_give_the_oracles_step(
     shampoo(wanted, {"w": gradient}, {}, 1, **settings)
     error = (params["w"].detach().double() - wanted["w"]).norm() / wanted["w"].norm()
     assert error < (0.1 if method == "newton" else 0.02)
+
+
+@pytest.mark.parametrize(("state_dtype", "together"), [("fp32", 6), ("bf16", 2)])
+def test_decompositions_of_many_stacks_run_together_where_state_is_not_copied(
+    state_dtype: str, together: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    run = workers.on_one_thread_each
+
+    def watched(jobs: list[workers.Job]) -> None:
+        batches.append(len(jobs))
+        run(jobs)
+
+    monkeypatch.setattr(workers, "on_one_thread_each", watched)
+    shapes = {"a": (4, 5), "b": (5, 4), "c": (3, 3)}
+    params = parameters(shapes, seed)
+    settings: dict[str, Any] = {"refresh": "together", "precondition_frequency": 1, "state_dtype": state_dtype}
+    take(ds_optim.Shampoo(params.items(), roles=LINEAR, **settings), params, gradients(shapes, 1, seed)[0])
+    assert batches == [together] * (6 // together)
 
 
 # -- Newton ------------------------------------------------------------------------------------------------------------

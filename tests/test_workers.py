@@ -35,7 +35,7 @@ class Log:
                 assert torch.get_num_threads() == 1
                 found.append(number**2)
 
-            yield [square]
+            yield [workers.Job(number, square)]
             number = found[0]
         self.done.append(number)
         return number
@@ -81,7 +81,7 @@ def test_what_a_job_raises_is_raised() -> None:
         raise ArithmeticError("a job")
 
     def task() -> Stepwise[None]:
-        yield [fails, fails]
+        yield [workers.Job(1, fails), workers.Job(2, fails)]
 
     with pytest.raises(ArithmeticError, match="a job"):
         finish(task())

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.precision import MatmulPrecision, Product, product_for_roots
-from ds_optim.linalg.workers import Stepwise, finish
+from ds_optim.linalg.workers import Job, Stepwise, finish
 
 Method = Literal["eigh", "eigh32", "newton"]
 
@@ -150,7 +150,7 @@ def _eigh(
             root.copy_(identity)
 
     if stack.device.type == "cpu":
-        yield [functools.partial(decompose, index) for index in range(len(stack))]
+        yield [Job(stack.shape[-1] ** 3, functools.partial(decompose, index)) for index in range(len(stack))]
     else:
         for index in range(len(stack)):
             decompose(index)

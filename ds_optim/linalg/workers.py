@@ -12,16 +12,29 @@ import functools
 import os
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
 _T = TypeVar("_T")
-Job: TypeAlias = Callable[[], object]
+
+
+class Job(NamedTuple):
+    """A part of a computation.
+
+    Attributes:
+        cost: of running it, in any unit that all jobs have: the dearest begin first.
+        run: does it.
+    """
+
+    cost: float
+    run: Callable[[], object]
+
+
 Stepwise: TypeAlias = Generator[Sequence[Job], None, _T]
 """Yields jobs that may run in any order and at the same time; goes on when they are done."""
 
-_JOBS_PER_THREAD = 4
+_JOBS_PER_THREAD = 8
 """Jobs that are enough to start: more of them fill threads better, and have more computations under way."""
 
 
@@ -73,6 +86,7 @@ def _finish_waiting(waiting: list[tuple[Stepwise[Any], Sequence[Job]]]) -> list[
 def on_one_thread_each(jobs: Sequence[Job]) -> None:
     """Run jobs, each on a single thread of torch's; raises what one of them raises."""
     threads = torch.get_num_threads()
+    jobs = sorted(jobs, key=lambda job: -job.cost)
     try:
         if threads > 1:
             torch.set_num_threads(1)  # of this thread; the linear algebra library's are everybody's, restored below
@@ -80,14 +94,14 @@ def on_one_thread_each(jobs: Sequence[Job]) -> None:
             list(_workers(threads).map(_run, jobs))
         else:
             for job in jobs:
-                job()
+                job.run()
     finally:
         if threads > 1:
             torch.set_num_threads(threads)
 
 
 def _run(job: Job) -> None:
-    job()
+    job.run()
 
 
 @functools.cache

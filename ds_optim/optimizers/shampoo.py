@@ -47,6 +47,7 @@ from ds_optim.rule import (
     bytes_of,
     number,
     one_of,
+    replace_,
     whole_number,
 )
 from ds_optim.sharding.assignment import Tile, Work
@@ -186,8 +187,7 @@ def shampoo_update(group: Settings, stack: Stack) -> Stepwise[Mapping[str, Tenso
         direction = apply_along(state[f"root_{axis}"], direction, axis, stack.matmul_precision)
     if group["graft"]:
         lengths = block_norms(stack.grads) / (block_norms(direction) + 1e-16 * bias1)
-        rooted = stack.per_block(state["rooted"] > 0)
-        torch.where(rooted, direction.mul_(stack.per_block(lengths)), stack.grads, out=stack.grads)
+        replace_(stack.grads, direction, state["rooted"] > 0, lengths)
     else:
         stack.grads.copy_(direction)
     return {f"{TOLERATED_FAILURES} root computations in a row failed": failed}
@@ -263,8 +263,7 @@ def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, me
         failed = failed | failed_here.view(len(axes), -1).any(0)
         found.update(zip(axes, roots.chunk(len(axes)), strict=True))
     for axis, roots in found.items():
-        kept = stack.state[f"root_{axis}"][which]
-        torch.where(failed.view(-1, 1, 1), kept, roots, out=kept)
+        replace_(stack.state[f"root_{axis}"][which], roots, ~failed)
     stack.state["rooted"][which] |= (~failed).to(torch.int32)
     return failed
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,15 @@ class Suspects:
 
     blocks: tuple[int, ...]
     reasons: Mapping[str, Tensor]
+
+
+class _Fetched(NamedTuple):
+    """A stack: its blocks, gradients, and state as it is kept and as it comes to where it is worked with."""
+
+    blocks: tuple[int, ...]
+    grads: Tensor
+    stored: Mapping[str, Tensor]
+    coming: Mapping[str, Tensor | DeviceCopy]
 
 
 @dataclass(slots=True)
@@ -103,14 +112,15 @@ class BlockStep:
 
     def _updates(self, bucket: Bucket, work: Tensor) -> Iterator[Stepwise[None]]:
         """Of every stack; what an accelerator needs of the next one's state is on its way meanwhile."""
-        before: tuple[tuple[int, ...], Tensor, dict[str, Tensor | DeviceCopy]] | None = None
+        before: _Fetched | None = None
         for blocks, grads in self._stacks(bucket, work):
-            state = {name: _fetched(kept, grads.device) for name, kept in self._stored(blocks).items()}
+            stored = self._stored(blocks)
+            coming = {name: _fetched(kept, grads.device) for name, kept in stored.items()}
             if before is not None:
-                yield self._update_stack(*before)
-            before = blocks, grads, state
+                yield self._update_stack(before)
+            before = _Fetched(blocks, grads, stored, coming)
         if before is not None:
-            yield self._update_stack(*before)
+            yield self._update_stack(before)
 
     def _stacks(self, bucket: Bucket, work: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Neighbours of equal shape, whose state lies in one piece; few enough for a cache."""
@@ -129,15 +139,13 @@ class BlockStep:
                 yield blocks, work.narrow(0, start, len(blocks) * numel).view(len(blocks), *shape)
                 start += len(blocks) * numel
 
-    def _update_stack(
-        self, blocks: tuple[int, ...], grads: Tensor, fetched: Mapping[str, Tensor | DeviceCopy]
-    ) -> Stepwise[None]:
+    def _update_stack(self, fetched: _Fetched) -> Stepwise[None]:
+        blocks, grads, stored, coming = fetched
         first = self.plan.blocks[blocks[0]]
         flat = grads.flatten(1)
         good = flat.amax(1).isfinite() & flat.amin(1).isfinite()  # both see a NaN; a norm would be slower
         withhold(grads, good, 0)
-        stored = self._stored(blocks)
-        working = {name: _working(one) for name, one in fetched.items()}
+        working = {name: _working(one) for name, one in coming.items()}
         offsets = tuple(self.plan.blocks[block].offset for block in blocks)
         memory = self.memories.get(blocks, {})
         update = self.update(
