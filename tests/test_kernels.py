@@ -599,6 +599,21 @@ def test_known_updates_are_subtracted_and_rounded_to_nearest(
     assert same_bits([found], [wanted])
 
 
+@pytest.mark.parametrize("backend", ["native", "triton", "eager"])
+def test_elements_beyond_two_to_the_31_are_reached(backend: kernels.Backend, seed: int) -> None:
+    """Of bytes that nobody touches there are no pages: only the last of these elements take memory."""
+    first, count = 2**31 + 5, 3000
+    small = Tensors.random("lion", [count], seed, (torch.bfloat16,) * 3)
+    large = [torch.empty(first + count, dtype=torch.bfloat16) for _ in range(3)]
+    for whole, part in zip(large, (small.params[0], small.grads[0], small.states[0][0]), strict=True):
+        assert part is not None
+        whole[first:] = part
+    found = Tensors([large[0]], [large[1]], [[large[2]]])
+    found.step(backend, "lion", [(0, first, count)])
+    small.step(backend, "lion", [(0, 0, count)])
+    assert same_bits([one[first:] for one in found.flat()], small.flat())
+
+
 PASSES = ("momentum", "adam_graft")
 
 

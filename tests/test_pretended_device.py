@@ -200,6 +200,37 @@ def test_offloaded_matrices_are_worked_on_by_the_accelerator_through_pinned_memo
         assert float((one - ends[1][key]).abs().max()) <= 1e-6 * float(one.abs().max()), key
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_of_one_optimizer_may_lie_on_two_devices(
+    name: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(seed)
+    plain = [(key, nn.Parameter(one.detach().clone())) for key, one in model.named_parameters()]
+    expected = made(name, model, plain)
+    with pretended.entered(monkeypatch) as device:
+        mixed = [
+            (key, nn.Parameter(pretended.moved(one) if index % 2 else one.detach().clone()))
+            for index, (key, one) in enumerate(model.named_parameters())
+        ]
+        optimizer = made(name, model, mixed)
+        for step in range(3):
+            given = gradients(model, seed + step)
+            for index, (key, one) in enumerate(mixed):
+                one.grad = pretended.moved(given[key]) if index % 2 else given[key].clone()
+            with device.recording():
+                optimizer.step()
+            assert device.launches
+    monkeypatch.undo()
+    for step in range(3):
+        given = gradients(model, seed + step)
+        for key, one in plain:
+            one.grad = given[key]
+        expected.step()
+    for index, ((key, one), (_, other)) in enumerate(zip(mixed, plain, strict=True)):
+        values: Any = one.values if index % 2 else one.detach()
+        assert float((values - other.detach()).abs().max()) <= 2e-3 * float(other.detach().abs().max()), key
+
+
 @pytest.mark.parametrize("is_waited_for", [True, False])
 @pytest.mark.parametrize("way", ["in", "out", "in again"])
 def test_the_device_sees_what_is_used_too_early(way: str, is_waited_for: bool, monkeypatch: pytest.MonkeyPatch) -> None:

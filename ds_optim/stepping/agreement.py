@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from ds_optim.errors import raise_all
 from ds_optim.listing import first_of
 from ds_optim.sharding import dtensor
-from ds_optim.sharding.binding import Binding, BoundTensor, local_of, verify
-from ds_optim.sharding.exchange import Ranks
+from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, local_of, verify
+from ds_optim.sharding.exchange import Ranks, from_all_ranks
 from ds_optim.sharding.layout import Layout, Replicated
 from ds_optim.stepping.options import kind_problems
 from ds_optim.stepping.shards import Shards
@@ -117,6 +117,22 @@ class Freezing:
                 "after freezing",
                 stacklevel=3,
             )
+
+
+def is_phantom(active: Sequence[tuple[Mapping[str, Any], Tensor]], shards: Shards) -> bool:
+    """Whether the step of an optimizer without state is torch's ``state_dict._init_optim_state``, which must not count.
+
+    It takes zero gradients at learning rate 0. The one look at the gradients that this costs happens only at that rate.
+
+    Args:
+        active: groups and tensors that would be stepped.
+        shards: whose they are.
+    """
+    if not active or any(float(group["lr"]) != 0 for group, _ in active):
+        return False
+    mine = any(bool(grad.any()) for _, tensor in active if (grad := local_grad(tensor)) is not None)
+    groups = dict.fromkeys(shards.of(tensor).owner_group for _, tensor in active)
+    return not any([mine, *(any(from_all_ranks(mine, group)) for group in groups)])
 
 
 def refuse_other_betas(owner: str, wanted: int, groups: Iterable[Mapping[str, Any]]) -> None:

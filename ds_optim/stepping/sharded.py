@@ -19,11 +19,11 @@ from ds_optim.errors import raise_all, raise_on_all_ranks
 from ds_optim.roles.role import Role
 from ds_optim.rule import AnyRule, WholeMatrix
 from ds_optim.sharding import dtensor
-from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, verify
-from ds_optim.sharding.exchange import ALONE, from_all_ranks
+from ds_optim.sharding.binding import Binding, BoundTensor, verify
+from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan
-from ds_optim.stepping.agreement import Agreement, Freezing, backends, refuse_other_betas, refuse_unfit
+from ds_optim.stepping.agreement import Agreement, Freezing, backends, is_phantom, refuse_other_betas, refuse_unfit
 from ds_optim.stepping.deferred import is_deferred
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.logical_tensors import LogicalParameter
@@ -262,7 +262,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._join([tensor for _, tensor in active])
         if self._settle_gradients is not None:
             self._settle_gradients()
-        if self._is_phantom(active):
+        if not (self.is_bound or self.state) and is_phantom(active, self.shards):
             for _, tensor in active:
                 self.state_of(tensor)
             return
@@ -270,30 +270,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups = {id(group): group for group, _ in active}
         refuse_other_betas(type(self).__name__, self.rule.betas.count, groups.values())
         steps: list[Tensor] = []
+        last, here = None, list[Tensor]()
         for group, tensor in active:
             bound = self.shards.of(tensor)
             refuse_unfit(tensor, bound.layout, self.shards)
             steps.append(self.state_of(tensor)["step"])
-            step = int(steps[-1]) + 1  # on the host: nothing waits for a device
-            key = Together(id(group), step, tensor.device, bound.group)
-            together.setdefault(key, []).append(tensor)
+            key = id(group), int(steps[-1]) + 1, tensor.device, bound.group  # on the host: nothing waits for a device
+            if key != last:  # neighbours mostly go together
+                last, here = key, together.setdefault(Together(*key), [])
+            here.append(tensor)
         launches = self.stepper.prepare(together, groups, self.state)
         if steps:  # nothing counts before everything that can be refused has passed
             torch._foreach_add_(steps, 1)
         for launch in launches:
             launch()
-
-    def _is_phantom(self, active: Sequence[tuple[dict[str, Any], Tensor]]) -> bool:
-        """Whether this is torch's state initialization (`torch.distributed.checkpoint.state_dict._init_optim_state`).
-
-        It steps an optimizer that has no state on zero gradients at learning rate 0; such a step must not count. The
-        one look at the gradients that this costs happens only in that case.
-        """
-        if self.is_bound or self.state or not active or any(float(group["lr"]) != 0 for group, _ in active):
-            return False
-        mine = any(bool(grad.any()) for _, tensor in active if (grad := local_grad(tensor)) is not None)
-        groups = dict.fromkeys(self.shards.of(tensor).owner_group for _, tensor in active)
-        return not any([mine, *(any(from_all_ranks(mine, group)) for group in groups)])
 
     def state_of(self, tensor: Tensor) -> dict[str, Any]:
         """The state of a local tensor; made, all zero and before the first step, if there is none."""
