@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -20,20 +20,16 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ds_optim import kernels
 from ds_optim.kernels import Formula
-from ds_optim.linalg.precision import MatmulPrecision
-from ds_optim.linalg.products import add_gram_
+from ds_optim.kernels import Scalars as Scalars
 from ds_optim.linalg.workers import Stepwise
 from ds_optim.roles.role import Role
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.blocks import BlockGrid
+from ds_optim.stack import Stack as Stack
 
 Settings: TypeAlias = Mapping[str, Any]
 """A parameter group's settings by name; where a rule asks for a whole optimizer's, its defaults and ``state_dtype``."""
-
-Scalars: TypeAlias = dict[str, Any]
-"""A formula's constants for one call, by name: Python floats, or 0-dim tensors where the learning rate is one."""
 
 StateSpec: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one kind of state."""
@@ -311,101 +307,6 @@ class WholeMatrix(Rule):
 
 
 AnyRule: TypeAlias = Elementwise | Blockwise | WholeMatrix
-
-
-@dataclass(slots=True)
-class Stack:
-    """Equal blocks that are updated together.
-
-    Attributes:
-        shape: of one block.
-        grads: (B, *shape) fp32; an update turns them into what is to be subtracted, step size apart.
-        state: by name, (B, *shape per block), fp32 where it is floating point; an update advances it in place.
-        good: (B,) bool. A block that is not has a gradient that is not finite: its ``grads`` are zero, its state must
-            stay as it is.
-        step: of the blocks' tensors, from 1.
-        offsets: of the blocks' refreshes: they fall on steps t with ``(t + offset) % frequency == 0``.
-        memory: what the rule remembers of these blocks from one step to the next outside their state; empty at first,
-            and again whenever state is loaded or moved.
-        matmul_precision: of products, to be handed to `ds_optim.linalg`.
-    """
-
-    shape: tuple[int, ...]
-    grads: Tensor
-    state: dict[str, Tensor]
-    good: Tensor
-    step: int
-    offsets: tuple[int, ...]
-    memory: dict[str, Any] = field(default_factory=dict)
-    matmul_precision: MatmulPrecision = "ieee"
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def per_block(self, values: Tensor) -> Tensor:
-        """(B,) values, shaped to broadcast against `grads`."""
-        return values.view(-1, *(1 for _ in self.shape))
-
-    def pass_(self, formula: Formula, names: Sequence[str], scalars: Scalars) -> Tensor:
-        """Run a formula over all elements in one pass: `grads` becomes what it returns first, which is returned.
-
-        Args:
-            formula: elementwise, of gradients and states. Where a gradient is not a number it must leave states as they
-                are: so blocks that are not good are marked.
-            names: of the states, in the formula's order.
-            scalars: of the formula.
-        """
-        withhold(self.grads, self.good, math.nan)
-        backend = kernels.backend_for(formula, self.grads.device)
-        kernels.one_pass(backend, formula, self.grads, [self.state[name] for name in names], scalars)
-        return self.grads
-
-    def average_(self, kept: Tensor, new: Tensor, beta: float) -> Tensor:
-        """``kept <- beta kept + (1 - beta) new`` in place, ``kept + new`` if beta is 1; blocks that are not good stay.
-
-        Every operation rounds once: fused ones round differently where a vector register ends.
-        """
-        keep = torch.where(self.good, beta, 1.0).view(-1, *(1 for _ in kept.shape[1:]))
-        return kept.mul_(keep).add_(new if beta == 1 else new * (1 - beta))
-
-    def average_gram_(self, kept: Tensor, axis: int, beta: float) -> Tensor:
-        """The running average of the gradients' products with themselves, see `ds_optim.linalg.products.gram`.
-
-        ``kept <- beta kept + (1 - beta) gram`` in place, ``kept + gram`` if beta is 1; blocks that are not good stay.
-        """
-        weight = 1 if beta == 1 else 1 - beta
-        if kept.device.type == "cpu":
-            before = {index: kept[index].clone() for index, good in enumerate(self.good.tolist()) if not good}
-            add_gram_(kept, self.grads, axis, beta, weight, self.matmul_precision)
-            for index, one in before.items():
-                kept[index] = one
-            return kept
-        kept.mul_(torch.where(self.good, beta, 1.0).view(-1, 1, 1))
-        return add_gram_(kept, self.grads, axis, 1.0, weight, self.matmul_precision)
-
-
-def withhold(values: Tensor, good: Tensor, instead: float) -> None:
-    """Fill the blocks that are not good. Only a CPU may look first whether there are any."""
-    if values.device.type != "cpu" or not bool(good.all()):
-        values.masked_fill_(~good.view(-1, *(1 for _ in values.shape[1:])), instead)
-
-
-def replace_(kept: Tensor, new: Tensor, blocks: Tensor, factors: Tensor | float = 1.0) -> None:
-    """``kept <- factors new`` in the blocks that are flagged. Only a CPU may look first whether they all are.
-
-    Args:
-        kept: (B, ...).
-        new: likewise; may be written to.
-        blocks: (B,) bool.
-        factors: (B,), or a number.
-    """
-    shape = -1, *(1 for _ in kept.shape[1:])
-    if isinstance(factors, Tensor):
-        factors = factors.view(shape)
-    if kept.device.type == "cpu" and bool(blocks.all()):
-        torch.mul(new, factors, out=kept)
-    else:
-        torch.where(blocks.view(shape), new.mul_(factors), kept, out=kept)
 
 
 def bytes_of(spec: Mapping[str, StateSpec]) -> int:

@@ -28,7 +28,7 @@ FLOORS: list[dict[str, str]] = [
     },
     {
         "kernels": "fused updates: native (C++), triton (accelerators), eager (oracle and fallback)",
-        "linalg": "stacked Newton-Schulz, stacked inverse roots, aligned products",
+        "linalg": "stacked Newton-Schulz, stacked inverse roots, aligned products, jobs for single threads",
         "listing": "long lists in messages",
         "instance_methods": "methods replaced on one object",
         "json_file": "JSON files that are whole or not there",
@@ -37,6 +37,7 @@ FLOORS: list[dict[str, str]] = [
     },
     {"sharding": "layout, plan, schedule, assignment, boxes (pure arithmetic); exchange; dtensor (reads DTensors)"},
     {
+        "stack": "equal blocks of a whole-matrix rule, and what it does with them on any device",
         "errors": "what every rank raises together",
         "roles": "what a parameter is: query, value, mlp, embedding, head, norm, bias, expert stack, conv",
     },

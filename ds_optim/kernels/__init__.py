@@ -47,6 +47,7 @@ __all__ = [
     "Place",
     "Places",
     "Rounding",
+    "Scalars",
     "Select",
     "Tables",
     "Words",

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels.build import UnavailableError, built_library
-from ds_optim.kernels.operands import Formula, FormulaKind, Operands, Scalars
+from ds_optim.kernels.operands import Formula, FormulaKind, Operands, Scalars, merged
 from ds_optim.kernels.rounding import Place, Places, Rounding, Words
 from ds_optim.kernels.tables import Select, Tables
 
@@ -137,9 +137,9 @@ def one_pass(formula: Formula, values: Tensor, states: Sequence[Tensor], scalars
     Raises:
         ValueError: there is no kernel for the formula, or a tensor is not what it can work on.
     """
-    operands = Operands([values], [values], [[one] for one in states], [], Tables(), scalars, None, torch.empty(0))
-    everything = array("q", [0, 0, values.numel()])
-    call = _streams(formula, operands, "elementwise")
+    no_sums = torch.empty(0, device="cpu")
+    operands = Operands([values], [values], [[one] for one in states], [], Tables(), scalars, None, no_sums)
+    call, everything = _streams(formula, operands, "elementwise"), array("q", [0, 0, values.numel()])
     _update_spans(formula, call, everything.buffer_info()[0], 1, scalars, None)
     torch.autograd.graph.increment_version(values)
 
@@ -248,19 +248,6 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, words: Words)
         )
         begin += rows * columns
     torch.autograd.graph.increment_version(target)
-
-
-def merged(view: Tensor) -> list[tuple[int, int]]:
-    """Sizes and strides of a row-major view with as few dimensions as possible, at least two; the last stride is 1."""
-    dims: list[tuple[int, int]] = [(1, view.numel())]
-    for size, stride in [*zip(view.shape, view.stride(), strict=True), (1, 1)]:
-        if size == 1 and stride != 1:
-            continue
-        if dims[-1][1] == size * stride:
-            dims[-1] = (dims[-1][0] * size, stride)
-        else:
-            dims.append((size, stride))
-    return dims if len(dims) > 1 else [(1, view.numel()), *dims]
 
 
 _ABSENT = 1 << 62

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -14,8 +14,8 @@ from ds_optim.kernels.tables import Tables
 Arithmetic = Callable[..., tuple[Tensor, ...]]
 """A pure function of fp32 tensors: see `ds_optim.kernels`."""
 
-Scalars = Mapping[str, float | Tensor]
-"""A formula's keyword arguments: numbers or 0-dim tensors."""
+Scalars: TypeAlias = Mapping[str, Any]
+"""A formula's constants for one call, by name: Python floats, or 0-dim tensors where the learning rate is one."""
 
 FormulaKind = Literal["elementwise", "blockwise"]
 
@@ -70,3 +70,16 @@ class Operands:
     scalars: Scalars
     rounding: Rounding | None
     cut_sums: Tensor
+
+
+def merged(view: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of a row-major view with as few dimensions as possible, at least two; the last stride is 1."""
+    dims: list[tuple[int, int]] = [(1, view.numel())]
+    for size, stride in [*zip(view.shape, view.stride(), strict=True), (1, 1)]:
+        if size == 1 and stride != 1:
+            continue
+        if dims[-1][1] == size * stride:
+            dims[-1] = (dims[-1][0] * size, stride)
+        else:
+            dims.append((size, stride))
+    return dims if len(dims) > 1 else [(1, view.numel()), *dims]

@@ -47,13 +47,13 @@ from ds_optim.rule import (
     bytes_of,
     number,
     one_of,
-    replace_,
     whole_number,
 )
 from ds_optim.sharding.assignment import Tile, Work
 from ds_optim.sharding.boxes import tiles
 from ds_optim.sharding.exchange import HostCopy
 from ds_optim.sharding.schedule import BUCKET_SIZE
+from ds_optim.stack import replace_
 from ds_optim.stepping.sharded import ShardedOptimizer
 
 TOLERATED_FAILURES = 3  # root computations of one block in a row, the last root kept, before all ranks are told
@@ -174,9 +174,8 @@ def shampoo_update(group: Settings, stack: Stack) -> Stepwise[Mapping[str, Tenso
         stack.average_gram_(state[f"factor_{axis}"], axis, beta2)
     bias1 = 1 - beta1**step
     if group["graft"]:
-        stack.pass_(
-            ADAM_GRAFT, ("momentum", "graft"), adam_graft_scalars((beta1, _graft_beta2(group)), step, group["eps"])
-        )
+        scalars = adam_graft_scalars((beta1, _graft_beta2(group)), step, group["eps"])
+        stack.pass_(ADAM_GRAFT, ("momentum", "graft"), scalars)
         direction = state["momentum"]  # its bias is nothing to what is grafted
     else:
         direction = stack.pass_(MOMENTUM, ("momentum",), momentum_scalars(beta1, 1 / bias1, 0.0))
@@ -245,9 +244,7 @@ def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, me
     eps = group["matrix_eps"] or (1e-6 if relative else 1e-12)
     failed = torch.zeros_like(stack.good[which])
     found: dict[int, Tensor] = {}
-    of_size: dict[int, list[int]] = {}  # axes of one length share a stack
-    for axis, size in enumerate(stack.shape):
-        of_size.setdefault(size, []).append(axis)
+    of_size = {size: [axis for axis, its in enumerate(stack.shape) if its == size] for size in stack.shape}
     computed = yield from side_by_side(
         inverse_roots_stepwise(
             torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction),
@@ -257,7 +254,7 @@ def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, me
             method=method,
             precision=stack.matmul_precision,
         )
-        for axes in of_size.values()
+        for axes in of_size.values()  # axes of one length share a stack
     )
     for axes, (roots, failed_here) in zip(of_size.values(), computed, strict=True):
         failed = failed | failed_here.view(len(axes), -1).any(0)

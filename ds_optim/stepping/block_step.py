@@ -19,11 +19,11 @@ from ds_optim import kernels
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.workers import Stepwise, finish, finish_all
-from ds_optim.rule import Stack, withhold
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.exchange import DeviceCopy, HostCopy
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.schedule import Bucket, Owned, Piece
+from ds_optim.stack import Stack, withhold
 from ds_optim.stepping.owner_state import StateOfBlock
 
 _STACK_ELEMENTS = {"cpu": 1 << 20}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.kernels import native
-from ds_optim.kernels.operands import Formula, Operands, Scalars
+from ds_optim.kernels.operands import Formula, Operands, Scalars, merged
 from ds_optim.kernels.rounding import Words
 from ds_optim.kernels.tables import Select
 from ds_optim.kernels.triton import launches
@@ -128,7 +128,7 @@ def descend(target: Tensor, update: Tensor, decay: float | Tensor, words: Words)
     factor = decay.to(target.device, torch.float32) if isinstance(decay, Tensor) else float(decay)
     is_rounded = bool(words) and target.dtype == torch.bfloat16
     identity, first, key = words or (0, 0, 0)
-    *outer, (rows, stride), (columns, _) = native.merged(target)
+    *outer, (rows, stride), (columns, _) = merged(target)
     done = 0
     with current(target.device):
         for corner in itertools.product(*(range(size) for size, _ in outer)):
