@@ -127,6 +127,22 @@ def test_parts_of_a_long_cut_block_are_added_up(seed: int) -> None:
     blocks.check(made, cuts, 1)
 
 
+@pytest.mark.parametrize("cuts", [[], [4 * launches.PART]])
+def test_the_sum_of_a_huge_block_comes_first_in_parts(
+    cuts: list[int], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two huge ones, small ones around them; none, or the second, is cut."""
+    monkeypatch.setattr(launches, "HUGE", launches.PART)
+    blocks = Blocks([(2, 40), (1, 2 * launches.PART + 5), (1, 3 * launches.PART), (3, 700)], None, 1, seed)
+    made = blocks.shards(cuts, 1)
+    made.step("triton", split=False)
+    blocks.check(made, cuts, 1)
+    both = Blocks([(1, launches.PART + 8), (1, launches.PART + 8)], None, 1, seed)  # in one run of a table
+    made = both.shards([], 1)
+    made.step("triton", split=True)
+    both.check(made, [], 1)
+
+
 def test_blocks_without_gradient_decay(seed: int) -> None:
     blocks = Blocks([(3, 5), (2, 600)], None, 1, seed)
     zeros, skipped = blocks.shards([1300], 0), blocks.shards([1300], 0)

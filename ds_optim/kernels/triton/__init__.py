@@ -1,8 +1,8 @@
 """The drivers on Triton: as many launches per call as there are programs in it, whatever the number of tensors.
 
-AdamW, Lion and Adan have one; Adam-mini has one for wide blocks, one for each width of narrow ones, and four for those
-that a shard boundary cuts or that are columns. Tensors of other dtypes are another launch. Nothing waits, and nothing
-is copied while tensors stay where they are.
+AdamW, Lion and Adan have one; Adam-mini has one for wide blocks, one for each width of narrow ones, four for those
+that a shard boundary cuts, and four for those that are columns or huge. Tensors of other dtypes are another launch.
+Nothing waits, and nothing is copied while tensors stay where they are.
 """
 
 from __future__ import annotations
@@ -109,12 +109,10 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
             how = (*_rounding(dtypes, operands), *scalars)
             if select != "cut":
                 _update_whole(dtypes, group, how)
-                if "columns" in group.rows:
-                    sums = torch.zeros(
-                        len(group.rows["columns"]), dtype=torch.float64, device=operands.params[0].device
-                    )
-                    _sum("columns", dtypes, group, sums)
-                    _update("columns", dtypes, group, sums, how)
+                if "whole" in group.rows:
+                    sums = torch.zeros(len(group.rows["whole"]), dtype=torch.float64, device=operands.params[0].device)
+                    _sum("whole", dtypes, group, sums)
+                    _update("whole", dtypes, group, sums, how)
             if select != "uncut" and "cut" in group.rows:
                 _update("cut", dtypes, group, operands.cut_sums, how)
     torch.autograd.graph.increment_version(operands.params)
@@ -180,7 +178,7 @@ def _update_whole(dtypes: Dtypes, group: LaunchGroup, how: How) -> None:
 
 
 def _sum(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor) -> None:
-    """Add this rank's squares to the sums of cut blocks, or of whole ones of columns."""
+    """Add this rank's squares to the sums of cut blocks, or of whole ones that are columns or huge."""
     from ds_optim.kernels.triton import access, blocks
 
     known, parts, tiles = (group.rows.get(f"{which}{of}") for of in ("", " parts", " sums"))

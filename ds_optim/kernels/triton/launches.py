@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, methodcaller
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ ROW = 4096  # elements of an elementwise program
 PART = 16384  # elements of a cut block that one program takes
 NARROW = {1: 1024, 16: 64, 128: 8, 512: 2}
 """{elements of a block, at most: how many blocks a program takes}. Wider ones have a program each."""
+HUGE = 1 << 20  # elements of a block beyond which its sum comes first, in parts: one program would take milliseconds
 TALL, HIGH, BROAD = 256, 8, 128  # rows of a program for columns, of them at a time, and columns
 _STEP = 8  # elements: 16 bytes of the shortest format
 _REMEMBERED = 16  # dtypes and places that one layout has been seen with
@@ -94,7 +95,7 @@ def together(operands: Operands, layout: Sequence[Tensor], build: Build) -> dict
 def _built(operands: Operands, members: list[int], build: Build) -> LaunchGroup:
     position = {index: at for at, index in enumerate(members)}
     tables = {name: table for name, table in build(operands, frozenset(members)).items() if len(table)}
-    partials: dict[str, int] = {name: int(tables[name][:, 5].max()) for name in ("cut", "columns") if name in tables}
+    partials: dict[str, int] = {name: int(tables[name][:, 5].max()) for name in ("cut", "whole") if name in tables}
     rows = {}
     for name, table in tables.items():
         table[:, 0] = [position[index] for index in table[:, 0].tolist()]
@@ -157,46 +158,62 @@ def blocks(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
     """Of a blockwise call: the rows of every program, see there.
 
     Whole blocks of neighbouring elements are called ``wide``, or after their width in `NARROW`. Of the others the sums
-    come first: ``cut`` lists those that a shard boundary cuts, ``columns`` the whole ones of columns; ``cut parts`` are
-    rows of elements, ``cut sums``, ``cut updates``, ``columns sums`` and ``columns updates`` tiles of columns.
+    come first: ``cut`` lists those that a shard boundary cuts, ``whole`` those of columns and huge ones; ``cut parts``
+    and ``whole parts`` are rows of elements, ``cut sums``, ``cut updates``, ``whole sums`` and ``whole updates`` tiles
+    of columns.
     """
-    whole: dict[str, list[Rows]] = {}
+    at_once: dict[str, list[Rows]] = {}
+    huge = _Parts([], [])
     for piece in iterate_row_runs(operands.tables.row_runs, "uncut"):
-        if piece.tensor in members:
-            identity, first = _place(operands, piece.tensor, piece.start)
-            narrow = next((width for width in NARROW if piece.length <= width), None)
-            step = 1 if narrow is None else NARROW[narrow]
-            begin = np.arange(0, piece.blocks, step)
-            count = np.minimum(step, piece.blocks - begin)
-            same = np.ones_like(begin)
-            skipped = begin * piece.length
-            columns = [same * piece.tensor, piece.start + skipped, same * piece.length, count, piece.slot + begin]
-            columns += [same * identity, first + skipped]
-            whole.setdefault("wide" if narrow is None else str(narrow), []).append(np.stack(columns, axis=1))
-    parts: list[tuple[int, ...]] = []
-    cut: list[tuple[int, ...]] = []
+        if piece.tensor not in members:
+            continue
+        identity, first = _place(operands, piece.tensor, piece.start)
+        if piece.length > HUGE:
+            for number in range(piece.blocks):
+                start = piece.start + number * piece.length
+                place = piece.tensor, piece.slot + number, len(huge.blocks), piece.length
+                huge.add(place, start, start + piece.length, identity, first - piece.start)
+            continue
+        narrow = next((width for width in NARROW if piece.length <= width), None)
+        step = 1 if narrow is None else NARROW[narrow]
+        begin = np.arange(0, piece.blocks, step)
+        count = np.minimum(step, piece.blocks - begin)
+        same = np.ones_like(begin)
+        skipped = begin * piece.length
+        columns = [same * piece.tensor, piece.start + skipped, same * piece.length, count, piece.slot + begin]
+        columns += [same * identity, first + skipped]
+        at_once.setdefault("wide" if narrow is None else str(narrow), []).append(np.stack(columns, axis=1))
+    cut = _Parts([], [])
     for piece in iterate_row_runs(operands.tables.row_runs, "cut"):
         if piece.tensor in members:
             identity, first = _place(operands, piece.tensor, piece.start)
-            before = len(parts)
-            parts += [
-                (piece.tensor, begin, end - begin, len(cut), identity, first + begin - piece.start)
-                for begin, end in _stretches(piece.start, piece.start + piece.length, PART)
-            ]
-            cut.append((piece.tensor, piece.slot, piece.cut, piece.numel, before, len(parts)))
-    tables = {name: np.concatenate(rows) for name, rows in whole.items()}
-    cut_columns = _columns(operands, members, "cut", len(cut), len(parts))
-    whole_columns = _columns(operands, members, "uncut", 0, 0)
-    return {
-        **tables,
-        "cut parts": _table(parts, 6),
-        "cut": _table([*cut, *cut_columns[0]], 6),
-        "cut sums": _table(cut_columns[1], 9),
-        "cut updates": _table(cut_columns[2], 11),
-        "columns": _table(whole_columns[0], 6),
-        "columns sums": _table(whole_columns[1], 9),
-        "columns updates": _table(whole_columns[2], 11),
-    }
+            place = piece.tensor, piece.slot, piece.cut, piece.numel
+            cut.add(place, piece.start, piece.start + piece.length, identity, first - piece.start)
+    tables = {name: np.concatenate(rows) for name, rows in at_once.items()}
+    ways: list[tuple[str, Select, _Parts]] = [("cut", "cut", cut), ("whole", "uncut", huge)]
+    for name, select, listed in ways:
+        known, sums, updates = _columns(operands, members, select, len(listed.blocks), len(listed.rows))
+        tables[name] = _table([*listed.blocks, *known], 6)
+        tables[f"{name} parts"] = _table(listed.rows, 6)
+        tables[f"{name} sums"] = _table(sums, 9)
+        tables[f"{name} updates"] = _table(updates, 11)
+    return tables
+
+
+class _Parts(NamedTuple):
+    """Blocks of neighbouring elements whose sums come first: the rows of their parts, and of themselves."""
+
+    rows: list[tuple[int, ...]]
+    blocks: list[tuple[int, ...]]
+
+    def add(self, place: tuple[int, int, int, int], start: int, stop: int, identity: int, skipped: int) -> None:
+        """A block: tensor, slot, place among sums and numel; its elements, whose indices are ``skipped`` further."""
+        before, number = len(self.rows), len(self.blocks)
+        self.rows.extend(
+            (place[0], begin, end - begin, number, identity, begin + skipped)
+            for begin, end in _stretches(start, stop, PART)
+        )
+        self.blocks.append((*place, before, len(self.rows)))
 
 
 def _columns(
