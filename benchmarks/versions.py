@@ -67,8 +67,7 @@ COMBINATIONS = {
     "torch-2.9": Combination("3.11", "2.9.1", "0.19.0", "4.57.6", "1.12.0", "0.18.0", "the last 4.x of transformers"),
     "oldest": Combination("3.10", "2.8.0", "0.18.6", "4.55.0", "1.10.0", "0.17.0", "the oldest of everything"),
     "llama-factory": Combination("3.11", "2.13.0", "0.19.7", "5.6.0", "1.11.0", "0.18.1", "LLaMA-Factory 0.9.5's"),
-    # torch apart: on a CPU DeepSpeed 0.18.9 gathers no weights with 2.13, see docs/limits.md.
-    "axolotl": Combination("3.11", "2.12.1", "0.18.9", "5.16.1", "1.13.0", "0.20.0", "Axolotl 0.19's, torch apart"),
+    "axolotl": Combination("3.11", "2.13.0", "0.18.9", "5.16.1", "1.13.0", "0.20.0", "Axolotl 0.19's"),
 }
 
 # {area: the suite's files}. "smoke" is short, for a first look at a combination: files, or tests of files.

@@ -17,6 +17,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ds_optim.deepspeed import wrappers
 from ds_optim.deepspeed.events import after_zero_grad, around_load
 from ds_optim.deepspeed.facts import LATEST
@@ -125,7 +127,8 @@ def refuse_lost_gradients(engine: Any) -> None:
         reason = lost()
         if reason:
             raise RuntimeError(f"DeepSpeed lost gradients of this step: {reason}. No weight was changed")
-        return wrapped(*args, **kwargs)
+        with torch.no_grad():  # before 0.19 it gathers weights as if they were in a graph, which torch refuses on CPUs
+            return wrapped(*args, **kwargs)
 
     wrap(wrapper, "step", step)
 
