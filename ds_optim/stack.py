@@ -45,10 +45,6 @@ class Stack:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def per_block(self, values: Tensor) -> Tensor:
-        """(B,) values, shaped to broadcast against `grads`."""
-        return values.view(-1, *(1 for _ in self.shape))
-
     def pass_(self, formula: Formula, names: Sequence[str], scalars: Scalars) -> Tensor:
         """Run a formula over all elements in one pass: `grads` becomes what it returns first, which is returned.
 
@@ -68,8 +64,12 @@ class Stack:
 
         Every operation rounds once: fused ones round differently where a vector register ends.
         """
-        keep = torch.where(self.good, beta, 1.0).view(-1, *(1 for _ in kept.shape[1:]))
-        return kept.mul_(keep).add_(new if beta == 1 else new * (1 - beta))
+        return kept.mul_(self._keep(beta, kept)).add_(new if beta == 1 else new * (1 - beta))
+
+    def _keep(self, beta: float, kept: Tensor) -> Tensor:
+        """What each block of ``kept`` is multiplied by: ``beta``, or one."""
+        decay = torch.full((), beta, dtype=torch.float32, device=kept.device)
+        return torch.where(self.good, decay, 1.0).view(-1, *(1 for _ in kept.shape[1:]))
 
     def average_gram_(self, kept: Tensor, axis: int, beta: float) -> Tensor:
         """The running average of the gradients' products with themselves, see `ds_optim.linalg.products.gram`.
@@ -83,7 +83,7 @@ class Stack:
             for index, one in before.items():
                 kept[index] = one
             return kept
-        kept.mul_(torch.where(self.good, beta, 1.0).view(-1, 1, 1))
+        kept.mul_(self._keep(beta, kept))
         return add_gram_(kept, self.grads, axis, 1.0, weight, self.matmul_precision)
 
 
@@ -108,4 +108,5 @@ def replace_(kept: Tensor, new: Tensor, blocks: Tensor, factors: Tensor | float 
     if kept.device.type == "cpu" and bool(blocks.all()):
         torch.mul(new, factors, out=kept)
     else:
-        torch.where(blocks.view(shape), new.mul_(factors), kept, out=kept)
+        scaled = new.mul_(factors) if isinstance(factors, Tensor) or factors != 1 else new
+        torch.where(blocks.view(shape), scaled, kept, out=kept)

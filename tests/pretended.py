@@ -275,6 +275,12 @@ class Device(TorchDispatchMode):
         if self._is_waited_for:
             self.order.learns("host", self.order.of(where))
 
+    def touched_by_program(self, args: Any, what: str) -> None:
+        """All tensors that a program is given count as written to."""
+        addresses = {_address(one) for one in tree_iter(args) if isinstance(one, OnDevice)}
+        self.order.learns(self.stream.name, self.order.of("host"))
+        self.order.use(self.stream.name, set(), addresses, what)
+
     def _pin(self, tensor: Tensor) -> Tensor:
         self._pinned.add(tensor.untyped_storage().data_ptr())
         return tensor
@@ -404,6 +410,7 @@ class _Program:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
             self.device.note(self.device.launches, self.name, with_line=False)
+            self.device.touched_by_program(args, f"{self.name} {_line()}")
             if self.does_run:
                 self.program[grid](*tree_map(_values, args), **options)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ds_optim.linalg.inverse_roots import Method, inverse_roots
 from ds_optim.linalg.polar import newton_schulz
 from ds_optim.linalg.precision import PRECISIONS, MatmulPrecision
 from ds_optim.linalg.products import add_gram_, apply_along, block_norms, gram, stacked_matmul
+from ds_optim.linalg.workers import finish
 from ds_optim.optimizers.swan import swan_update_
 from ds_optim.rule import Stack
 from test_kernels import FORMULAS, Blocks, Tensors, same_bits
@@ -119,8 +120,8 @@ FUNCTIONS: dict[str, tuple[list[Shape], Callable[[Shape, int], list[Tensor]], Fu
     "gram over axis 0": (MATRICES + VECTORS + TENSORS, block, gram_of(0)),
     "gram over axis 1": (MATRICES + TENSORS, block, gram_of(1)),
     "gram over axis 2": (TENSORS, block, gram_of(2)),
-    "add_gram_ over axis 0": (MATRICES + TENSORS, with_factor(0), added(0)),
-    "add_gram_ over axis 1": (MATRICES + TENSORS, with_factor(1), added(1)),
+    "add_gram_ over axis 0": (MATRICES + TENSORS + [(257, 7), (300, 40)], with_factor(0), added(0)),
+    "add_gram_ over axis 1": (MATRICES + TENSORS + [(7, 257), (33, 529)], with_factor(1), added(1)),
     "apply_along axis 0": (MATRICES + VECTORS + TENSORS, rooted(0), applied(0)),
     "apply_along axis 1": (MATRICES + TENSORS, rooted(1), applied(1)),
     "apply_along axis 2": (TENSORS, rooted(2), applied(2)),
@@ -199,7 +200,12 @@ def updated(optimizer: Any, shape: Shape, count: int, offset: int, which: slice)
     grads = placed(drawn(count, *shape)[which], offset)
     good = torch.ones(len(grads), dtype=torch.bool)
     stack = Stack(shape, grads, state, good, 2, (0,) * len(grads))
-    optimizer.rule.update(optimizer.param_groups[0], stack)
+    before = grads.clone()
+    update = optimizer.rule.update(optimizer.param_groups[0], stack)
+    if not isinstance(update, Mapping):
+        finish(update)
+    assert not torch.equal(grads, before)
+    assert "rooted" not in state or bool(state["rooted"].all())
     return {"update": grads, **state}
 
 

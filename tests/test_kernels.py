@@ -660,6 +660,7 @@ def test_kernels_are_known_by_name_kind_and_states() -> None:
     known = [*FORMULAS.values(), ADAM_MINI]
     assert all(native.has(formula) for formula in known)
     assert {formula.name for formula in known} == set(native.KERNELS)
+    assert not native.has(Formula("momentum", lion_update, 1, 0))  # somebody's rule, no pass of ours
     assert not native.has(Formula("adamw", adamw_update, 3, 0))
     assert not native.has(Formula("adamw", adamw_update, 2, 1))
     assert not native.has(Formula("adam_mini", adam_mini_update, 2, 0))

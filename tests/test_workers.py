@@ -26,6 +26,7 @@ class Log:
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
         self.done: list[int] = []
+        self.elements = 1
 
     def squares(self, number: int, rounds: int) -> Stepwise[int]:
         for _ in range(rounds):
@@ -35,7 +36,7 @@ class Log:
                 assert torch.get_num_threads() == 1
                 found.append(number**2)
 
-            yield [workers.Job(number, square)]
+            yield [workers.Job(number, self.elements, square)]
             number = found[0]
         self.done.append(number)
         return number
@@ -76,12 +77,20 @@ def test_so_many_are_under_way_as_fill_all_threads(monkeypatch: pytest.MonkeyPat
     assert log.batches == []
 
 
+def test_few_are_under_way_that_keep_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log()
+    log.watch(monkeypatch)
+    log.elements = workers._ELEMENTS // 2
+    finish_all(log.squares(number, 1) for number in range(6))
+    assert log.batches == [[2], [2], [2]]
+
+
 def test_what_a_job_raises_is_raised() -> None:
     def fails() -> None:
         raise ArithmeticError("a job")
 
     def task() -> Stepwise[None]:
-        yield [workers.Job(1, fails), workers.Job(2, fails)]
+        yield [workers.Job(1, 1, fails), workers.Job(2, 1, fails)]
 
     with pytest.raises(ArithmeticError, match="a job"):
         finish(task())

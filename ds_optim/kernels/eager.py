@@ -61,7 +61,7 @@ def one_pass(formula: Formula, values: Tensor, states: Sequence[Tensor], scalars
     for first in range(0, numel, chunk):
         part = slice(first, min(first + chunk, numel))
         targets = [one[part] for one in flat]
-        apply(formula.update, targets, gradient(None, part, targets[0]), [], rounded(scalars), ())
+        apply(formula.update, targets, targets[0], [], rounded(scalars), ())
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@
 // - All arithmetic on elements is fp32, whatever the tensors' dtypes.
 //
 // storage.h: tensors and their formats. rounding.h: stochastic rounding to bf16. threads.h: who works on what.
-// elementwise.h: AdamW, Lion, Adan, passes of whole-matrix rules. blocks.h: blocks and their sums. adam_mini.h: Adam-mini. This file: the interface, and
-// the step of whole-matrix rules, whose updates are known.
+// elementwise.h: AdamW, Lion, Adan, passes of whole-matrix rules. blocks.h: blocks and their sums. adam_mini.h: Adam-mini.
+// This file: the interface, and the step of whole-matrix rules, whose updates are known.
 
 #include <algorithm>
 #include <cstdint>

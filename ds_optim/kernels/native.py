@@ -30,14 +30,14 @@ class CppKernel(NamedTuple):
     """What a C++ kernel computes, as far as it can be told from outside.
 
     Attributes:
-        states: element states, as in `Formula`.
-        block_states: block states, as in `Formula`.
+        states, block_states, is_pass: as in `Formula`.
         scalars: their names, in the order of the fields of the C++ struct.
     """
 
     states: int
     block_states: int
     scalars: tuple[str, ...]
+    is_pass: bool = False
 
 
 _ADAM = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "bias2_sqrt", "eps")
@@ -53,8 +53,8 @@ KERNELS = {
     "adamw": CppKernel(states=2, block_states=0, scalars=_ADAM),
     "lion": CppKernel(states=1, block_states=0, scalars=_LION),
     "adan": CppKernel(states=4, block_states=0, scalars=_ADAN),
-    "momentum": CppKernel(states=1, block_states=0, scalars=_MOMENTUM),
-    "adam_graft": CppKernel(states=2, block_states=0, scalars=_GRAFT),
+    "momentum": CppKernel(states=1, block_states=0, scalars=_MOMENTUM, is_pass=True),
+    "adam_graft": CppKernel(states=2, block_states=0, scalars=_GRAFT, is_pass=True),
     "adam_mini": CppKernel(states=1, block_states=1, scalars=_ADAM),
 }
 """All C++ kernels of formulas, by name: what this table has, `library` has."""
@@ -66,10 +66,9 @@ _SELECT: dict[Select, int] = {"all": 0, "uncut": 1, "cut": 2}
 
 def has(formula: Formula) -> bool:
     """Whether there is a C++ kernel for a formula: one of its name, kind and numbers of states."""
-    kernel = KERNELS.get(formula.name)
-    if kernel is None:
-        return False
-    return (kernel.states, kernel.block_states) == (formula.states, formula.block_states)
+    one = KERNELS.get(formula.name)
+    wanted = formula.states, formula.block_states, formula.is_pass
+    return one is not None and (one.states, one.block_states, one.is_pass) == wanted
 
 
 @cache
@@ -285,9 +284,11 @@ def _stream(label: str, tensors: Sequence[Tensor | None]) -> _Stream:
         return known
     _check_tensors(label, tensors)
     codes = [_DTYPES[dtype] for dtype in dtypes]
-    if len(_recent) >= _RECENT_LIMIT:
-        _recent.clear()
-    stream = _recent[key] = _Stream(addresses, dtypes, numels, array("q", [*addresses, *codes, *numels]))
+    stream = _Stream(addresses, dtypes, numels, array("q", [*addresses, *codes, *numels]))
+    if len(addresses) > 1:  # a single one is soon made, and stacks of blocks have hundreds
+        if len(_recent) >= _RECENT_LIMIT:
+            _recent.clear()
+        _recent[key] = stream
     return stream
 
 

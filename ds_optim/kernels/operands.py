@@ -30,12 +30,15 @@ class Formula:
             mean_square, *states, *block_states, **scalars) -> (param, *states, *block_states)``. All fp32.
         states: how many states have one value per element.
         block_states: how many have one value per block; 0 makes the formula elementwise.
+        is_pass: whether it is elementwise, takes values for its parameter, and does not look at the gradient: see
+            `ds_optim.kernels.one_pass`.
     """
 
     name: str
     update: Arithmetic
     states: int
     block_states: int
+    is_pass: bool = False
 
     @property
     def kind(self) -> FormulaKind:
@@ -49,7 +52,8 @@ class Operands:
 
     Attributes:
         params: T local tensors, contiguous, of any shape, which is not looked at; fp32, bf16 or fp16; updated in place.
-        grads: their gradients, of the same numel, any of the three dtypes; None counts as zero. Never written to.
+        grads: their gradients, of the same numel, any of the three dtypes; None counts as zero. Never written to: a
+            pass, which does not read them, may be given its parameters once more.
         states: for every element state the list of its T tensors, in the order of the formula's arguments, like
             ``params`` in numel and choice of dtype; updated in place.
         block_states: for every block state the list of its T tensors, 1-D, fp32, one value per local block; updated in

@@ -150,7 +150,8 @@ def _eigh(
             root.copy_(identity)
 
     if stack.device.type == "cpu":
-        yield [Job(stack.shape[-1] ** 3, functools.partial(decompose, index)) for index in range(len(stack))]
+        n = stack.shape[-1]
+        yield [Job(n**3, 2 * n * n, functools.partial(decompose, index)) for index in range(len(stack))]
     else:
         for index in range(len(stack)):
             decompose(index)
@@ -163,16 +164,16 @@ def _eigh_root(
     """The root of one finite matrix by a decomposition in ``dtype``.
 
     Args:
-        a: (n, n) fp32, of which one triangle is read.
+        a: (n, n) fp32, symmetric.
         root: (n, n) fp32, is written to.
 
     Returns:
         Whether there is none (no convergence, or an element overflows), and whether fp32 resolves it, see the module.
     """
     n = len(a)
-    matrix = a.to(dtype)
+    matrix = a.to(dtype, copy=True)  # aligned, wherever the block lies
     if not relative:
-        matrix = matrix + eps * torch.eye(n, dtype=dtype, device=a.device)
+        matrix.diagonal().add_(eps)
     try:
         eigenvalues, q = torch.linalg.eigh(matrix)
     except torch.OutOfMemoryError:

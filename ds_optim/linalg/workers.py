@@ -24,16 +24,19 @@ class Job(NamedTuple):
 
     Attributes:
         cost: of running it, in any unit that all jobs have: the dearest begin first.
+        elements: that are kept for it until the computation goes on.
         run: does it.
     """
 
     cost: float
+    elements: int
     run: Callable[[], object]
 
 
 Stepwise: TypeAlias = Generator[Sequence[Job], None, _T]
 """Yields jobs that may run in any order and at the same time; goes on when they are done."""
 
+_ELEMENTS = 1 << 22  # kept for jobs that wait, beyond which they are enough as well
 _JOBS_PER_THREAD = 8
 """Jobs that are enough to start: more of them fill threads better, and have more computations under way."""
 
@@ -71,7 +74,8 @@ def finish_all(tasks: Iterable[Stepwise[Any]]) -> None:
     for task in tasks:
         if (jobs := next(task, None)) is not None:
             waiting.append((task, jobs))
-        if sum(len(jobs) for _, jobs in waiting) >= _JOBS_PER_THREAD * torch.get_num_threads():
+        kept = sum(job.elements for _, jobs in waiting for job in jobs)
+        if sum(len(jobs) for _, jobs in waiting) >= _JOBS_PER_THREAD * torch.get_num_threads() or kept >= _ELEMENTS:
             waiting = _finish_waiting(waiting)
     _finish_waiting(waiting)
 
@@ -101,12 +105,13 @@ def on_one_thread_each(jobs: Sequence[Job]) -> None:
 
 
 def _run(job: Job) -> None:
+    torch.set_num_threads(1)  # of this thread
     job.run()
 
 
 @functools.cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "ds_optim matrices", initializer=functools.partial(torch.set_num_threads, 1))
+    return ThreadPoolExecutor(threads, "ds_optim matrices")
 
 
 os.register_at_fork(after_in_child=_workers.cache_clear)  # threads do not survive a fork

@@ -51,8 +51,8 @@ def adam_graft_pass(
     )
 
 
-MOMENTUM = Formula("momentum", momentum_pass, states=1, block_states=0)
-ADAM_GRAFT = Formula("adam_graft", adam_graft_pass, states=2, block_states=0)
+MOMENTUM = Formula("momentum", momentum_pass, states=1, block_states=0, is_pass=True)
+ADAM_GRAFT = Formula("adam_graft", adam_graft_pass, states=2, block_states=0, is_pass=True)
 
 
 def momentum_scalars(beta: float, of_average: float, of_gradient: float) -> Scalars:

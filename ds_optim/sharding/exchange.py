@@ -156,10 +156,12 @@ def beside(device: torch.device, *used: Tensor) -> Iterator[torch.Stream]:
     """
     stream = _copy_stream(device)
     stream.wait_stream(torch.accelerator.current_stream(device))  # not that of the current device
-    with stream:
-        yield stream
-    for tensor in used:
-        tensor.record_stream(stream)
+    try:
+        with stream:
+            yield stream
+    finally:
+        for tensor in used:
+            tensor.record_stream(stream)
 
 
 @functools.cache

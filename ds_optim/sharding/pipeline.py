@@ -61,8 +61,8 @@ class Wire:
 
     @property
     def is_staged(self) -> bool:
-        """Whether buckets pass through memory of the host on their way from and to the local tensors."""
-        return self.carrier != self.device
+        """Whether buckets are an accelerator's and pass through memory of the host, where the local tensors are."""
+        return self.carrier != self.device and self.carrier.type != "cpu"
 
     @property
     def rank(self) -> int:
@@ -114,6 +114,8 @@ def run(
 
 def buffer_bytes(buckets: Sequence[Bucket], itemsize: int) -> tuple[int, int]:
     """The most that a rank's buffers take while it computes, and at any moment: arithmetic, see `run`.
+
+    Where buckets are staged, an accelerator has one more of them in fp32: the next one's own part comes early.
 
     Args:
         buckets: the rank's part.

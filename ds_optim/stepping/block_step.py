@@ -72,7 +72,7 @@ class BlockStep:
         rounding: of each bf16 tensor that is not rounded to nearest, as the only tensor of a call.
         memories: what the rule remembers of each stack, by its blocks.
         suspects: collected as stacks are computed.
-        returning: state on its way from the accelerator to the host, where it is kept.
+        returning: state of stacks on its way from the accelerator to the host, where it is kept.
     """
 
     plan: Plan
@@ -90,12 +90,12 @@ class BlockStep:
     rounding: Mapping[int, kernels.Rounding]
     memories: dict[tuple[int, ...], dict[str, Any]]
     suspects: list[Suspects] = field(default_factory=list)
-    returning: list[tuple[Tensor, HostCopy]] = field(default_factory=list)
+    returning: list[list[tuple[Tensor, HostCopy]]] = field(default_factory=list)
 
     def run(self, buckets: Sequence[Bucket]) -> Tensor:
         """Update every block; how many blocks of this rank went wrong (0-dim fp32, not waited for)."""
         pipeline.run(buckets, self.wire, self._gradient_of, self._compute, self._apply)
-        _return(self.returning)
+        self._return(0)
         flags = [flag for one in self.suspects for flag in one.reasons.values()]
         if not flags:
             return torch.zeros((), device=self.wire.carrier)
@@ -105,15 +105,14 @@ class BlockStep:
         return self.grads[piece.tensor]
 
     def _compute(self, bucket: Bucket, work: Tensor) -> None:
-        computed, self.returning = self.returning, []
         with fp32_products("ieee"):
             finish_all(self._updates(bucket, work))
-        _return(computed)  # of the bucket before, while the accelerator works on this one
 
     def _updates(self, bucket: Bucket, work: Tensor) -> Iterator[Stepwise[None]]:
         """Of every stack; what an accelerator needs of the next one's state is on its way meanwhile."""
         before: _Fetched | None = None
         for blocks, grads in self._stacks(bucket, work):
+            self._return(1)  # an accelerator has the state of three stacks at most
             stored = self._stored(blocks)
             coming = {name: _fetched(kept, grads.device) for name, kept in stored.items()}
             if before is not None:
@@ -159,15 +158,22 @@ class BlockStep:
             failed = finish(update)
         if memory:
             self.memories[blocks] = memory
+        self.returning.append([])
         for name, kept in stored.items():
             if working[name].device != kept.device:
-                self.returning.append((kept, HostCopy(working[name])))
+                self.returning[-1].append((kept, HostCopy(working[name])))
             elif working[name] is not kept:
                 kept.copy_(working[name])
         reasons = {"its gradient is not finite": ~good, **failed}
         withhold(grads, ~torch.stack(list(reasons.values())).any(0), 0)
         grads.mul_(self.step_size)
         self.suspects.append(Suspects(blocks, reasons))
+
+    def _return(self, stacks: int) -> None:
+        """Put state where it is kept, but for that of the last ``stacks``, which the accelerator may still work on."""
+        while len(self.returning) > stacks:
+            for kept, copy in self.returning.pop(0):
+                kept.copy_(copy.wait())
 
     def _stored(self, blocks: Sequence[int]) -> dict[str, Tensor]:
         """The state of consecutive equal blocks: views, (B, *shape per block)."""
@@ -200,7 +206,9 @@ class BlockStep:
 
 def _fetched(kept: Tensor, device: torch.device) -> Tensor | DeviceCopy:
     """State on its way to where a rule computes with it: the tensor itself wherever possible."""
-    return kept if kept.device == device else DeviceCopy(kept, device, _working_dtype(kept))
+    if kept.device == device or device.type == "cpu":
+        return kept.to(device)
+    return DeviceCopy(kept, device, _working_dtype(kept))
 
 
 def _working(fetched: Tensor | DeviceCopy) -> Tensor:
@@ -210,9 +218,3 @@ def _working(fetched: Tensor | DeviceCopy) -> Tensor:
 
 def _working_dtype(kept: Tensor) -> torch.dtype:
     return torch.float32 if kept.is_floating_point() else kept.dtype
-
-
-def _return(computed: Sequence[tuple[Tensor, HostCopy]]) -> None:
-    """Wait for state and put it where it is kept."""
-    for kept, copy in computed:
-        kept.copy_(copy.wait())

@@ -21,6 +21,7 @@ from ds_optim.rule import Settings, StateSpec, WholeMatrix
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.binding import local_grad, local_of
 from ds_optim.sharding.block_runs import held_spans
+from ds_optim.sharding.exchange import worker_of
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.schedule import Bucket
 from ds_optim.stepping.block_step import BlockStep, stack_size
@@ -89,7 +90,9 @@ class OwnedBlocks:
         return self.plans.digest()
 
     def backends(self, device: torch.device) -> set[str]:
-        return {*self._others.backends(device), kernels.backend_for(None, device)}
+        groups = {self.shards.of(tensor).owner_group for tensor in self.shards.tensors}
+        where = {device, *(worker_of(device, group) for group in groups)}
+        return {*self._others.backends(device), *(kernels.backend_for(None, one) for one in where)}
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """The drivers on Triton: as many launches per call as there are programs in it, whatever the number of tensors.
 
-AdamW, Lion and Adan have one; Adam-mini has one for wide blocks, one for each width of narrow ones, four for those
-that a shard boundary cuts, and four for those that are columns or huge. Tensors of other dtypes are another launch.
+AdamW, Lion and Adan have one, as has a pass of a whole-matrix rule; Adam-mini has one for wide blocks, one for each
+width of narrow ones, four for those that a shard boundary cuts, and four for those that are columns or huge. Tensors of
+other dtypes are another launch.
 Nothing waits, and nothing is copied while tensors stay where they are.
 """
 
