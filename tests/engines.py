@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_optim.releases import DEEPSPEED
+from ds_optim.stepping.sharded import ShardedOptimizer
 
 VOCABULARY = 37
 
@@ -170,7 +171,19 @@ def build_engine(case: Case) -> tuple[Any, nn.Module]:
         # DeepSpeed asks whether the CPU is fast at fp16 (AMX); torch computes it on any.
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     engine, *_ = deepspeed.initialize(**arguments)
-    return engine, model
+    return able_to_gather(engine), model
+
+
+def able_to_gather(engine: Any) -> Any:
+    """An engine whose optimizer may be another's, which steps on CPUs too.
+
+    Before 0.19 DeepSpeed gathers weights inside autograd, which torch refuses over several ranks of a CPU. Under ours
+    it gathers outside, which this does not touch.
+    """
+    wrapper = engine.optimizer
+    if DEEPSPEED.is_before("0.19") and not isinstance(getattr(wrapper, "optimizer", None), ShardedOptimizer):
+        wrapper.step = torch.no_grad()(wrapper.step)
+    return engine
 
 
 def install_gradients(model: nn.Module, case: Case, clock: dict[str, int]) -> None:

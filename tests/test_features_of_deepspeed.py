@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ds_optim
 from ds_optim.releases import DEEPSPEED, TORCH
+from engines import able_to_gather
 from pool import Pools
 
 OURS = {"ds_optim.AdamW": {}, "AdamMini": {}, "Shampoo": {"max_preconditioner_dim": 8, "precondition_frequency": 2}}
@@ -100,7 +101,8 @@ def start(
         "optimizer": {"type": name, "params": {"lr": RATE, "weight_decay": 0.0, **options}},
         **extra,
     }
-    return deepspeed.initialize(model=model, config=config, **arguments)
+    engine, *others = deepspeed.initialize(model=model, config=config, **arguments)
+    return able_to_gather(engine), *others
 
 
 def weights_of(model: nn.Module) -> Weights:
@@ -511,7 +513,7 @@ def compiled(stage: int, zero: dict[str, Any], backwards: bool) -> tuple[Weights
 
 
 COMPILED = [(1, {}, True), (2, OFFLOAD, False), (3, {}, False)]
-if TORCH.is_before("2.10"):  # whose compiled autograd fails in DeepSpeed's hooks at ZeRO-1 too
+if TORCH.is_before("2.10") or DEEPSPEED.is_before("0.19"):  # compiled autograd fails in DeepSpeed's hooks at ZeRO-1 too
     COMPILED[0] = (1, {}, False)
 
 

@@ -22,7 +22,7 @@ from ds_optim.batch_size import NoiseScale, NoiseScaleError, NothingToCompareErr
 from ds_optim.batch_size.estimator import Estimator, Reading, student_t
 from ds_optim.batch_size.noise_scale import family
 from ds_optim.roles import canonical_name, infer_roles
-from engines import VOCABULARY, Case, build_engine, build_model
+from engines import VOCABULARY, Case, able_to_gather, build_engine, build_model
 from meshes import average
 from pool import Pools
 
@@ -192,6 +192,7 @@ def training(run: Run) -> Iterator[tuple[Any, Any, nn.Module, Any]]:
             if run.precision == "fp16":  # see `build_engine`
                 deepspeed.get_accelerator().is_fp16_supported = lambda: True
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+            able_to_gather(engine)
         else:
             engine, model = build_engine(run.case)
         try:
