@@ -62,14 +62,14 @@ FLOOR = 0.1
 
 
 def method_for(device: torch.device) -> Method:
-    """The method for tensors on `device`: "eigh32" on CPU, "newton" elsewhere.
+    """The method for tensors on `device`: "eigh" on CPU, "newton" elsewhere.
 
     The environment variable ``DS_OPTIM_ROOTS`` (``eigh``, ``eigh32`` or ``newton``) overrides it; ValueError for
     anything else.
     """
     forced = os.environ.get("DS_OPTIM_ROOTS", "")
     if not forced:
-        return "eigh32" if device.type == "cpu" else "newton"
+        return "eigh" if device.type == "cpu" else "newton"
     for method in get_args(Method):
         if forced == method:
             return method  # type: ignore[no-any-return]

@@ -57,7 +57,7 @@ def add_gram_(
         return kept.mul_(beta).add_(gram(stack, axis, precision).mul_(weight))
     rows = _unfolded(stack, axis)
     if kept.device.type != "cpu":
-        return kept.baddbmm_(rows, rows.mT, beta=beta, alpha=weight)
+        return torch.baddbmm(kept, rows, rows.mT, beta=beta, alpha=weight, out=kept)
 
     def product(one: Tensor, *, out: Tensor) -> None:
         _add_own_product_(out[0], one[0], beta, weight)
@@ -69,13 +69,14 @@ def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) ->
     """``kept <- beta kept + weight rows rows^T`` of one matrix; beyond `_WHOLE` rows a corner is the other's mirror."""
     count = len(rows)
     if count <= _WHOLE:
-        kept.addmm_(rows, rows.mT, beta=beta, alpha=weight)
+        torch.addmm(kept, rows, rows.mT, beta=beta, alpha=weight, out=kept)
         return
     half = count // 2 // 16 * 16  # where a cache line begins
     upper, lower = rows[:half], rows[half:]
     _add_own_product_(kept[:half, :half], upper, beta, weight)
     _add_own_product_(kept[half:, half:], lower, beta, weight)
-    corner = kept[half:, :half].addmm_(lower, upper.mT, beta=beta, alpha=weight)
+    corner = kept[half:, :half]
+    torch.addmm(corner, lower, upper.mT, beta=beta, alpha=weight, out=corner)
     kept[:half, half:].copy_(corner.mT)
 
 
