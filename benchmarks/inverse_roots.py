@@ -5,8 +5,7 @@
 Prints a Markdown table. The matrices have random eigenvectors and eigenvalues evenly spaced in the logarithm, are
 rounded to fp32, and get a ridge relative to the largest eigenvalue. The error is relative, in the Frobenius norm,
 against the root of that fp32 matrix in fp64 by the definition in ds_optim/linalg/inverse_roots.py. The time is the
-median per matrix, for a stack at condition number 1e6. `eigh32` takes fp32 where that
-resolves the matrix, else fp64.
+median per matrix, for a stack at condition number 1e6. `eigh32` takes fp32 where that resolves the matrix, else fp64.
 """
 
 from __future__ import annotations

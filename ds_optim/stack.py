@@ -69,7 +69,7 @@ class Stack:
     def _keep(self, beta: float, kept: Tensor) -> Tensor:
         """What each block of ``kept`` is multiplied by: ``beta``, or one."""
         decay = torch.full((), beta, dtype=torch.float32, device=kept.device)
-        return torch.where(self.good, decay, 1.0).view(-1, *(1 for _ in kept.shape[1:]))
+        return _over(torch.where(self.good, decay, 1.0), kept)
 
     def average_gram_(self, kept: Tensor, axis: int, beta: float) -> Tensor:
         """The running average of the gradients' products with themselves, see `ds_optim.linalg.products.gram`.
@@ -90,7 +90,7 @@ class Stack:
 def withhold(values: Tensor, good: Tensor, instead: float) -> None:
     """Fill the blocks that are not good. Only a CPU may look first whether there are any."""
     if values.device.type != "cpu" or not bool(good.all()):
-        values.masked_fill_(~good.view(-1, *(1 for _ in values.shape[1:])), instead)
+        values.masked_fill_(~_over(good, values), instead)
 
 
 def replace_(kept: Tensor, new: Tensor, blocks: Tensor, factors: Tensor | float = 1.0) -> None:
@@ -102,11 +102,15 @@ def replace_(kept: Tensor, new: Tensor, blocks: Tensor, factors: Tensor | float 
         blocks: (B,) bool.
         factors: (B,), or a number.
     """
-    shape = -1, *(1 for _ in kept.shape[1:])
     if isinstance(factors, Tensor):
-        factors = factors.view(shape)
+        factors = _over(factors, kept)
     if kept.device.type == "cpu" and bool(blocks.all()):
         torch.mul(new, factors, out=kept)
     else:
         scaled = new.mul_(factors) if isinstance(factors, Tensor) or factors != 1 else new
-        torch.where(blocks.view(shape), scaled, kept, out=kept)
+        torch.where(_over(blocks, kept), scaled, kept, out=kept)
+
+
+def _over(values: Tensor, blocks: Tensor) -> Tensor:
+    """(B,) values, shaped to broadcast against (B, ...)."""
+    return values.view(-1, *(1 for _ in blocks.shape[1:]))

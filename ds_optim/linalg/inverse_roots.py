@@ -99,8 +99,9 @@ def inverse_roots(
     Raises:
         ValueError: "newton" and `exponent` is not -1/p.
     """
-    settings = {"eps": eps, "relative": relative, "method": method, "precision": precision}
-    return finish(inverse_roots_stepwise(stack, exponent, **settings))  # type: ignore[arg-type]
+    return finish(
+        inverse_roots_stepwise(stack, exponent, eps=eps, relative=relative, method=method, precision=precision)
+    )
 
 
 def inverse_roots_stepwise(

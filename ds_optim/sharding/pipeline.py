@@ -165,7 +165,7 @@ class _Incoming:
                 self._work = _all_to_all(self._received, self._sent, bucket.from_ranks, bucket.to_ranks, wire)
         self._own: DeviceCopy | None = None
         if wire.is_staged:
-            here = staged(torch.empty(bucket.numel, dtype=torch.float32, device="cpu"))
+            here = staged(torch.empty(bucket.numel, dtype=torch.float32, device="meta"))
             self._read_own(here)
             self._own = DeviceCopy(here, wire.carrier, torch.float32)
 
