@@ -4,7 +4,7 @@ A reader of a strategy (`ds_optim.deepspeed.reader`, say) makes `Binding`s; an o
 else about sharding.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch.distributed as dist
@@ -64,6 +64,11 @@ class Binding:
 def local_of(tensor: Tensor) -> Tensor:
     """What this rank holds of a DTensor; any other tensor is all here."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`local_of` each."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def local_grad(tensor: Tensor) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from ds_optim.errors import raise_all
 from ds_optim.listing import first_of
 from ds_optim.sharding import dtensor
-from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, local_of, verify
+from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, verify
 from ds_optim.sharding.exchange import Ranks, from_all_ranks
-from ds_optim.sharding.layout import Layout, Replicated
+from ds_optim.sharding.layout import Replicated
 from ds_optim.stepping.options import kind_problems
 from ds_optim.stepping.shards import Shards
 from ds_optim.stepping.stepper import Stepper
@@ -119,19 +119,20 @@ class Freezing:
             )
 
 
-def is_phantom(active: Sequence[tuple[Mapping[str, Any], Tensor]], shards: Shards) -> bool:
+def is_phantom(active: Sequence[tuple[Mapping[str, Any], Sequence[Tensor]]], shards: Shards) -> bool:
     """Whether the step of an optimizer without state is torch's ``state_dict._init_optim_state``, which must not count.
 
     It takes zero gradients at learning rate 0. The one look at the gradients that this costs happens only at that rate.
 
     Args:
-        active: groups and tensors that would be stepped.
+        active: groups, and the tensors in them that would be stepped.
         shards: whose they are.
     """
     if not active or any(float(group["lr"]) != 0 for group, _ in active):
         return False
-    mine = any(bool(grad.any()) for _, tensor in active if (grad := local_grad(tensor)) is not None)
-    groups = dict.fromkeys(shards.of(tensor).owner_group for _, tensor in active)
+    tensors = [tensor for _, of_group in active for tensor in of_group]
+    mine = any(bool(grad.any()) for tensor in tensors if (grad := local_grad(tensor)) is not None)
+    groups = dict.fromkeys(shards.of(tensor).owner_group for tensor in tensors)
     return not any([mine, *(any(from_all_ranks(mine, group)) for group in groups)])
 
 
@@ -149,21 +150,55 @@ def refuse_other_betas(owner: str, wanted: int, groups: Iterable[Mapping[str, An
             )
 
 
-def refuse_unfit(tensor: Tensor, layout: Layout, shards: Shards) -> None:
-    """Refuse what cannot be stepped, though it could when the optimizer was made.
+class Joined(NamedTuple):
+    """Tensors that step together, and what was found of them when they first did.
 
-    Raises:
-        ValueError: a sparse gradient.
-        RuntimeError: the parameter has another size.
+    Attributes:
+        key: the shards' generation, and the identities of the tensors.
+        tensors: in their order; they are kept, or others would get their identities.
+        bounds: what each holds.
+        sizes: elements that each must have.
     """
-    grad = tensor.grad
-    if grad is not None and grad.is_sparse:
-        raise ValueError(
-            f"{shards.describe(tensor)} has a sparse gradient, which no optimizer here can take: make its "
-            "nn.Embedding with sparse=False, or give it to an optimizer of its own (torch.optim.SparseAdam)"
-        )
-    if isinstance(layout, Replicated) and (numel := local_of(tensor).numel()) != layout.parameter.numel:
-        raise RuntimeError(
-            f"{layout.parameter.name} has {numel} elements and had {layout.parameter.numel} when it was first "
-            "seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
-        )
+
+    key: tuple[int, tuple[int, ...]]
+    tensors: Sequence[Tensor]
+    bounds: Sequence[BoundTensor]
+    sizes: Sequence[int]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], shards: Shards) -> Joined:
+        """As they are now."""
+        bounds = [shards.of(tensor) for tensor in tensors]
+        layouts = [bound.layout for bound in bounds]
+        sizes = [
+            layout.parameter.numel if isinstance(layout, Replicated) else tensor.numel()
+            for tensor, layout in zip(tensors, layouts, strict=True)
+        ]
+        return cls(cls.key_of(tensors, shards), tensors, bounds, sizes)
+
+    @staticmethod
+    def key_of(tensors: Sequence[Tensor], shards: Shards) -> tuple[int, tuple[int, ...]]:
+        """Equal where nothing need be found again."""
+        return shards.generation, tuple(map(id, tensors))
+
+    def refuse_unfit(self, shards: Shards) -> None:
+        """Refuse what cannot be stepped, though it could when the optimizer was made.
+
+        Raises:
+            ValueError: a sparse gradient.
+            RuntimeError: a parameter has another size.
+        """
+        for tensor in self.tensors:
+            grad = tensor.grad
+            if grad is not None and grad.is_sparse:
+                raise ValueError(
+                    f"{shards.describe(tensor)} has a sparse gradient, which no optimizer here can take: make its "
+                    "nn.Embedding with sparse=False, or give it to an optimizer of its own (torch.optim.SparseAdam)"
+                )
+        sizes = [tensor.numel() for tensor in self.tensors]
+        if sizes != self.sizes:
+            wrong = next(index for index, size in enumerate(sizes) if size != self.sizes[index])
+            raise RuntimeError(
+                f"{shards.describe(self.tensors[wrong])} has {sizes[wrong]} elements and had {self.sizes[wrong]} when "
+                "it was first seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
+            )

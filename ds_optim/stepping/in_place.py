@@ -205,7 +205,7 @@ class InPlace:
         )
 
     def _walk(self, tensors: list[Tensor]) -> Walk:
-        key = tuple(id(tensor) for tensor in tensors)
+        key = tuple(map(id, tensors))
         if key not in self._walks:
             if len(self._walks) >= _KEPT:
                 self._walks.clear()
@@ -230,7 +230,7 @@ class InPlace:
 
     def rounding(self, tensors: list[Tensor], step: int) -> kernels.Rounding | None:
         """How the bf16 ones among tensors are rounded at a step; None if all are rounded to nearest."""
-        if not any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        if torch.bfloat16 not in {tensor.dtype for tensor in tensors}:
             return None
         if not self.options.bf16_stochastic_round:
             if not self._warned_of_bf16:
@@ -241,7 +241,7 @@ class InPlace:
                     stacklevel=2,
                 )
             return None
-        together = tuple(id(tensor) for tensor in tensors)
+        together = tuple(map(id, tensors))
         if together not in self._places:
             if len(self._places) >= _KEPT + len(self.shards.tensors):  # whole-matrix rules ask for each tensor as well
                 self._places.clear()

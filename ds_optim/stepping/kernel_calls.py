@@ -17,7 +17,7 @@ from ds_optim import kernels
 from ds_optim.kernels.rounding import identity_of
 from ds_optim.kernels.tables import table_of
 from ds_optim.rule import Blockwise, Elementwise, Scalars
-from ds_optim.sharding.binding import BoundTensor, local_grad, local_of
+from ds_optim.sharding.binding import BoundTensor, local_grad, locals_of
 from ds_optim.sharding.block_runs import BlockRuns
 from ds_optim.sharding.exchange import PendingSum
 
@@ -112,9 +112,9 @@ class Call:
         self.formula, self.group = rule.formula, group
         self._copied: list[tuple[Tensor, Tensor]] = []
         # No views: there are hundreds of tensors, and kernels look at memory alone.
-        params = [self._dense(local_of(tensor)) for tensor in tensors]
+        params = [one if one.is_contiguous() else self._dense(one) for one in locals_of(tensors)]
         grads = [None if (grad := local_grad(t)) is None else grad.contiguous() for t in tensors]
-        kept = [[local_of(state[name]) for state in states] for name in rule.element_state]
+        kept = [locals_of([state[name] for state in states]) for name in rule.element_state]
         self.device = params[0].device
         self.backend = kernels.backend_for(self.formula, self.device)
         if walk.stretches is not None:
@@ -131,8 +131,6 @@ class Call:
         )
 
     def _dense(self, tensor: Tensor) -> Tensor:
-        if tensor.is_contiguous():
-            return tensor
         copy = tensor.detach().contiguous()
         self._copied.append((tensor, copy))
         return copy

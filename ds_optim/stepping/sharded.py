@@ -23,7 +23,7 @@ from ds_optim.sharding.binding import Binding, BoundTensor, verify
 from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan
-from ds_optim.stepping.agreement import Agreement, Freezing, backends, is_phantom, refuse_other_betas, refuse_unfit
+from ds_optim.stepping.agreement import Agreement, Freezing, Joined, backends, is_phantom, refuse_other_betas
 from ds_optim.stepping.deferred import is_deferred
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.logical_tensors import LogicalParameter
@@ -106,6 +106,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._agreement = Agreement(owner, self.rule.is_elementwise, options.bf16_stochastic_round)
         self._freezing = Freezing({})
         self._settle_gradients: Callable[[], None] | None = None
+        self._joined: Joined | None = None
         self.shards = ParameterShards(self, self._names, roles)
         self.stepper = self._stepper_over(self.shards, defaults)
 
@@ -210,7 +211,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Args:
             stepper: of this optimizer's rule.
         """
-        self.shards, self.stepper = stepper.shards, stepper
+        self.shards, self.stepper, self._joined = stepper.shards, stepper, None
 
     @property
     def is_bound(self) -> bool:
@@ -222,12 +223,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The local tensors of the engine, none without one."""
         return {tensor: self.shards.of(tensor) for tensor in self.shards.tensors} if self.is_bound else {}
 
-    def _join(self, tensors: Sequence[Tensor]) -> None:
+    def _join(self, tensors: Sequence[Tensor]) -> Joined:
         """Take up parameters that were not seen before; all ranks that they lie on must call it."""
+        is_known = self._joined is not None and self._joined.key == Joined.key_of(tensors, self.shards)
         if isinstance(self.shards, ParameterShards):
-            self.shards.follow_replaced()
-            self._agreement.check(tensors, self.param_groups, self.stepper)
+            if not is_known:
+                self.shards.follow_replaced()
+                self._agreement.check(tensors, self.param_groups, self.stepper)
             self.stepper.kept.follow_plan(self.state)
+        if self._joined is None or not is_known:
+            self._joined = Joined.of(tensors, self.shards)
+        return self._joined
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -253,35 +259,36 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _step_now(self) -> None:
         self._freezing.check()
-        active = [
-            (group, tensor)
+        always = self.shards.always_steps
+        given = [
+            (group, [tensor for tensor in group["params"] if tensor.grad is not None or always(tensor)])
             for group in self.param_groups
-            for tensor in group["params"]
-            if tensor.grad is not None or self.shards.always_steps(tensor)
         ]
-        self._join([tensor for _, tensor in active])
+        active = [(group, tensors) for group, tensors in given if tensors]
+        joined = self._join([tensor for _, tensors in active for tensor in tensors])
         if self._settle_gradients is not None:
             self._settle_gradients()
         if not (self.is_bound or self.state) and is_phantom(active, self.shards):
-            for _, tensor in active:
+            for tensor in joined.tensors:
                 self.state_of(tensor)
             return
-        together: dict[Together, list[Tensor]] = {}
         groups = {id(group): group for group, _ in active}
         refuse_other_betas(type(self).__name__, self.rule.betas.count, groups.values())
+        joined.refuse_unfit(self.shards)
+        together: dict[Together, list[Tensor]] = {}
         steps: list[Tensor] = []
-        last, here = None, list[Tensor]()
-        for group, tensor in active:
-            bound = self.shards.of(tensor)
-            refuse_unfit(tensor, bound.layout, self.shards)
-            steps.append(self.state_of(tensor)["step"])
-            key = id(group), int(steps[-1]) + 1, tensor.device, bound.group  # on the host: nothing waits for a device
-            if key != last:  # neighbours mostly go together
-                last, here = key, together.setdefault(Together(*key), [])
-            here.append(tensor)
+        bounds = iter(joined.bounds)
+        for group, tensors in active:
+            last, here, group_id = None, list[Tensor](), id(group)
+            for tensor, bound in zip(tensors, bounds, strict=False):
+                steps.append(self.state_of(tensor)["step"])
+                key = group_id, int(steps[-1]) + 1, tensor.device, bound.group  # on the host: nothing waits
+                if key != last:  # neighbours mostly go together
+                    last, here = key, together.setdefault(Together(*key), [])
+                here.append(tensor)
         launches = self.stepper.prepare(together, groups, self.state)
         if steps:  # nothing counts before everything that can be refused has passed
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, torch.ones((), device="cpu"))  # a number becomes a tensor for each of them
         for launch in launches:
             launch()
 
@@ -290,7 +297,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         state: dict[str, Any] = self.state[tensor]
         if not state:
             state.update(fresh_state(self.stepper, tensor))
-        elif state["step"].device.type != "cpu":  # DeepSpeed's reload_states moves every tensor
+        elif not state["step"].is_cpu:  # DeepSpeed's reload_states moves every tensor
             state["step"] = state["step"].cpu()
         return state
 
