@@ -74,7 +74,9 @@ def fp32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
     """Products of fp32 matrices in fp32, though training may have allowed TF32 or bf16 for them, or in TF32 on GPUs.
 
     Each backend has a setting of its own since 2.9, which must not be mixed with the one for all that there was before.
+    Where one has none it reads as its parent's, which it is left to follow again.
     """
+    parents: list[Any] = [torch.backends.cudnn, torch.backends.mkldnn]
     backends: list[Any] = [getattr(of, "matmul", None) for of in (torch.backends.cuda, torch.backends.mkldnn)]
     if all(hasattr(backend, "fp32_precision") for backend in backends):
         before = [backend.fp32_precision for backend in backends]
@@ -83,8 +85,8 @@ def fp32_products(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
                 backend.fp32_precision = wanted
             yield
         finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
+            for backend, parent, was in zip(backends, parents, before, strict=True):
+                backend.fp32_precision = "none" if was == parent.fp32_precision else was
     else:
         allowed = torch.get_float32_matmul_precision()
         try:

@@ -8,10 +8,11 @@ precision     operands of a product       where
 ``"bf16"``    bf16, 8 bits                twice that; Newton-Schulz keeps its iterates in bf16, as Muon's users do
 ============  ==========================  ==========================================================================
 
-Sums are fp32 in all of them. A CPU gains nothing: it rounds the operands and multiplies in fp32, so that what an
-accelerator would lose can be seen there. Inverse roots need more than 11 bits, at condition numbers of a million:
-where products are not ieee, their operands are split into two terms of 11 bits and three products taken (``tf32x3``,
-about 22 bits).
+Sums are fp32 in all of them; of bf16 products that an accelerator adds up in several parts torch may round the parts
+(``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction``). A CPU gains nothing: it rounds the operands and
+multiplies in fp32, so that what an accelerator would lose can be seen there. Inverse roots need more than 11 bits, at
+condition numbers of a million: where products are not ieee, their operands are split into two terms of 11 bits and
+three products taken (``tf32x3``, about 22 bits).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _bf16(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
         return torch.bmm(rounded(a, "bf16"), rounded(b, "bf16"), out=out)
     if out is not None and out.dtype == torch.bfloat16:
         return torch.bmm(a.bfloat16(), b.bfloat16(), out=out)
-    if a.device.type == "cuda":  # the one that gives fp32 sums of bf16 products
+    if a.device.type == "cuda" and torch.version.hip is None:  # the one that gives fp32 sums of bf16 products
         product = torch.bmm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
     else:
         product = torch.bmm(a.bfloat16(), b.bfloat16()).float()

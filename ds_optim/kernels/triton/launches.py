@@ -44,7 +44,8 @@ class LaunchGroup:
         rows: {name: int64 (programs, ...) on the device}, see `spans` and `blocks`; empty ones are left out.
         partials: {name: how many numbers the sums of these blocks are made of}.
         addresses: int64 (rows, members) on the device.
-        words: what was sent as these.
+        words: the addresses that were sent, by stream.
+        table: the same.
     """
 
     members: list[int]
@@ -52,6 +53,7 @@ class LaunchGroup:
     partials: dict[str, int]
     addresses: Tensor | None = None
     words: list[list[int]] = field(default_factory=list)
+    table: Rows = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
 
 
 Build = Callable[[Operands, frozenset[int]], dict[str, Rows]]
@@ -106,14 +108,18 @@ def _built(operands: Operands, members: list[int], build: Build) -> LaunchGroup:
 def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
     streams = (operands.params, operands.grads, *operands.states, *operands.block_states)
     words = [_addresses([stream[index] for index in group.members]) for stream in streams]
-    if words != group.words:
-        used = [stream[index] for stream in streams for index in group.members]
-        if not all(tensor is None or tensor.is_contiguous() for tensor in used):
-            raise ValueError("Triton's programs work on contiguous tensors: one of these is not")
-        elements = words[: len(words) - len(operands.block_states)]
-        aligned = [int(all(word and not word % 16 for word in of_tensor)) for of_tensor in zip(*elements, strict=True)]
-        table = np.array([*elements, aligned, *words[len(elements) :]], dtype=np.int64)
-        group.words, group.addresses = words, sent(table, operands.params[0].device)
+    moved = [row for row, now in enumerate(words) if row >= len(group.words) or now != group.words[row]]
+    if not moved:
+        return
+    used = [streams[row][index] for row in moved for index in group.members]
+    if not all(tensor is None or tensor.is_contiguous() for tensor in used):
+        raise ValueError("Triton's programs work on contiguous tensors: one of these is not")
+    group.table.resize((len(words), len(group.members)), refcheck=False)
+    for row in moved:
+        group.table[row] = words[row]
+    elements, squares = np.split(group.table, [len(words) - len(operands.block_states)])
+    aligned = ((elements != 0) & (elements % 16 == 0)).all(axis=0)
+    group.words, group.addresses = words, sent(np.vstack([elements, aligned, squares]), operands.params[0].device)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
