@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ds_optim
 import machine_code
 from ds_optim import kernels, known_torch
 from ds_optim.kernels import Operands, Place, Places, Rounding, Tables
@@ -259,6 +260,21 @@ def test_what_has_no_program_is_left_to_the_other_backends(monkeypatch: pytest.M
         assert kernels.backend_for(other, cpu) == "eager"
     monkeypatch.delenv("TRITON_INTERPRET")
     assert kernels.backend_for(FORMULAS["lion"], cpu) == "native"  # no accelerator, no interpreter
+
+
+@pytest.mark.parametrize("name", ["Lion", "AdamMini"])
+def test_what_calls_keep_on_a_device_is_listed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_OPTIM_KERNELS", "triton")
+    parameters = [(str(index), torch.nn.Parameter(torch.ones(4, 16))) for index in range(3)]
+    for _, one in parameters:
+        one.grad = torch.ones_like(one)
+    optimizer = getattr(ds_optim, name)(parameters, **({} if name == "Lion" else {"roles": {"*": "linear"}}))
+    optimizer.step()
+    listed = {tuple(one.shape) for one in optimizer.stepper.buffers()}
+    assert {
+        (5, 3) if name == "AdamMini" else (4, 3),
+        (3, 7) if name == "AdamMini" else (3, 5),
+    } <= listed  # addresses, rows
 
 
 def test_without_a_driver_there_is_one_warning_and_eager(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ __all__ = [
     "descend",
     "device_backend",
     "elementwise",
+    "kept_for",
     "one_pass",
     "partial_sums",
 ]
@@ -153,6 +154,12 @@ def _warn_without_kernel(
         "same several times slower",
         stacklevel=3,
     )
+
+
+def kept_for(tables: Tables) -> list[Tensor]:
+    """The tensors that calls over these tables keep from step to step: the tables, and what lies on devices for them."""
+    listed = (tables.spans, tables.row_runs, tables.column_runs)
+    return [*listed, *triton.kept(listed)]
 
 
 def elementwise(backend: Backend, formula: Formula, operands: Operands) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ds_optim.memory import cross_checks
 from ds_optim.memory.errors import MemoryAccountError
@@ -319,9 +320,13 @@ class MemoryAccountant:
 
     @property
     def _device(self) -> torch.device:
-        """Where the model is."""
+        """Where the model computes: under FSDP2's offload its parameters lie elsewhere."""
         assert self._model is not None
-        return next((p.device for p in self._model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        parameters = [p for p in self._model.parameters() if p.device.type != "meta"]
+        meshes = {p.device_mesh.device_type for p in parameters if isinstance(p, DTensor)} - {"cpu"}
+        if meshes:
+            return torch.device(meshes.pop(), torch.accelerator.current_device_index())
+        return next((p.device for p in parameters), torch.device("cpu"))
 
     # -- results ----------------------------------------------------------------------------------------------------
 

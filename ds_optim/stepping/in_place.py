@@ -181,8 +181,7 @@ class InPlace:
         return []
 
     def buffers(self) -> list[Tensor]:
-        tables = [walk.tables for _, walk in self._walks.values()]
-        return [one for table in tables for one in (table.spans, table.row_runs, table.column_runs)]
+        return [one for _, walk in self._walks.values() for one in kernels.kept_for(walk.tables)]
 
     # -- the step ---------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,9 @@ def serves(device_type: str) -> bool:
     return device_type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+kept = launches.kept
+
+
 @torch.no_grad()
 def elementwise(formula: Formula, operands: Operands) -> None:
     """`ds_optim.kernels.elementwise`."""

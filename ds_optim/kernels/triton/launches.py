@@ -7,7 +7,7 @@ when one has changed, as gradients' have that are freed between steps.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
@@ -92,6 +92,13 @@ def together(operands: Operands, layout: Sequence[Tensor], build: Build) -> dict
     for group in found.values():
         _send_addresses(group, operands)
     return found
+
+
+def kept(tables: Iterable[Tensor]) -> list[Tensor]:
+    """What lies on devices for these tables of calls: rows, and addresses."""
+    groups = [group for table in tables for found, _ in _known.get(table, {}).values() for group in found.values()]
+    addresses = [group.addresses for group in groups if group.addresses is not None]
+    return [*(rows for group in groups for rows in group.rows.values()), *addresses]
 
 
 def _built(operands: Operands, members: list[int], build: Build) -> LaunchGroup:
