@@ -157,7 +157,7 @@ def _warn_without_kernel(
 
 
 def kept_for(tables: Tables) -> list[Tensor]:
-    """The tensors that calls over these tables keep from step to step: the tables, and what lies on devices for them."""
+    """The tensors that calls over these tables keep from step to step: them, and what lies on devices for them."""
     listed = (tables.spans, tables.row_runs, tables.column_runs)
     return [*listed, *triton.kept(listed)]
 
