@@ -88,7 +88,20 @@ AREAS: dict[str, list[str]] = {
     "FSDP2": ["tests/test_meshes.py"],
     "Trainer": ["tests/test_integrations.py"],
     "roles": ["tests/test_roles.py"],
-    "accountant": ["tests/test_accountant.py", "tests/test_estimate.py"],
+    "accountant": [
+        "tests/test_accountant.py",
+        "tests/test_estimate.py",
+        "tests/test_memory.py",
+        "tests/test_memory_callback.py",
+    ],
+    "DeepSpeed's objects": [
+        "tests/test_checkpoint_convert.py",
+        "tests/test_state_access.py",
+        "tests/test_overlooked.py",
+        "tests/test_engine_ranks.py",
+        "tests/test_warm_start.py",
+        "tests/test_rebuilt_engines.py",
+    ],
     "guards": ["tests/test_guards.py", "tests/test_refusals.py", "tests/test_precision.py"],
 }
 BESIDE = ("llamafactory==0.9.5", "axolotl[deepspeed]==0.19.0")
