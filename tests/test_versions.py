@@ -71,10 +71,16 @@ def test_setup_requires_the_releases_that_messages_name() -> None:
     assert {one.requirement for one in ALL} <= set(required)
 
 
+def areas_of(row: dict[str, Any]) -> set[str]:
+    """What a whole row has; one of before commits were noted is without an area that came then."""
+    is_older = any(area.get("commit", "before").startswith("before") for area in row["areas"].values())
+    return AREAS.keys() - ({"DeepSpeed's objects"} if is_older else set())
+
+
 def test_what_is_called_tested_is_what_passed() -> None:
     rows = json.loads((ROOT / "docs" / "results" / "versions.json").read_text(encoding="utf-8"))
     rows.pop("beside", None)
-    whole = [row for row in rows.values() if row["areas"].keys() >= AREAS.keys()]
+    whole = [row for row in rows.values() if row["areas"].keys() >= areas_of(row)]
     passed = [row for row in whole if all(area["passed"] and not area["failed"] for area in row["areas"].values())]
     for one in ALL:
         found = {row["releases"][one.package] for row in passed}
