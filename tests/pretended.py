@@ -1,5 +1,7 @@
 """A pretended accelerator on a build without one: its tensors say cuda:0, their values lie on the CPU.
 
+The current device is another one, cuda:1: who launches on it, or asks for its stream, is wrong.
+
 What would reach the device is written down while `Device.recording` is on: launches (of torch's operations, and of our
 Triton programs, which really run, in Triton's interpreter), copies between host and device, and what would make the
 host wait. Nothing here knows what a GPU computes or how long it takes.
@@ -25,7 +27,7 @@ from ds_optim.linalg import triangle
 from ds_optim.sharding import exchange
 from machine_code import PROGRAMS
 
-CUDA = torch.device("cuda", 0)
+CUDA, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
 
 # Operations whose result, or the size of it, the host needs.
 READS = frozenset(
@@ -181,6 +183,7 @@ class Device(TorchDispatchMode):
         waits: of the host, by reason and line.
         order: of what touches memory.
         stream: the current one.
+        current: the current device.
     """
 
     def __init__(self) -> None:
@@ -189,6 +192,7 @@ class Device(TorchDispatchMode):
         self.is_recording = False
         self.recordings = 0
         self.order = Order()
+        self.current = OTHER
         self.main = self.stream = type("Stream", (Stream,), {"device": self})("first stream")
         self._pinned: set[int] = set()
         self._is_waited_for = False
@@ -409,12 +413,28 @@ class _Program:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
+            is_there = any(isinstance(one, OnDevice) for one in tree_iter(args))
+            assert not is_there or self.device.current == CUDA, f"{self.name} would run on {self.device.current}"
             self.device.note(self.device.launches, self.name, with_line=False)
             self.device.touched_by_program(args, f"{self.name} {_line()}")
             if self.does_run:
                 self.program[grid](*tree_map(_values, args), **options)
 
         return launch
+
+
+@contextlib.contextmanager
+def _made_current(device: Device, wanted: torch.device) -> Iterator[None]:
+    before, device.current = device.current, wanted
+    try:
+        yield
+    finally:
+        device.current = before
+
+
+def _current_stream(device: Device, of: torch.device | None) -> Any:
+    assert (of or device.current) == CUDA, f"the stream of {of or device.current} was asked for"
+    return device.stream
 
 
 @contextlib.contextmanager
@@ -428,10 +448,10 @@ def entered(patch: pytest.MonkeyPatch, *, does_run: bool = True) -> Iterator[Dev
     device = Device()
     patch.setenv("DS_OPTIM_KERNELS", "triton")
     patch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    patch.setattr(torch.cuda, "device", functools.partial(_made_current, device))
     patch.setattr(torch, "Stream", type(device.main))
     patch.setattr(Tensor, "record_stream", lambda *_: None)
-    patch.setattr(torch.accelerator, "current_stream", lambda _: device.stream)
+    patch.setattr(torch.accelerator, "current_stream", lambda of=None: _current_stream(device, of))
     patch.setattr(exchange, "_copy_stream", functools.cache(exchange._copy_stream.__wrapped__))
     for module, names in PROGRAMS.items():
         for name in names:
