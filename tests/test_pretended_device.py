@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -229,6 +230,30 @@ def test_parameters_of_one_optimizer_may_lie_on_two_devices(
     for index, ((key, one), (_, other)) in enumerate(zip(mixed, plain, strict=True)):
         values: Any = one.values if index % 2 else one.detach()
         assert float((values - other.detach()).abs().max()) <= 2e-3 * float(other.detach().abs().max()), key
+
+
+@pytest.mark.parametrize(("dtype", "of_an_update"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_a_matrix_of_shampoo_is_so_many_launches(
+    dtype: torch.dtype, of_an_update: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass and one factor's product for each axis over the stack of its blocks, and what subtracts each of them."""
+
+    def launches(matrices: int) -> Any:
+        with monkeypatch.context() as patch, pretended.entered(patch, does_run=False) as device:
+            weights = [(f"{i}", nn.Parameter(pretended.moved(torch.ones(64, 64).to(dtype)))) for i in range(matrices)]
+            optimizer = ds_optim.Shampoo(weights, roles={"*": "linear"}, max_preconditioner_dim=32, weight_decay=0.1)
+            for step in range(3):
+                for _, one in weights:
+                    one.grad = pretended.moved(torch.ones(64, 64).to(dtype))
+                with device.recording() if step == 2 else contextlib.nullcontext():
+                    optimizer.step()
+            return device.launches
+
+    few, many = launches(4), launches(16)
+    assert (few["update_all"], many["update_all"]) == (4, 16)
+    subtracted = {name: many[name] - few[name] for name in ("_foreach_mul_", "_foreach_sub_", "descend_rows")}
+    assert sum(subtracted.values()) == of_an_update * 4 * 12  # of four blocks of 32 by 32 in each of twelve matrices
+    assert (many.total() - few.total()) / 12 <= 46
 
 
 @pytest.mark.parametrize("is_waited_for", [True, False])
