@@ -67,9 +67,8 @@ def doctor(
     hooked = ds_optim_autoload.installed and ds_optim_autoload.failure is None
     console.print(f"hook on {ds_optim_autoload.ENGINE} installed: {_yes(hooked)}")
     if not hooked:
-        problems.append(
-            f"registration failed: {ds_optim_autoload.failure}; install again: pip install -c constraints.txt ."
-        )
+        remedy = "" if releases.problems() else "; install again: pip install ."
+        problems.append(f"registration failed: {ds_optim_autoload.failure}{remedy}")
     else:
         problems += _print_names(console)
         _print_kernels(console)
@@ -90,24 +89,17 @@ def _yes(value: bool) -> str:
 
 def _print_versions(console: Console) -> list[str]:
     """What is installed, where it stands among the releases that work, and why it does not do."""
-    table = Table(
-        "package", "version", "works", "tested", title=f"Python {platform.python_version()} on {platform.platform()}"
-    )
+    title = f"Python {platform.python_version()} on {platform.platform()}"
+    table = Table("package", "version", "works", "stands", "tested", title=title)
     table.add_row("ds-optim", importlib.metadata.version("ds-optim"))
     for one in releases.ALL:
         works = f"{one.first} and later, below {one.end}"
-        table.add_row(one.package, one.installed or "not installed", works, _standing(one))
+        standing = one.standing(one.installed)
+        table.add_row(one.package, one.installed or "not installed", works, standing, ", ".join(one.tested))
     console.print(table)
+    for follows in filter(None, (one.follows(one.installed) for one in releases.ALL)):
+        _say(console, follows)
     return releases.problems()
-
-
-def _standing(one: releases.Releases) -> str:
-    """Whether a package's release was tested, and which were."""
-    standing = one.standing(one.installed)
-    if standing in ("tested", "not installed"):
-        return standing
-    said = "newer than all that were" if standing == "newer" else standing
-    return f"{said} ({', '.join(one.tested)})"
 
 
 def _print_builds(console: Console) -> list[str]:

@@ -80,6 +80,19 @@ class Releases:
             return ""
         return f"{self.package} {version} is {standing}: pip install '{self.requirement}'; {self.known}"
 
+    def follows(self, version: str) -> str:
+        """What becomes of a release that was not tried; empty if it was, or if it does not do."""
+        standing = self.standing(version)
+        if standing not in ("untested", "newer"):
+            return ""
+        looked = (
+            "what it says of its partitions is compared with what the engine holds before the first step"
+            if self.package == "deepspeed"
+            else "nothing compares it: what it lacks is an error, what it computes otherwise is not noticed"
+        )
+        lies = "is newer than all that were tested" if standing == "newer" else "lies between tested ones"
+        return f"{self.package} {version} {lies}: {looked}. To try it: benchmarks/versions.py"
+
     def note(self, version: str) -> str:
         """One line about a release that works as far as is known, but was not tried; else empty."""
         if self.standing(version) != "newer":

@@ -176,7 +176,21 @@ def test_doctor_says_where_every_package_stands_and_fails_outside(monkeypatch: p
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.999.0")
     judged = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
     assert judged.exit_code == 0
-    assert "newer than all that were" in judged.output
+    assert "transformers 5.999.0 is newer than all that were tested: nothing compares it" in judged.output
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        (DEEPSPEED.tested[-1], ""),
+        ("0.19.1", "deepspeed 0.19.1 lies between tested ones: what it says of its partitions is compared"),
+        ("0.98.0", "deepspeed 0.98.0 is newer than all that were tested: what it says of its partitions is compared"),
+        ("0.5.0", ""),  # does not do at all
+    ],
+)
+def test_what_follows_of_a_release_is_said(version: str, said: str) -> None:
+    assert DEEPSPEED.follows(version).startswith(said)
+    assert bool(DEEPSPEED.follows(version)) == bool(said)
 
 
 def test_what_is_newer_is_said_once() -> None:
