@@ -70,7 +70,7 @@ if __name__ == "__main__":
         description="Adam-mini, Shampoo, SWAN, Adan, Lion and AdamW under DeepSpeed ZeRO, with a memory accountant",
         long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
         long_description_content_type="text/markdown",
-        classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)],
+        classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)],
         license="Apache-2.0",
         license_files=["LICENSE"],
         python_requires=">=3.10",

@@ -60,7 +60,7 @@ class Combination(NamedTuple):
 # Every minor release of torch, the releases of DeepSpeed before and after each that moved what is read, old and new
 # transformers, every Python. Where nothing else decides, releases that came out together stand together.
 COMBINATIONS = {
-    "newest": Combination("3.14", "2.15.0", "0.19.8", "5.24.0", "1.15.0", "0.21.2", "the newest of everything"),
+    "newest": Combination("3.13", "2.15.0", "0.19.8", "5.24.0", "1.15.0", "0.21.2", "the newest of everything"),
     "torch-2.14": Combination("3.11", "2.14.1", "0.19.8", "5.24.0", "1.15.0", "0.21.2"),
     "torch-2.12": Combination("3.13", "2.12.1", "0.19.6", "5.10.4", "1.13.0", "0.19.1"),
     "gpu-machine": Combination("3.12", "2.11.0", "0.19.8", "5.17.0", "1.15.0", "0.21.2", "a machine with a GPU"),
