@@ -58,7 +58,9 @@ def _explain_in(engine: ModuleType) -> None:
         return True
 
     def configured(wrapped: Callable[..., Any], _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(cls.__module__.startswith("ds_optim.") for given in args for cls in type(given).__mro__):
+        if any(
+            cls.__module__.startswith("ds_optim.") for given in (*args, *kwargs.values()) for cls in type(given).__mro__
+        ):
             raise RuntimeError(reason)
         return wrapped(*args, **kwargs)
 

@@ -2,14 +2,15 @@
 
 The one place that knows: others call what stands here. What a build has says more than its number, which is compared
 for mistakes alone; what must be known before torch is imported stands in `ds_optim.releases`. Private parts of torch
-that are the same in the whole range are named, and tried out, where they are used (`ds_optim.memory.tracker`).
+that are the same in the whole range are named, and tried out, where they are used (`ds_optim.memory.tracker`), or here
+if several modules use them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 import torch
@@ -44,6 +45,47 @@ def fsdp_parameters(module: Any) -> Iterator[Any]:
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a device the current one, on which Triton launches: it need not be that of the tensors."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def is_at_work(accelerator: torch.device) -> bool:
+    """Whether this process has begun to use an accelerator; not every kind of them can say so."""
+    module: Any = torch.get_device_module(accelerator)
+    return bool(getattr(module, "is_initialized", lambda: False)())
+
+
+def allocated(device: torch.device) -> int | None:
+    """Bytes that are in use on an accelerator, which torch counts for all kinds of them since 2.9; else None."""
+    count = getattr(torch.accelerator, "memory_allocated", None)
+    return None if device.type == "cpu" or count is None else int(count(device))
+
+
+def graph_task() -> int:
+    """The backward pass that this thread is in, by its number; -1 outside of all."""
+    return int(torch._C._current_graph_task_id())
+
+
+def when_backward_ends(action: Callable[[], None]) -> None:
+    """Let ``action()`` follow the backward pass that this thread is in, behind what was queued for its end before."""
+    torch.autograd.Variable._execution_engine.queue_callback(action)
+
+
+@cache
+def backward_problem() -> str:
+    """Why `graph_task` and `when_backward_ends`, private parts of torch, do not work here; empty if they do.
+
+    Runs a backward pass through one number.
+    """
+    tasks: list[int] = []
+    try:
+        with torch.enable_grad():
+            number = torch.ones(1, device="cpu", requires_grad=True)
+            number.register_hook(lambda _: when_backward_ends(partial(tasks.append, graph_task())))
+            number.sum().backward()
+    except (AttributeError, RuntimeError, TypeError) as error:
+        return f"torch {TORCH.installed} does not say when a backward pass ends ({error}); {TORCH.known}"
+    if not tasks or tasks == [-1]:
+        return f"torch {TORCH.installed} says otherwise in which backward pass it is, and when that ends; {TORCH.known}"
+    return ""
 
 
 @cache

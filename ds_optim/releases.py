@@ -141,9 +141,19 @@ def lock_files_block() -> bool:
     return TORCH.is_before("2.14")
 
 
+def say_what_was_not_tried() -> None:
+    """Warn, once per process and package, of imported ones that are newer than all that was tested, or outside.
+
+    torch and DeepSpeed are refused there; transformers and accelerate need not be used by the training.
+    """
+    for one in ALL:
+        if one.package in sys.modules:
+            _say(one)
+
+
 @cache
-def say_untested(releases: Releases) -> None:
-    """Say, once per process, that a package is newer than all of its releases that were tested."""
-    note = releases.note(releases.installed)
-    if note:
-        warnings.warn(note, stacklevel=2)
+def _say(releases: Releases) -> None:
+    installed = releases.installed
+    problem, note = releases.problem(installed), releases.note(installed)
+    if problem or note:
+        warnings.warn(note or f"ds_optim may not work with what is imported here: {problem}", stacklevel=3)

@@ -320,7 +320,9 @@ def one_room_knows_deepspeed(sources: Sources) -> list[str]:
 
 
 def releases_are_compared_in_few_places(sources: Sources) -> list[str]:
-    """What follows from a release of another package is known to the modules of `KNOW_RELEASES` alone."""
+    """What follows from a release of another package is known to the modules of `KNOW_RELEASES` alone; to ask torch or
+    transformers whether they have something by that name is to ask for their release.
+    """
     found = []
     for module, text in sources.items():
         if module in KNOW_RELEASES:
@@ -337,7 +339,30 @@ def releases_are_compared_in_few_places(sources: Sources) -> list[str]:
                 isinstance(each, ast.Attribute) and each.attr == "__version__" for each in ast.walk(node)
             ):
                 found.append(f"{module}:{node.lineno} compares a __version__")
+            elif isinstance(node, ast.Call) and _may_lack(node) and _names_in(node.args[0]) & _of_packages(text):
+                found.append(f"{module}:{node.lineno} asks whether {ast.unparse(node.args[0])} has something")
     return found
+
+
+def _may_lack(call: ast.Call) -> bool:
+    """Whether a call asks for an attribute that need not be there, by a name that is written down."""
+    asks = {("hasattr", 2), ("getattr", 3)}
+    return (getattr(call.func, "id", ""), len(call.args)) in asks and isinstance(call.args[1], ast.Constant)
+
+
+def _names_in(value: ast.expr) -> set[str]:
+    return {each.id for each in ast.walk(value) if isinstance(each, ast.Name)}
+
+
+def _of_packages(text: str) -> set[str]:
+    """What a source calls torch and transformers, their modules, and what it imports from them."""
+    return {
+        (one.asname or one.name).split(".")[0]
+        for node in nodes(text)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for one in node.names
+        if (getattr(node, "module", None) or one.name).split(".")[0] in ("torch", "transformers")
+    }
 
 
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "tensor", "zeros"}
@@ -449,7 +474,8 @@ SOUND = {
     "ds_optim.checkpoint": "from ds_optim.listing import listed",
     "ds_optim.cli": "import ds_optim.checkpoint",
     "launcher.settings": "def of(model): ...",
-    "launcher.train": "import settings\nimport torch\ntorch.distributed._set_timeout()",
+    "launcher.train": "import settings\nimport torch\ntorch.distributed._set_timeout()\n"
+    "hasattr(torch.optim, settings.name), getattr(torch.optim, 'SGD'), hasattr(settings, 'name')",
 }
 MANY_METHODS = "class Large:\n" + "".join(f"    def method_{index}(self): ...\n" for index in range(METHODS + 1))
 
@@ -511,6 +537,16 @@ PLANTED: list[tuple[Rule, str, str, str]] = [
         "ds_optim.ranks",
         "new = torch.__version__ > '2.9'",
         "compares a __version__",
+    ),
+    *(
+        (releases_are_compared_in_few_places, "ds_optim.ranks", text, "asks whether")
+        for text in (
+            "import torch\nhasattr(torch.accelerator, 'memory_allocated')",
+            "import torch.distributed as dist\ngetattr(dist, 'all_gather_single', None)",
+            "import torch\ngetattr(torch.get_device_module(one), 'is_initialized', bool)()",
+            "from torch import nn\nhasattr(nn, 'RMSNorm')",
+            "def late():\n    import transformers.trainer\n    return hasattr(transformers.trainer, 'deepspeed_init')",
+        )
     ),
     (nobody_imports_the_entries, "ds_optim.checkpoint", "def late():\n    from ds_optim import cli", ":2 imports"),
     (nobody_imports_the_entries, "launcher.train", "from ds_optim.cli import main", "launcher.train:1 imports"),

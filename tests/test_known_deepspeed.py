@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from ds_optim.deepspeed import names, wrappers
+from ds_optim.deepspeed import names, reader, wrappers
 from ds_optim.memory.errors import MemoryAccountError
 from ds_optim.memory.labels import wrapper_of
 from ds_optim.memory.record import Category
@@ -82,30 +85,58 @@ def of_class(name: str, attributes: tuple[str, ...]) -> Any:
     return type(name, (), dict.fromkeys(attributes))()
 
 
+def an_engine() -> Any:
+    """With all that is read of one."""
+    listed = {name for names in wrappers.ENGINE_ATTRIBUTES.values() for name in names}
+    engine = of_class("DeepSpeedEngine", tuple(name for name in listed if "." not in name))
+    engine._config = SimpleNamespace(**{name.partition(".")[2]: None for name in listed if "." in name})
+    engine.basic_optimizer = object()
+    return engine
+
+
 def test_one_message_says_what_another_deepspeed_lacks_and_which_is_known() -> None:
     kind = wrappers.BF16
     assert kind.training is not None
-    basic = object()
-    engine = of_class(
-        "DeepSpeedEngine", (*wrappers.ENGINE_ATTRIBUTES["training"], *wrappers.ENGINE_ATTRIBUTES["checkpoint"])
-    )
-    engine.basic_optimizer = basic
+    engine = an_engine()
     for use, expected in (("training", kind.training), ("checkpoint", kind.checkpoint)):
         engine.optimizer = of_class(kind.name, expected)
         assert not wrappers.engine_problem(engine, use)
         engine.optimizer = of_class(kind.name, expected[1:])
         problem = wrappers.engine_problem(engine, use)
         assert f": BF16_Optimizer has no {expected[0]}; {DEEPSPEED.known}" in problem
-    del type(engine).global_steps
-    assert "DeepSpeedEngine has no global_steps, BF16_Optimizer has no" in wrappers.engine_problem(engine, "checkpoint")
+        assert problem.endswith(f"; pip install 'deepspeed=={DEEPSPEED.tested[-1]}'")
     engine.optimizer = of_class("FP16_Optimizer", ("fp16_groups_flat", "fp32_groups_flat"))
     assert "FP16_Optimizer is a DeepSpeed optimizer wrapper that is not known here" in wrappers.engine_problem(
         engine, "training"
     )
-    engine.optimizer = basic
-    assert "global_steps" in wrappers.engine_problem(engine, "training")
+    del type(engine).global_steps
+    for wrapper in (of_class(kind.name, ()), engine.basic_optimizer):
+        engine.optimizer = wrapper
+        assert ": DeepSpeedEngine has no global_steps; " in wrappers.engine_problem(engine, "checkpoint")
     with pytest.raises(MemoryAccountError, match=r"FP16_Optimizer has no fp32_groups_flat; deepspeed versions known"):
         wrapper_of(of_class("FP16_Optimizer", ("fp16_groups_flat",)))
+
+
+@pytest.mark.parametrize("use", get_args(wrappers.Use))
+def test_an_engine_without_its_optimizers_is_no_error_from_inside(use: wrappers.Use) -> None:
+    engine = an_engine()
+    del type(engine).optimizer
+    assert "DeepSpeedEngine has no optimizer; " in wrappers.engine_problem(engine, use)
+    binding = reader.read(of_class("DeepSpeedEngine", ()))
+    assert (binding.tensors, binding.ranks.size) == ({}, 1)
+    (problem,) = binding.problems
+    assert "DeepSpeedEngine has no seq_data_parallel_group, " in problem
+
+
+def test_every_attribute_that_is_read_of_an_engine_is_named() -> None:
+    listed = {name.partition(".")[0] for names in wrappers.ENGINE_ATTRIBUTES.values() for name in names}
+    of_config = {name.partition(".")[2] for names in wrappers.ENGINE_ATTRIBUTES.values() for name in names} - {""}
+    for file in Path(wrappers.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("engine", "self.engine"):
+                assert node.attr in listed, f"{file.name}:{node.lineno}"
+            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "engine._config":
+                assert node.attr in of_config, f"{file.name}:{node.lineno}"
 
 
 def test_what_need_not_import_deepspeed_does_not() -> None:

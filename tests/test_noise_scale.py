@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,9 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_optim import known_torch
 from ds_optim.batch_size import NoiseScale, NoiseScaleError, NothingToCompareError, UnequalBatchesError
 from ds_optim.batch_size.estimator import Estimator, Reading, student_t
 from ds_optim.batch_size.noise_scale import family
+from ds_optim.deepspeed.wrappers import ENGINE_ATTRIBUTES
 from ds_optim.roles import canonical_name, infer_roles
 from engines import VOCABULARY, Case, able_to_gather, build_engine, build_model
 from meshes import average
@@ -578,6 +581,26 @@ def test_all_ranks_refuse_alike(pool: Pools) -> None:
     assert one == two
     assert "others are" in one[0] or "tensor parallelism" in one[0]
     assert "did not have 4 sequences" in one[1]
+
+
+def test_an_engine_of_another_release_is_refused_by_name() -> None:
+    engine = SimpleNamespace(train_micro_batch_size_per_gpu=lambda: 1)
+    with pytest.raises(NoiseScaleError, match=r"has no seq_data_parallel_group, .*; deepspeed versions known to work"):
+        NoiseScale(engine)
+    for name in ENGINE_ATTRIBUTES["configuration"]:
+        setattr(engine, name.partition(".")[0], None)
+    engine._config = SimpleNamespace(_param_dict={}, optimizer_params={}, zero_force_ds_cpu_optimizer=True)
+    with pytest.raises(NoiseScaleError, match=r"has no optimizer, .*, torch_autocast_z0_gradscaler, "):
+        NoiseScale(engine)
+
+
+def test_a_torch_that_does_not_say_when_a_backward_pass_ends_is_refused() -> None:
+    model = nn.Linear(2, 1)
+    with (
+        patch.object(known_torch, "backward_problem", lambda: "torch 9 does not say"),
+        pytest.raises(NoiseScaleError, match="torch 9 does not say"),
+    ):
+        NoiseScale(model, optimizer=torch.optim.SGD(model.parameters()), micro_batch_size=1)
 
 
 def test_what_is_missing_is_said() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from ds_optim.deepspeed import differences
+from ds_optim.deepspeed import differences, wrappers
+from ds_optim.releases import DEEPSPEED
 from engines import Case, build_engine, build_model, engine_for, masters, train
 from pool import Pools
 
@@ -132,6 +134,61 @@ def test_a_layout_that_cannot_be_matched_on_one_rank_fails_on_all(pool: Pools, k
         assert "nothing was changed" in message
         assert "rank 1: " in message
         assert reason in message
+
+
+def attempt_without(attribute: str, case: Case) -> str:
+    """The error of building the case's engine if it calls an attribute otherwise when it gets its optimizer."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    configure, listed = DeepSpeedEngine._configure_optimizer, DeepSpeedEngine.__dir__
+
+    def hidden(engine: Any, name: str) -> Any:
+        if name == attribute:
+            raise AttributeError(name)
+        return object.__getattribute__(engine, name)
+
+    def configured(engine: Any, *arguments: Any) -> None:
+        if attribute.startswith("_config."):
+            delattr(engine._config, attribute.removeprefix("_config."))
+        without = {
+            "__getattribute__": hidden,
+            "__dir__": lambda self: [one for one in listed(self) if one != attribute],
+        }
+        with patch.multiple(DeepSpeedEngine, create=True, **without):
+            configure(engine, *arguments)
+
+    with patch.object(DeepSpeedEngine, "_configure_optimizer", configured):
+        return attempt(case)
+
+
+def attempts_without(attributes: list[str], case: Case) -> dict[str, str]:
+    return {attribute: attempt_without(attribute, case) for attribute in attributes}
+
+
+EARLY = [
+    name for name in wrappers.ENGINE_ATTRIBUTES["configuration"] if name != "module"
+]  # which torch finds elsewhere
+LATE = ["skipped_steps", "inside_no_sync_ctxt", "use_node_local_storage"]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "is_made_by_hand", "said"),
+    [
+        # of an optimizer that the JSON names nothing is known without the method that says so
+        ([name for name in EARLY if name != "optimizer_name"], False, "cannot run under this configuration"),
+        (EARLY, True, "cannot run under this configuration"),
+        (LATE, True, "cannot match the optimizer's tensors"),
+    ],
+)
+def test_an_engine_that_calls_an_attribute_otherwise_is_refused_with_the_releases_that_work(
+    pool: Pools, attributes: list[str], is_made_by_hand: bool, said: str
+) -> None:
+    for found in pool(2).run(attempts_without, attributes, Case("AdamMini", client=is_made_by_hand)):
+        for attribute, message in found.items():
+            assert said in message, message
+            assert f"DeepSpeedEngine has no {attribute}" in message or f", {attribute}" in message, message
+            assert f"; {DEEPSPEED.known}; pip install 'deepspeed==" in message
+            assert "nothing was changed" in message
 
 
 def spare_the_mlp(case: Case) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_optim.deepspeed import reader
+from ds_optim import known_torch
+from ds_optim.deepspeed import reader, wrappers
+from ds_optim.deepspeed.events import before_clipping
 from ds_optim.deepspeed.gradient_window import GradientWindow, keeps_gradients
-from ds_optim.instance_methods import wrap
 from ds_optim.listing import first_of
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.binding import BoundTensor
@@ -77,10 +79,14 @@ class EngineStrategy:
         finish: called when all of a step were measured.
 
     Raises:
-        NoiseScaleError: expert, tensor, sequence or pipeline parallelism; a wrapper that is not known.
+        NoiseScaleError: expert, tensor, sequence or pipeline parallelism; an engine or a wrapper that is not known.
     """
 
     def __init__(self, engine: Any, measure: Measure, finish: Callable[[], None]) -> None:
+        unknown = wrappers.attributes_problem(engine, "configuration")
+        unknown = unknown or wrappers.attributes_problem(engine, "measurement")
+        if unknown:  # on every rank alike
+            raise NoiseScaleError(unknown)
         self._engine, self._measure, self._finish = engine, measure, finish
         self._wrapper = engine.optimizer
         self._tensors = self._read()
@@ -118,7 +124,7 @@ class EngineStrategy:
         problems = [
             f"{name} is {getattr(engine, name)}: a rank's gradient is not one of whole sequences"
             for name in ("mp_world_size", "sequence_parallel_size")
-            if getattr(engine, name, 1) > 1
+            if getattr(engine, name) > 1
         ]
         if self._wrapper is None:
             problems.append("the engine has no optimizer: give deepspeed.initialize one, or name it in the JSON")
@@ -126,7 +132,7 @@ class EngineStrategy:
             problems.append("experts under DeepSpeed's expert parallelism each have a batch of their own")
         if engine.pipeline_parallelism:
             problems.append("a pipeline stage holds only a part of the model")
-        if getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+        if engine.torch_autocast_z0_gradscaler is not None:
             problems.append("torch_autocast with float16 and without ZeRO: use bfloat16")
         tensors: Mapping[Tensor, BoundTensor] = {}
         if not problems:
@@ -151,22 +157,13 @@ class EngineStrategy:
 
     def _wrap(self) -> None:
         """Methods that run between reduction and clipping; without ZeRO in fp32 the last moment is the step itself."""
-        wrapper = self._wrapper
-        if wrapper is self._engine.basic_optimizer:
-            self._before(self._engine, "clip_fp32_gradients")
-            self._undo.append(wrapper.register_step_pre_hook(lambda *_: self._before_step()).remove)
-        elif hasattr(wrapper, "unscale_and_clip_grads"):
-            self._before(wrapper, "unscale_and_clip_grads")
-        else:
-            self._before(wrapper, "get_grads_for_norm")
+        self._undo.append(before_clipping(self._engine, self._before_clipping))
+        if self._wrapper is self._engine.basic_optimizer:
+            self._undo.append(self._wrapper.register_step_pre_hook(lambda *_: self._before_step()).remove)
 
-    def _before(self, owner: Any, method: str) -> None:
-        def measured(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
-            if self._undo:  # otherwise we only pass calls on
-                self._measure_new()
-            return wrapped(*args, **kwargs)
-
-        self._undo.append(wrap(owner, method, measured))
+    def _before_clipping(self) -> None:
+        if self._undo:  # otherwise we are done, and somebody else holds on to us
+            self._measure_new()
 
     def _before_step(self) -> None:
         self._measure_new()
@@ -178,17 +175,12 @@ class EngineStrategy:
         if len(self._seen) == len(self._tensors):
             return
         for part, (tensor, bound) in enumerate(self._tensors.items()):
-            gradient = self._gradients().get(tensor, tensor.grad)
+            gradient = reader.unclipped_gradient(self._wrapper, tensor)
             if tensor not in self._seen and gradient is not None:
                 self._seen.add(tensor)
                 self._measure(part, self._pieces(bound, gradient.reshape(-1)))
         if len(self._seen) == len(self._tensors):
             self._finish()
-
-    def _gradients(self) -> dict[Tensor, Tensor]:
-        """BF16_Optimizer's, which it puts into ``.grad`` after clipping only."""
-        gradients = getattr(self._wrapper, "fp32_groups_gradient_flat_partition", ())
-        return dict(zip(self._wrapper.fp32_groups_flat_partition, gradients, strict=True)) if gradients else {}
 
     def _pieces(self, bound: BoundTensor, gradient: Tensor) -> Iterator[GradientPiece]:
         """The gradient of one partition without padding, and without what is left over from an earlier step."""
@@ -244,11 +236,11 @@ class TorchStrategy:
         return not self._has_gradient
 
     def gradient_arrives(self) -> None:
-        task = torch._C._current_graph_task_id()
+        task = known_torch.graph_task()
         if task != self._task:
             self._task = task
             # Callbacks run in the order in which they were queued; DDP queues its own in the course of the pass.
-            _when_backward_ends(lambda: _when_backward_ends(self._backward_ended))
+            known_torch.when_backward_ends(partial(known_torch.when_backward_ends, self._backward_ended))
 
     def detach(self) -> None:
         self._hook.remove()
@@ -282,6 +274,8 @@ class TorchStrategy:
                     yield f"{name} is not sharded, others are: wrap the whole model in fully_shard"
             elif parameter not in sharded or any(not one.is_replicate() for one in parameter.placements[:-1]):
                 yield f"{name} lies as {parameter.placements}: tensor parallelism"
+        if known_torch.backward_problem():
+            yield known_torch.backward_problem()
         if self._ddp is not None and self._ddp.parameters_to_ignore:
             yield f"DDP does not average {', '.join(sorted(self._ddp.parameters_to_ignore))}"
 
@@ -295,7 +289,3 @@ def strays(names: Iterable[str]) -> list[str]:
 def trained(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that get a gradient, by canonical name; tied weights once."""
     return {canonical_name(name): p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def _when_backward_ends(action: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(action)

@@ -14,7 +14,8 @@
     checkpoint_files  the directory that ``save_checkpoint`` writes
     predict           layouts of a training that has not begun
     wrappers          the one table of what is read of DeepSpeed's objects
-    versions, facts   which releases that was read off, and the numbers in them
+    differences       what is not the same in all releases that work
+    facts             numbers and names that stand in DeepSpeed's source
 
 Only the plugin needs DeepSpeed to be imported; elsewhere it is imported inside the functions that ask it something, so
 that memory is accounted for and checkpoints are read where it is not installed.

@@ -80,6 +80,15 @@ def _arrived(wrapper: Any) -> str | None:
     return next((name for name in _ARRIVED if hasattr(wrapper, name)), None)
 
 
+def gathers_in_a_graph(wrapper: Any) -> bool:
+    """Whether a ZeRO-1/2 wrapper's flat weights hang in a graph of autograd's, as they do until 0.19.0 detached them.
+
+    Unless its step is taken outside of autograd, gathering them in place ends with an error of torch from 2.9 on, over
+    several ranks of a CPU.
+    """
+    return any(flat.requires_grad for flat in wrapper.bit16_groups_flat)
+
+
 def has_expert_parallelism(config: Any) -> bool:
     """Whether a configuration asks for AutoEP (0.19.2)."""
     setting = getattr(config, "expert_parallel_config", None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
+from ds_optim.deepspeed import wrappers
 from ds_optim.instance_methods import after, wrap
 
 
@@ -22,6 +23,26 @@ def after_zero_grad(engine: Any, action: Callable[[], object]) -> Callable[[], N
             one()
 
     return leave
+
+
+def before_clipping(engine: Any, action: Callable[[], object]) -> Callable[[], None]:
+    """Let ``action()`` come when gradients were reduced, and before they are unscaled and clipped.
+
+    Without ZeRO in fp32 that need not happen: the last moment is the optimizer's own step.
+
+    Returns:
+        What takes it back.
+    """
+
+    def clipping(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+        action()
+        return wrapped(*args, **kwargs)
+
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        return wrap(engine, "clip_fp32_gradients", clipping)
+    is_bf16 = wrappers.kind_of(wrapper) is wrappers.BF16
+    return wrap(wrapper, "get_grads_for_norm" if is_bf16 else "unscale_and_clip_grads", clipping)
 
 
 def around_load(engine: Any, around: Callable[[Callable[[], Any], Any, dict[str, Any]], Any]) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_optim import known_torch
 from ds_optim.deepspeed import differences, wrappers
 from ds_optim.deepspeed.events import after_zero_grad
 from ds_optim.instance_methods import after, wrap
@@ -203,10 +204,10 @@ class GradientWindow:
                 self._undelivered.update(parameters)
             elif not self._keeps_last_alone:
                 self._undelivered.difference_update(parameters)
-        task = torch._C._current_graph_task_id()
+        task = known_torch.graph_task()
         if self._stale and task != self._task:
             self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self._clear)
+            known_torch.when_backward_ends(self._clear)
 
     def _begin(self) -> None:
         dropped = not self._stepped

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ds_optim.deepspeed import wrappers
+from ds_optim.deepspeed import differences, wrappers
 from ds_optim.deepspeed.events import after_zero_grad, around_load
 from ds_optim.deepspeed.facts import LATEST
 from ds_optim.errors import raise_on_all_ranks
@@ -32,6 +32,7 @@ def watch(engine: Any) -> None:
     """Hang all guards on an engine whose optimizer, one of ours, was just bound."""
     guard_loads(engine)
     warn_of_skipped_steps(engine)
+    step_outside_of_autograd(engine)
     refuse_lost_gradients(engine)
 
 
@@ -105,6 +106,19 @@ def warn_of_skipped_steps(engine: Any) -> None:
     after(wrapper, "step", say)
 
 
+def step_outside_of_autograd(engine: Any) -> None:
+    """Where a release of DeepSpeed would gather stepped weights inside autograd, which torch may refuse."""
+    wrapper = engine.optimizer
+    if wrappers.kind_of(wrapper) is not wrappers.ZERO_1_AND_2 or not differences.gathers_in_a_graph(wrapper):
+        return
+
+    def step(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+        with torch.no_grad():
+            return wrapped(*args, **kwargs)
+
+    wrap(wrapper, "step", step)
+
+
 def refuse_lost_gradients(engine: Any) -> None:
     """Before weights change, refuse a step whose gradients lack those of one of its backward passes.
 
@@ -127,8 +141,7 @@ def refuse_lost_gradients(engine: Any) -> None:
         reason = lost()
         if reason:
             raise RuntimeError(f"DeepSpeed lost gradients of this step: {reason}. No weight was changed")
-        with torch.no_grad():  # before 0.19 it gathers weights as if they were in a graph, which torch refuses on CPUs
-            return wrapped(*args, **kwargs)
+        return wrapped(*args, **kwargs)
 
     wrap(wrapper, "step", step)
 

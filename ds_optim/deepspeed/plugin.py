@@ -11,27 +11,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import torch
 import wrapt
 from torch import Tensor
 
-from ds_optim.deepspeed import gradient_window, guards, reader
+from ds_optim.deepspeed import gradient_window, guards, reader, wrappers
 from ds_optim.deepspeed.configuration import DsOptimObject, option_problems, warn_of_trainers_betas
 from ds_optim.deepspeed.names import install_names, names
 from ds_optim.deepspeed.overlooked import overlooked, watch_trainer
 from ds_optim.deepspeed.parameters import grouped, is_trained, listed, names_of, parameter_of, roles_of
 from ds_optim.deepspeed.refusals import engine_problems, untrained
 from ds_optim.deepspeed.resume import guard_resuming
-from ds_optim.errors import raise_on_all_ranks
+from ds_optim.errors import in_one, raise_on_all_ranks
 from ds_optim.optimizers.registry import when_registered
-from ds_optim.releases import DEEPSPEED, require, say_untested
+from ds_optim.releases import DEEPSPEED, require, say_what_was_not_tried
 from ds_optim.roles import canonical_name, decayed_then_exempt, exempt_names, infer_roles
 from ds_optim.roles.role import Role
 from ds_optim.stepping.deferred import deferred_steps
 from ds_optim.stepping.sharded import ShardedOptimizer
 from ds_optim_autoload import ENGINE
+
+_ARGUMENTS = ("client_optimizer", "model_parameters")  # of what is wrapped
+_REFUSED = "ds_optim cannot run under this configuration, nothing was changed"
 
 
 def _install() -> None:
@@ -50,42 +54,75 @@ def _install() -> None:
 
 
 def _configure_optimizer(wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    client, parameters = _arguments(*args, **kwargs)
+    named = None
+    unknown = wrappers.attributes_problem(engine, "configuration")
+    try:
+        given = signature(wrapped).bind(*args, **kwargs)
+        client, parameters = (given.arguments[name] for name in _ARGUMENTS)
+        named = names().get(engine.optimizer_name()) if client is None else None
+    except Exception as error:  # of a release that is not known: engines with others' optimizers must not notice
+        unknown = unknown or wrappers.unlike(f"what an optimizer is made of is said otherwise ({error!r})")
+    if unknown:
+        return _of_an_unknown_release(wrapped, engine, args, kwargs, unknown, named)
     if parameters is not None:
         parameters = [listed(entry) for entry in parameters]
     forgotten = overlooked(client, parameters)
-    result = _configured(wrapped, engine, client, parameters)
+
+    def make(client: Any, parameters: Any) -> Any:
+        given.arguments.update(zip(_ARGUMENTS, (client, parameters), strict=True))
+        return wrapped(*given.args, **given.kwargs)
+
+    result = _configured(make, engine, client, parameters, named)
     if forgotten is not None and reader.ranks_of(engine).index == 0:
         forgotten.warn(engine)
     return result
 
 
-def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameters: Any) -> Any:
-    named = names().get(engine.optimizer_name()) if client is None else None
-    foreign = (
-        client is not None and isinstance(client, torch.optim.Optimizer) and not isinstance(client, ShardedOptimizer)
-    )
-    if foreign or (client is None and named is None):
-        return wrapped(client, parameters)  # DeepSpeed's own optimizer, or somebody else's
+def _of_an_unknown_release(
+    wrapped: Callable[..., Any], engine: Any, args: tuple[Any, ...], kwargs: Any, unknown: str, named: Any
+) -> Any:
+    """An engine that is not what is known here: refused with an optimizer of ours, made as ever with any other.
 
-    inferred = infer_roles(engine.module)
+    Args:
+        unknown: what is not known.
+        named: the class of ours that its JSON names, as far as could be seen.
+    """
+    if not any(map(_is_ours, (named, *args, *kwargs.values()))):
+        result = wrapped(*args, **kwargs)
+        if not _is_ours(getattr(engine, "basic_optimizer", None)):
+            return result
+    raise ValueError(in_one([unknown], _REFUSED))  # without asking other ranks, which have this release too
+
+
+def _is_ours(optimizer: Any) -> bool:
+    """Of an optimizer or a class."""
+    return issubclass(optimizer if isinstance(optimizer, type) else type(optimizer), ShardedOptimizer)
+
+
+def _configured(
+    make: Callable[[Any, Any], Any], engine: Any, client: Any, parameters: Any, named: type[ShardedOptimizer] | None
+) -> Any:
+    is_foreign = isinstance(client, torch.optim.Optimizer) and not isinstance(client, ShardedOptimizer)
+    if is_foreign or (client is None and named is None):
+        return make(client, parameters)  # DeepSpeed's own optimizer, or somebody else's
+
+    inferred: dict[str, Role] = {}
     given: list[Tensor] = []
+
+    def accept(optimizer: ShardedOptimizer) -> None:
+        inferred.update(infer_roles(engine.module))
+        given.extend(_accept_client(engine, optimizer, inferred))
+
     with deferred_steps():
         if named is not None:
-            given = [parameter for group in grouped(parameters) for parameter in group]
+            inferred.update(infer_roles(engine.module))
+            given.extend(parameter for group in grouped(parameters) for parameter in group)
             parameters = _prepare_from_json(engine, named, parameters, inferred)
         elif isinstance(client, ShardedOptimizer):
-            given = _accept_client(engine, client, inferred)
-        else:  # a callable that makes an optimizer, perhaps one of ours
-            make = client
-
-            def client(parameters: Any) -> Any:
-                made = make(parameters)
-                if isinstance(made, ShardedOptimizer):
-                    given.extend(_accept_client(engine, made, inferred))
-                return made
-
-        result = wrapped(client, parameters)
+            accept(client)
+        else:
+            client = _accepting(client, accept)
+        result = make(client, parameters)
     basic = engine.basic_optimizer
     if isinstance(basic, ShardedOptimizer):
         binding = reader.read(engine)
@@ -96,8 +133,20 @@ def _configured(wrapped: Callable[..., Any], engine: Any, client: Any, parameter
         guard_resuming(engine)
         guards.watch(engine)
         if basic.ranks.index == 0:
-            say_untested(DEEPSPEED)
+            say_what_was_not_tried()
     return result
+
+
+def _accepting(make: Callable[[Any], Any], accept: Callable[[ShardedOptimizer], None]) -> Callable[[Any], Any]:
+    """What ``make`` makes, accepted first if it is an optimizer of ours; a callable may make any."""
+
+    def client(parameters: Any) -> Any:
+        made = make(parameters)
+        if isinstance(made, ShardedOptimizer):
+            accept(made)
+        return made
+
+    return client
 
 
 def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[str, Role]) -> list[Tensor]:
@@ -120,10 +169,6 @@ def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[s
     _raise_on_all_ranks(engine, problems)
     _allow_cpu_offload(engine)
     return [parameter for group in groups for parameter in group]
-
-
-def _arguments(client_optimizer: Any, model_parameters: Any) -> tuple[Any, Any]:
-    return client_optimizer, model_parameters
 
 
 def _prepare_from_json(
@@ -182,8 +227,7 @@ def _allow_cpu_offload(engine: Any) -> None:
 
 def _raise_on_all_ranks(engine: Any, problems: list[str]) -> None:
     """On all ranks of an engine: its stages have different layers, and none of them may wait for another."""
-    subject = "ds_optim cannot run under this configuration, nothing was changed"
-    raise_on_all_ranks(problems, subject, reader.ranks_of(engine))
+    raise_on_all_ranks(problems, _REFUSED, reader.ranks_of(engine))
 
 
 _install()

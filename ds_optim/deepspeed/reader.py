@@ -1,7 +1,8 @@
 """Reads the layout out of a DeepSpeed engine: ZeRO 0, 1, 2, 3 and BF16_Optimizer.
 
-Reads; only `guard_state_access` wraps methods. Every attribute is named in `wrappers` and guarded by one check. What
-DeepSpeed states is checked against two independent witnesses: where the model's weights really lie, and that the fp32
+Reads; only `guard_state_access` wraps methods. Every attribute of an engine and its wrapper is named in `wrappers`, and
+guarded by a check; what DeepSpeed hangs on parameters at ZeRO-3 (``ds_id``, ``ds_tensor``) is not. What DeepSpeed
+states is checked against two independent witnesses: where the model's weights really lie, and that the fp32
 master holds the same values there.
 """
 
@@ -10,13 +11,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_optim import known_torch
 from ds_optim.deepspeed import differences, wrappers
+from ds_optim.deepspeed.gradient_window import keeps_gradients
 from ds_optim.instance_methods import after, wrap
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding.binding import Binding, BoundTensor
@@ -46,6 +49,9 @@ def read(engine: Any) -> Binding:
     Args:
         engine: a `deepspeed.DeepSpeedEngine` whose optimizer has just been configured.
     """
+    refused = wrappers.attributes_problem(engine, "configuration")
+    if refused:
+        return Binding({}, Ranks(), (refused,))  # it cannot be asked for its ranks, which all have this release
     refused = wrappers.engine_problem(engine, "training")
     if refused:
         return Binding({}, ranks_of(engine), (refused,))
@@ -53,7 +59,19 @@ def read(engine: Any) -> Binding:
         engine, {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
     )
     reader.read(engine.optimizer)
+    if keeps_gradients(engine.optimizer) and known_torch.backward_problem():
+        reader.problems.append(known_torch.backward_problem())
     return Binding(reader.tensors, ranks_of(engine), tuple(reader.problems))
+
+
+def unclipped_gradient(wrapper: Any, tensor: Tensor) -> Tensor | None:
+    """A stepped tensor's gradient before it is clipped; until then BF16_Optimizer keeps it apart."""
+    if wrappers.kind_of(wrapper) is wrappers.BF16:
+        masters, gradients = wrapper.fp32_groups_flat_partition, wrapper.fp32_groups_gradient_flat_partition
+        for master, gradient in zip(masters, gradients, strict=True):
+            if master is tensor:
+                return cast(Tensor, gradient)
+    return tensor.grad
 
 
 def guard_state_access(engine: Any, optimizer: str, keys: tuple[str, ...]) -> None:

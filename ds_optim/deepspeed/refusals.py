@@ -35,12 +35,14 @@ class Refusal:
 
 
 def _offload(config: Any, name: str, default: Any) -> Any:
-    return getattr(config.zero_config.offload_optimizer, name, default)
+    """A setting of ``zero_optimization.offload_optimizer``; ``default`` without that."""
+    offload = config.zero_config.offload_optimizer
+    return default if offload is None else getattr(offload, name)
 
 
 REFUSALS = (
     Refusal(
-        lambda config, _: getattr(config.zero_config, "zenflow", None) is not None,
+        lambda config, _: config.zero_config.zenflow is not None,
         "zero_optimization.zenflow updates with its own Adam: remove it",
     ),
     Refusal(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
 
 from ds_optim.releases import DEEPSPEED
@@ -19,6 +20,9 @@ Purpose = Literal["parameters", "fp32 master", "gradients", "gradient buckets", 
 
 Use = Literal["training", "checkpoint"]
 """Who reads: an optimizer that is bound to the engine, with what guards and measures it; saving and loading."""
+
+EngineUse = Literal["configuration", Use, "measurement"]
+"""Likewise of an engine itself: who looks at it before it has a wrapper, and the noise scale."""
 
 BUFFERS_OF_ZERO_3 = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """Where a ZeRO-3 wrapper keeps gradients, by parameter."""
@@ -174,26 +178,33 @@ FUSED_FP16 = WrapperKind(
 
 WRAPPERS: Mapping[str, WrapperKind] = {one.name: one for one in (ZERO_1_AND_2, ZERO_3, BF16, UNFUSED, FUSED_FP16)}
 
-ENGINE_ATTRIBUTES: Mapping[Use, tuple[str, ...]] = {
-    "training": (
+ENGINE_ATTRIBUTES: Mapping[EngineUse, tuple[str, ...]] = {
+    "configuration": (
         # the ranks
-        *("seq_data_parallel_group", "seq_dp_world_size", "mesh_device", "mp_world_size", "mpu", "global_rank"),
-        # the model and what it is trained with
-        *("module", "optimizer", "basic_optimizer", "client_optimizer", "client_lr_scheduler", "has_moe_layers"),
-        "pipeline_parallelism",
-        *("_config", "zero_optimization_stage", "zero_use_cpu_optimizer", "bfloat16_enabled", "optimizer_name"),
+        *("seq_data_parallel_group", "mesh_device", "mp_world_size", "mpu"),
+        # the model and what it is to be trained with
+        *("module", "basic_optimizer", "client_lr_scheduler", "has_moe_layers", "pipeline_parallelism"),
+        *("zero_optimization_stage", "zero_use_cpu_optimizer", "optimizer_name"),
+        *("_config._param_dict", "_config.optimizer_params", "_config.zero_force_ds_cpu_optimizer"),
+    ),
+    "training": (
+        *("optimizer", "client_optimizer", "_config.optimizer_name", "bfloat16_enabled", "seq_dp_world_size"),
         # the step and what leads to it
         *("global_steps", "skipped_steps", "zero_grad", "inside_no_sync_ctxt", "gradient_accumulation_steps"),
         "is_gradient_accumulation_boundary",
         # its checkpoints
-        *("load_checkpoint", "use_node_local_storage"),
+        *("load_checkpoint", "use_node_local_storage", "global_rank"),
     ),
     "checkpoint": (
-        *("global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler"),
-        *("gradient_accumulation_steps", "mp_world_size", "pipeline_parallelism"),
+        *("module", "optimizer", "basic_optimizer", "mp_world_size", "pipeline_parallelism", "lr_scheduler"),
+        *("global_steps", "global_samples", "micro_steps", "skipped_steps", "gradient_accumulation_steps"),
+    ),
+    "measurement": (
+        *("optimizer", "global_steps", "data_parallel_group", "sequence_parallel_size", "fp16_enabled"),
+        *("torch_autocast_z0_gradscaler", "clip_fp32_gradients"),
     ),
 }
-"""What is read of an engine."""
+"""What is read of an engine: before DeepSpeed has put its wrapper around the optimizer, and by whom afterwards."""
 
 
 def kind_of(wrapper: Any) -> WrapperKind | None:
@@ -213,37 +224,53 @@ def stage_of(wrapper: Any) -> int:
     return stage if stage is not None else 2 if wrapper.partition_gradients else 1
 
 
-def engine_problem(engine: Any, use: Use) -> str:
-    """Why an engine and its wrapper are not what is known here, as a sentence; empty if they are.
+def attributes_problem(engine: Any, use: EngineUse) -> str:
+    """Why an engine itself is not what is known here, as a sentence; empty if it is.
 
     Args:
-        use: for which attributes they must have.
+        use: for which attributes it must have.
     """
+    return unlike(_missing(engine, ENGINE_ATTRIBUTES[use]))
+
+
+def engine_problem(engine: Any, use: Use) -> str:
+    """The same of an engine and its wrapper."""
+    problem = attributes_problem(engine, use)
+    if problem or engine.optimizer is engine.basic_optimizer:  # DeepSpeed has put nothing around it
+        return problem
     wrapper = engine.optimizer
-    found = [_missing(engine, ENGINE_ATTRIBUTES[use])]
-    if wrapper is not engine.basic_optimizer:  # else DeepSpeed has put nothing around it
-        kind = kind_of(wrapper)
-        expected = kind.needed(use, wrapper) if kind is not None else None
-        if expected is None:
-            return (
-                f"{type(wrapper).__name__} is a DeepSpeed optimizer wrapper that is not known here; use ZeRO stage 0, "
-                f"1, 2 or 3; {DEEPSPEED.known}"
-            )
-        found.append(_missing(wrapper, expected))
-    return _in_one(found)
+    kind = kind_of(wrapper)
+    expected = kind.needed(use, wrapper) if kind is not None else None
+    if expected is None:
+        return (
+            f"{type(wrapper).__name__} is a DeepSpeed optimizer wrapper that is not known here; use ZeRO stage 0, "
+            f"1, 2 or 3; {DEEPSPEED.known}"
+        )
+    return unlike(_missing(wrapper, expected))
 
 
 def tensors_problem(wrapper: Any) -> str:
     """The same of a wrapper of `WRAPPERS` and what it keeps tensors in."""
-    return _in_one([_missing(wrapper, WRAPPERS[type(wrapper).__name__].tensors)])
+    return unlike(_missing(wrapper, WRAPPERS[type(wrapper).__name__].tensors))
+
+
+def unlike(found: str) -> str:
+    """The one message about a release of DeepSpeed that is another one than expected; empty if nothing was found."""
+    if not found:
+        return ""
+    remedy = f"pip install 'deepspeed=={DEEPSPEED.tested[-1]}'"
+    return f"deepspeed {DEEPSPEED.installed}: {found}; {DEEPSPEED.known}; {remedy}"
 
 
 def _missing(owner: Any, expected: Iterable[str]) -> str:
-    missing = [name for name in expected if not hasattr(owner, name)]
+    missing = [name for name in expected if not _has(owner, name)]
     return f"{type(owner).__name__} has no {', '.join(missing)}" if missing else ""
 
 
-def _in_one(found: Iterable[str]) -> str:
-    """The one message about a release of DeepSpeed that is another one than expected."""
-    told = ", ".join(filter(None, found))
-    return f"deepspeed {DEEPSPEED.installed}: {told}; {DEEPSPEED.known}" if told else ""
+def _has(owner: Any, name: str) -> bool:
+    """As `hasattr`, of an attribute's attribute too."""
+    try:
+        attrgetter(name)(owner)
+    except AttributeError:
+        return False
+    return True

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_optim import kernels
+from ds_optim import kernels, known_torch
 from ds_optim.blueprint import meta_model
 from ds_optim.kernels.rounding import identity_of, key_of
 from ds_optim.linalg.polar import newton_schulz
@@ -211,7 +211,7 @@ def memory(device: torch.device) -> Iterator[CheckResult]:
         optimizer = made(name, list(weights.items()), meta)
         for one in weights.values():
             one.grad = torch.zeros_like(one)
-        before = torch.accelerator.memory_allocated(device) if _counts(device) else 0
+        before = known_torch.allocated(device)
         optimizer.step()
         values = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
         kept = sum(value.nbytes for value in values)
@@ -219,8 +219,9 @@ def memory(device: torch.device) -> Iterator[CheckResult]:
         promised = sum(entry.bytes for entry in predict(request).fullest.state)
         numbers = {"kept_bytes": float(kept), "predicted_bytes": float(promised)}
         said = f"{kept:,} bytes kept, {promised:,} predicted"
-        if _counts(device):
-            numbers["allocated_bytes"] = float(torch.accelerator.memory_allocated(device) - before)
+        after = known_torch.allocated(device)
+        if before is not None and after is not None:
+            numbers["allocated_bytes"] = float(after - before)
             said += f", {numbers['allocated_bytes']:,.0f} more at the allocator"
         yield judged(f"{name}'s state on {device}", math.isclose(kept, promised, rel_tol=1e-3), said, **numbers)
 
@@ -245,10 +246,6 @@ def ranks() -> Iterator[CheckResult]:
         apart = float((mine - wanted).norm() / wanted.norm())
         said = f"{everyone} ranks, {differ} with other weights; {apart:.1e} from one rank's, at most 1e-06"
         yield judged(f"{name}: {check}", differ == 0 and apart <= 1e-6, said, relative_difference=apart)
-
-
-def _counts(device: torch.device) -> bool:
-    return device.type != "cpu" and hasattr(torch.accelerator, "memory_allocated")
 
 
 CHECKS = (updates, rounding, waits, step_time, matrix_rate, memory)

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_optim import known_torch
+
 T = TypeVar("T")
 
 
@@ -136,7 +138,7 @@ def worker_of(device: torch.device, group: dist.ProcessGroup | None) -> torch.de
 def accelerator_at_work() -> torch.device | None:
     """The accelerator that this process has begun to use."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found is None or not getattr(torch.get_device_module(found), "is_initialized", lambda: False)():
+    if found is None or not known_torch.is_at_work(found):
         return None
     return torch.device(found.type, torch.accelerator.current_device_index())
 
