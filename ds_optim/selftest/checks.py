@@ -111,12 +111,17 @@ def updates(device: torch.device) -> Iterator[CheckResult]:
         stepped(found, made(name, found.named_parameters(), found), 5)
         with plain_torch():
             stepped(wanted, made(name, wanted.named_parameters(), wanted), 5)
-        worst = max(
-            float((a.detach().cpu() - b.detach()).norm() / (b - c).detach().norm())
-            for a, b, c in zip(found.parameters(), wanted.parameters(), start.parameters(), strict=True)
-        )
+        worst = apart(found, wanted, start)
         said = f"{worst:.1e} of the movement apart from plain torch operations, at most {tolerance:.0e}"
         yield judged(f"{name} on {device}", worst <= tolerance, said, relative_difference=worst)
+
+
+def apart(found: nn.Module, wanted: nn.Module, start: nn.Module) -> float:
+    """How far weights are from those that are wanted, relative to a weight's movement: the worst of them."""
+    together = zip(
+        *([one.detach().cpu() for one in model.parameters()] for model in (found, wanted, start)), strict=True
+    )
+    return max(float((a - b).norm() / (b - c).norm()) for a, b, c in together)
 
 
 def rounding(device: torch.device) -> Iterator[CheckResult]:
@@ -164,16 +169,17 @@ def milliseconds(contenders: list[Callable[[], object]], device: torch.device, r
     times: list[list[float]] = [[] for _ in contenders]
     for turn in range(rounds + 2):
         for contender, taken in zip(contenders, times, strict=True):
-            _synchronize(device)
+            synchronize(device)
             begin = time.perf_counter()
             contender()
-            _synchronize(device)
+            synchronize(device)
             if turn >= 2:  # the first ones build and fill caches
                 taken.append(1e3 * (time.perf_counter() - begin))
     return [statistics.median(taken) for taken in times]
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for a device."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -292,23 +298,20 @@ def ranks() -> Iterator[CheckResult]:
     assert group is not None
     cpu, device = torch.device("cpu"), devices()[-1]
     device = device if carrier_of(device, group) == device else cpu
-    for name in ("AdamMini", "Shampoo"):
+    for name in ("AdamMini", "SWAN", "Shampoo"):
         alone = toy(device)
         stepped(alone, made(name, alone.named_parameters(), alone), 5)
         shared = nn.parallel.DistributedDataParallel(toy(device), process_group=group)
         stepped(shared, made(name, shared.named_parameters(), shared), 5)
-        mine, wanted, start = (
-            torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).cpu()
-            for model in (shared, alone, toy(cpu))
-        )
+        mine = torch.cat([parameter.detach().flatten() for parameter in shared.parameters()]).cpu()
         theirs = [torch.empty_like(mine) for _ in range(everyone)]
         dist.all_gather(theirs, mine)
         differ = sum(not torch.equal(mine, other) for other in theirs)
-        apart = float((mine - wanted).norm() / (wanted - start).norm())
+        far = apart(shared, alone, toy(cpu))
         most = 1e-5 if device == cpu else TOLERANCE[name]  # there no result depends on how many blocks a rank has
-        said = f"{everyone} ranks, {differ} with other weights; {apart:.1e} of the movement from one rank's"
+        said = f"{everyone} ranks, {differ} with other weights; {far:.1e} of the movement from one rank's"
         said += f", at most {most:.0e}"
-        yield judged(f"{name} on {device}: {check}", differ == 0 and apart <= most, said, relative_difference=apart)
+        yield judged(f"{name} on {device}: {check}", differ == 0 and far <= most, said, relative_difference=far)
 
 
 CHECKS = (updates, rounding, waits, step_time, matrix_rate, memory)
