@@ -2,13 +2,12 @@
 
     python benchmarks/accelerator.py [--minutes 10] [--only SECTION...] [--small] [--out docs/results]
 
-Writes accelerator.json after every finding, and accelerator.md from it at the end: a run that is cut off leaves what it
-found. Without an accelerator it ends with status 2, unless ``--small`` tries the same code on the CPU with toy sizes,
-whose numbers mean nothing. Exit status 1 if a target is missed.
+Writes accelerator.json and accelerator.md after every finding: a run that is cut off leaves what it found. Without an
+accelerator it ends with status 2, unless ``--small`` tries the same code on the CPU with toy sizes, whose numbers mean
+nothing. Exit status 1 if a target is missed.
 
-What convergence takes is decided by the time that is left: every optimizer trains with its middle learning rate first,
-then with the others, from the same weights on the same windows, 20 tokens per parameter, as `benchmarks/convergence.py`
-does with fewer on a CPU.
+Rates are here; what must hold at any rate is in `accelerator_soundness.py`, and the training, which gets the time that
+is left, in `accelerator_training.py`. What has not begun when time is up is left out, and said.
 """
 
 from __future__ import annotations
@@ -17,16 +16,17 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from convergence import RECIPES, TEXT_CACHE, Setting, corpus, llama, next_token_loss
+from accelerator_bench import Bench, Sizes, TimeIsUpError
+from accelerator_soundness import accounts, bits, engines, noise_scale, surroundings, two_ranks
+from accelerator_training import convergence
 from processor import processor
 from torch import Tensor, nn
 
@@ -36,60 +36,14 @@ from ds_optim.linalg.inverse_roots import inverse_roots
 from ds_optim.linalg.polar import newton_schulz, newton_schulz_flops
 from ds_optim.linalg.precision import PRECISIONS, MatmulPrecision
 from ds_optim.selftest import checks
-from ds_optim.selftest.result import CheckResult, judged
+from ds_optim.selftest.result import CheckResult, failed, judged, not_here
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 OF_COPY, OF_ONE_TENSOR, OF_MATMUL = 0.85, 1.1, 0.5
+HOST_MS, OF_FUSED_HOST = 2.0, 1.5  # of a step of 300 tensors, at most
+OF_MEAN_STEP = 2.0  # Shampoo's longest of ten, at most
 STREAMS = {"AdamW": 7, "Lion": 5, "Adan": 11, "AdamMini": 5}  # read and written per element
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sizes:
-    """How large everything is; ``small`` is to try the code.
-
-    Attributes:
-        numel: elements of what is streamed.
-        side: of matrices.
-        layers: of a Llama of that width.
-        rank: of the factors whose roots are taken.
-        batches: sequences per step that are tried.
-        setting: of the small Llama.
-        tokens_per_parameter: that it is trained with.
-        text: files to train on; None for the interpreter's own source.
-    """
-
-    numel: int
-    side: int
-    layers: int
-    rank: int
-    batches: tuple[int, ...]
-    setting: Setting
-    tokens_per_parameter: float = 20
-    text: Sequence[Path] | None = None
-
-    @classmethod
-    def chosen(cls, small: bool) -> Sizes:
-        if not small:
-            return cls(500_000_000, 2048, 12, 1024, (128, 16), Setting())
-        llama = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-        tiny = Setting(**llama, seq_length=16, held_out_sequences=8, warmup=0.5)  # type: ignore[arg-type]
-        return cls(60_000, 128, 1, 64, (8,), tiny, 0.1, [Path(__file__).parent])
-
-
-class Bench:
-    """The device, the sizes, and the clock."""
-
-    def __init__(self, device: torch.device, sizes: Sizes, minutes: float) -> None:
-        self.device, self.sizes = device, sizes
-        self.ends = time.monotonic() + 60 * minutes
-
-    @property
-    def seconds_left(self) -> float:
-        return self.ends - time.monotonic()
-
-    def milliseconds(self, *contenders: Callable[[], object], rounds: int = 7) -> list[float]:
-        """Medians of contenders that run in turn."""
-        return checks.milliseconds(list(contenders), self.device, rounds)
+PRODUCTS = 20  # that are timed together: of one alone the launch and the wait would be timed
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------
@@ -97,7 +51,9 @@ class Bench:
 
 def selftest(bench: Bench) -> Iterator[CheckResult]:
     """`ds-optim selftest`."""
-    yield from checks.run()
+    for one in checks.run():
+        yield one
+        bench.look()
 
 
 def bandwidth(bench: Bench) -> Iterator[CheckResult]:
@@ -116,13 +72,18 @@ def bandwidth(bench: Bench) -> Iterator[CheckResult]:
             parameter.grad = torch.randn_like(parameter)
             settings = {**options, "state_dtype": str(kept).removeprefix("torch."), "roles": {"w.weight": "linear"}}
             optimizer = getattr(ds_optim, name)([("w.weight", parameter)], lr=1e-4, **settings)
-            (taken,) = bench.milliseconds(optimizer.step)
+            first, extra = bench.one_step(optimizer)
+            fused = torch.optim.AdamW([parameter], lr=1e-4, fused=True)
+            taken, theirs = bench.milliseconds(optimizer.step, fused.step)
             moved = numel * (3 * dtype.itemsize + (streams - 3) * kept.itemsize)
             share = moved / taken / copied
             said = f"{taken:.2f} ms, {share:.0%} of a copy's rate ({copied / 1e9:.2f} TB/s), at least {OF_COPY:.0%}"
+            said += f"; torch's fused AdamW {theirs:.2f} ms; first step {first:.0f} ms and {extra / 1e6:.0f} MB more"
+            numbers = {"ms": taken, "of_copy": share, "copy_bytes_per_ms": copied, "fused_ms": theirs}
+            numbers |= {"first_step_ms": first, "first_step_extra_bytes": extra}
             what = f"{name}, {numel:,} elements in {str(dtype)[6:]}, state in {str(kept)[6:]}"
-            yield judged(what, share >= OF_COPY, said, ms=taken, of_copy=share, copy_bytes_per_ms=copied)
-            del optimizer, parameter
+            yield judged(what, share >= OF_COPY, said, **numbers)
+            del optimizer, fused, parameter
 
 
 def _copied(bench: Bench, shape: tuple[int, int]) -> float:
@@ -133,7 +94,7 @@ def _copied(bench: Bench, shape: tuple[int, int]) -> float:
 
 
 def many_tensors(bench: Bench) -> Iterator[CheckResult]:
-    """300 tensors against one of as many elements."""
+    """300 tensors against one of as many elements; how long the host takes over them, against torch's fused AdamW."""
     rows, columns = max(bench.sizes.numel // 300 // 512, 2), 512 if bench.sizes.numel > 1_000_000 else 60
     whole = nn.Parameter(torch.zeros(300 * rows, columns, device=bench.device))
     parts = [
@@ -143,6 +104,7 @@ def many_tensors(bench: Bench) -> Iterator[CheckResult]:
     for parameter in (whole, *(one for _, one in parts)):
         parameter.grad = torch.randn_like(parameter)
     fused = torch.optim.AdamW([one for _, one in parts], lr=1e-4, fused=True)
+    their_host = bench.host_milliseconds(fused.step)
     for name in STREAMS:
         made = [
             getattr(ds_optim, name)(given, lr=1e-4, roles={"*": "linear"}) for given in ([("weight", whole)], parts)
@@ -152,14 +114,16 @@ def many_tensors(bench: Bench) -> Iterator[CheckResult]:
             f"{many:.2f} ms, one tensor {single:.2f} ms, at most {OF_ONE_TENSOR} of it; torch's fused {theirs:.2f} ms"
         )
         yield judged(f"{name}, 300 tensors", many <= OF_ONE_TENSOR * single, said, ms=many, one=single, fused=theirs)
+        host = bench.host_milliseconds(made[1].step)
+        said = f"{host:.2f} ms, at most {HOST_MS:.0f} and {OF_FUSED_HOST} of torch's fused AdamW's {their_host:.2f} ms"
+        good = host <= min(HOST_MS, OF_FUSED_HOST * their_host)
+        yield judged(f"{name}, 300 tensors, the host's time", good, said, ms=host, fused_ms=their_host)
 
 
 def matrices(bench: Bench) -> Iterator[CheckResult]:
     """SWAN's step and Newton-Schulz in every precision against torch.matmul's rate in bf16."""
     side, layers = bench.sizes.side, bench.sizes.layers
-    one = torch.randn(side, side, device=bench.device, dtype=torch.bfloat16)
-    (product,) = bench.milliseconds(lambda: one @ one)
-    rate = 2 * side**3 / product  # flops per ms
+    rate = matmul_rate(bench)
     wide = side * 8 // 3 // 16 * 16
     shapes = [(side, side)] * 4 + [(wide, side)] * 2 + [(side, wide)]
     weights = [
@@ -197,6 +161,20 @@ def matrices(bench: Bench) -> Iterator[CheckResult]:
         yield judged("X X^T by one triangle, bf16", half <= full, said, ms=half, bmm_ms=full)
 
 
+def matmul_rate(bench: Bench) -> float:
+    """Flops per ms of `torch.matmul` in bf16."""
+    side = bench.sizes.side
+    one = torch.randn(side, side, device=bench.device, dtype=torch.bfloat16)
+    product = torch.empty_like(one)
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            torch.matmul(one, one, out=product)
+
+    (taken,) = bench.milliseconds(products)
+    return PRODUCTS * 2 * side**3 / taken
+
+
 def _flops(precision: MatmulPrecision, rows: int, columns: int) -> float:
     """Of ten Newton-Schulz steps of a matrix, as they are taken: of X X^T one triangle, where that is computed."""
     short, long = sorted((rows, columns))
@@ -208,76 +186,52 @@ def roots(bench: Bench) -> Iterator[CheckResult]:
     """Inverse roots by products against fp64 eigendecomposition: how right, and how fast."""
     side = bench.sizes.rank
     settings = {"eps": 1e-6, "relative": True}
-    for condition in (1e2, 1e6):
+    for condition in (1e2, 1e6, 1e10):
         generator = torch.Generator().manual_seed(0)
         q, _ = torch.linalg.qr(torch.randn(side, side, dtype=torch.float64, generator=generator))
         eigenvalues = torch.logspace(0, -math.log10(condition), side, dtype=torch.float64)
         factor = ((q * eigenvalues) @ q.T).float()[None]
         exact, _ = inverse_roots(factor, -0.25, method="eigh", **settings)  # type: ignore[arg-type]
         here = factor.to(bench.device).expand(4, side, side).contiguous()
+        double = here[0].double()
+        (decomposed,) = bench.milliseconds(lambda double=double: torch.linalg.eigh(double), rounds=3)  # type: ignore[misc]
         for precision in ("ieee", "bf16"):
 
             def take(precision: str = precision, here: Tensor = here) -> tuple[Tensor, Tensor]:
                 return inverse_roots(here, -0.25, method="newton", precision=precision, **settings)  # type: ignore[arg-type]
 
-            found, failed = take()
+            found, withheld = take()
             error = float((found[:1].cpu() - exact).norm() / exact.norm())
             (taken,) = bench.milliseconds(take, rounds=3)
-            said = f"{error:.1e} from fp64, at most 1e-02; {taken / 4:.2f} ms each"
-            good = not bool(failed.any()) and error <= 1e-2
-            yield judged(
-                f"root of {side}, condition {condition:.0e}, {precision}", good, said, error=error, ms=taken / 4
-            )
+            said = f"{error:.1e} from fp64, at most 1e-02; {taken / 4:.2f} ms each, eigh in fp64 {decomposed:.2f} ms"
+            good = not bool(withheld.any()) and error <= 1e-2
+            what = f"root of {side}, condition {condition:.0e}, {precision}"
+            yield judged(what, good, said, error=error, ms=taken / 4, eigh_ms=decomposed)
 
 
-def convergence(bench: Bench) -> Iterator[CheckResult]:
-    """Held-out losses after 20 tokens per parameter, as many runs as there is time for."""
-    with tempfile.TemporaryDirectory() as folder:
-        cache = TEXT_CACHE if bench.sizes.text is None else Path(folder)
-        text = corpus.load(corpus.prepare(bench.sizes.text, bench.sizes.setting.vocab_size, cache))
-        longest = 0.0
-        for batch in bench.sizes.batches:
-            for index in (1, 0, 2):
-                for name, recipe in RECIPES.items():
-                    lr = recipe.learning_rates[index] * math.sqrt(batch / 16)
-                    if bench.seconds_left < 1.2 * longest + 5:
-                        return
-                    begin = time.monotonic()
-                    loss, tokens = trained(bench, text, name, lr, batch)
-                    seconds = time.monotonic() - begin
-                    longest = max(longest, seconds)
-                    said = f"held-out loss {loss:.4f} after {tokens:,} tokens, {seconds:.0f} s"
-                    what = f"{name}, {batch} sequences, learning rate {lr:.1e}"
-                    yield judged(what, math.isfinite(loss), said, loss=loss, tokens=tokens, lr=lr, seconds=seconds)
+def shampoo(bench: Bench) -> Iterator[CheckResult]:
+    """Ten steps of Shampoo, in which every root is taken anew: none is much longer than the others."""
+    side = bench.sizes.rank
+    weights = [
+        (f"layers.{index}.weight", nn.Parameter(torch.randn(2 * side, 4 * side, device=bench.device)))
+        for index in range(8)
+    ]
+    for _, weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer = ds_optim.Shampoo(weights, lr=1e-4, roles={"*": "linear"}, start_preconditioning_step=1)
+    times = [bench.one_step(optimizer)[0] for _ in range(13)][3:]
+    mean, longest = statistics.mean(times), max(times)
+    failures = sum(int(state["failures"].sum()) for state in optimizer.state.values())
+    said = f"mean {mean:.1f} ms, longest {longest:.1f} ms, at most {OF_MEAN_STEP} of it; {failures} roots failed"
+    good = longest <= OF_MEAN_STEP * mean and not failures
+    yield judged(f"Shampoo, 8 x {2 * side} x {4 * side}", good, said, mean_ms=mean, longest_ms=longest)
 
 
-def trained(bench: Bench, text: Any, name: str, lr: float, batch: int) -> tuple[float, int]:
-    """One run: its last held-out loss, and its tokens."""
-    setting, device = bench.sizes.setting, bench.device
-    torch.manual_seed(0)
-    model = llama(setting).to(device)
-    parameters = sum(one.numel() for one in model.parameters())
-    tokens = round(bench.sizes.tokens_per_parameter * parameters)
-    setting = dataclasses.replace(setting, tokens=tokens, batch_size=batch)
-    groups = ds_optim.param_groups(model, RECIPES[name].weight_decay)
-    optimizer = getattr(ds_optim, name)(groups, lr=lr, roles=model, **RECIPES[name].options)
-    windows = corpus.Windows(text.train, setting.seq_length, 0)
-    held_out = corpus.Windows(text.held_out, setting.seq_length, 0).global_batch(0, setting.held_out_sequences)
-
-    for step in range(setting.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * setting.learning_rate_share(step)
-        ids = torch.from_numpy(windows.global_batch(step, batch)).to(device, non_blocking=True)
-        next_token_loss(model, ids).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        losses = [next_token_loss(model, ids.to(device)) for ids in torch.from_numpy(held_out).split(batch)]
-        return float(torch.stack(losses).mean()), setting.steps * setting.tokens_per_step
-
-
-SECTIONS = {one.__name__: one for one in (selftest, bandwidth, many_tensors, matrices, roots, convergence)}
+RATES = selftest, bandwidth, many_tensors, matrices, roots, shampoo
+SOUNDNESS = bits, surroundings, accounts, noise_scale, two_ranks, engines
+SECTIONS: dict[str, Callable[[Bench], Iterator[CheckResult]]] = {
+    one.__name__: one for one in (*RATES, *SOUNDNESS, convergence)
+}
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -293,10 +247,18 @@ def page(where: str, findings: dict[str, list[CheckResult]]) -> str:
     return "\n".join(lines)
 
 
+def name_of(device: torch.device) -> str:
+    """What a device is called, as far as it says."""
+    if device.type == "cpu":
+        return processor()
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if ask is None else str(ask(device))
+
+
 def main() -> int:
     """Measure; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="at most, about (default: 10)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="at most (default: 10)")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="only these")
     parser.add_argument("--small", action="store_true", help="toy sizes, on the CPU if need be: tries the code")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: docs/results)")
@@ -306,23 +268,28 @@ def main() -> int:
         print("no accelerator here: --small tries the code on the CPU", file=sys.stderr)
         return 2
     warnings.simplefilter("ignore")
-    named = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    where = f"{named}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    where = f"{name_of(device)}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     bench = Bench(device, Sizes.chosen(arguments.small), arguments.minutes)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     findings: dict[str, list[CheckResult]] = {}
     for section in arguments.only:
-        found = findings.setdefault(section, [])
-        try:
-            for one in SECTIONS[section](bench):
-                found.append(one)
-                print(f"{one.verdict} {one.check}: {one.said}", flush=True)
-                _write(arguments.out, where, findings)
-        except Exception as error:  # the other sections follow
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            found.append(CheckResult(f"the section {section}", "FAIL", said))
-            print(f"FAIL {section}: {said}", flush=True)
+        findings[section] = []
+        for one in within(bench, section):
+            findings[section].append(one)
+            print(f"{one.verdict} {one.check}: {one.said}", flush=True)
             _write(arguments.out, where, findings)
     return int(any(one.verdict == "FAIL" for found in findings.values() for one in found))
+
+
+def within(bench: Bench, section: str) -> Iterator[CheckResult]:
+    """What a section finds until time is up, and the error that ended it: the others follow."""
+    try:
+        bench.look("the sections above")
+        yield from SECTIONS[section](bench)
+    except TimeIsUpError as error:
+        yield not_here(f"the rest of {section}", str(error))
+    except Exception as error:
+        yield failed(f"the section {section}", error)
 
 
 def _write(folder: Path, where: str, findings: dict[str, list[CheckResult]]) -> None:

@@ -54,9 +54,12 @@ def is_at_work(accelerator: torch.device) -> bool:
 
 
 def allocated(device: torch.device) -> int | None:
-    """Bytes that are in use on an accelerator, which torch counts for all kinds of them since 2.9; else None."""
-    count = getattr(torch.accelerator, "memory_allocated", None)
-    return None if device.type == "cpu" or count is None else int(count(device))
+    """Bytes of tensors on an accelerator, as its allocator counts them; None where none does.
+
+    `torch.accelerator` counts them for all kinds since 2.9, modules of their own before.
+    """
+    count = None if device.type == "cpu" else getattr(torch.get_device_module(device), "memory_allocated", None)
+    return None if count is None else int(count(device))
 
 
 def graph_task() -> int:

@@ -56,7 +56,8 @@ INSTEAD = {
 
 # Commands that other tests run, on the pool's ranks or on a tiny model; here only that these tests exist.
 ELSEWHERE = {
-    "torchrun --no-python --nproc-per-node 2 ds-optim selftest": "test_selftest.test_ranks_of_torchrun_are_compared",
+    "torchrun --no-python --nproc-per-node 2 ds-optim selftest": "test_selftest."
+    "test_the_command_with_two_ranks_prints_one_table_and_writes_what_both_found",
     "deepspeed --num_gpus 2 examples/on_cpu.py examples/trainer_deepspeed.py "
     "--deepspeed examples/adan_auto.json": "test_integrations."
     "test_the_trainer_takes_adan_and_its_three_betas_from_the_json",

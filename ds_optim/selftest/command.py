@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,28 +26,32 @@ def selftest(
 
     Exit status 1 if something failed. What this machine cannot show is NOT HERE, and no failure.
     """
-    import torch
-    import torch.distributed as dist
-
-    from ds_optim.memory.provenance import machine
     from ds_optim.selftest.checks import run
+    from ds_optim.selftest.job import joined
 
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
-    console = Console(quiet=ranks > 1 and dist.get_rank() > 0)
-    where = f"torch {torch.__version__} on {machine()}"
-    table = Table("check", "", "found", title=f"ds-optim selftest: {where}")
-    findings: list[CheckResult] = []
-    for finding in run():
-        findings.append(finding)
-        style = STYLES[finding.verdict]
-        table.add_row(escape(finding.check), f"[{style}]{finding.verdict}[/]", escape(finding.said))
-    console.print(table)
-    if written is not None and not console.quiet:
-        content = {"where": where, "findings": [dataclasses.asdict(finding) for finding in findings]}
-        written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if ranks > 1:
-        dist.destroy_process_group()
+    with joined() as this:
+        findings = this.gathered([*run()])
+        if this.rank == 0:
+            _show(findings, written)
     if any(finding.verdict == "FAIL" for finding in findings):
         raise typer.Exit(1)
+
+
+def _show(findings: list[CheckResult], written: Path | None) -> None:
+    """The table: of other ranks what failed. The file has everything."""
+    import torch
+
+    from ds_optim.memory.provenance import machine
+
+    where = f"torch {torch.__version__} on {machine()}"
+    table = Table("check", "", "found", title=f"ds-optim selftest: {where}")
+    for finding in findings:
+        if finding.rank == 0 or finding.verdict == "FAIL":
+            style = STYLES[finding.verdict]
+            check = f"rank {finding.rank}: {finding.check}" if finding.rank else finding.check
+            table.add_row(escape(check), f"[{style}]{finding.verdict}[/]", escape(finding.said))
+    Console().print(table)
+    if written is not None:
+        content = {"where": where, "findings": [dataclasses.asdict(finding) for finding in findings]}
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
