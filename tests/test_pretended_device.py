@@ -136,6 +136,7 @@ def test_products_in_tf32_are_triangles_and_torchs_own_in_tf32(seed: int, monkey
         with monkeypatch.context() as patch, pretended.entered(patch) as device:
             patch.setattr(triangle, "SMALLEST", 32)
             patch.setattr(triangle, "triton_problem", lambda: "")
+            patch.setattr(triangle, "has_tensor_cores", lambda _: True)
             patch.setattr(torch, "baddbmm", noting(torch.baddbmm, settings))
             params = on_device(model, torch.float32)
             optimizer = made("SWAN", model, params, matmul_precision=precision)

@@ -11,10 +11,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -324,12 +326,53 @@ def test_one_triangle_is_the_whole_product(shape: tuple[int, int, int], seed: in
         assert torch.equal(out, out.mT)
 
 
-def test_every_tile_of_the_triangle_is_found() -> None:
-    """The root that numbers them is taken in fp32."""
-    numbers = torch.arange(0, 200_000)
-    down = ((torch.sqrt(8.0 * numbers.float() + 1.0) - 1.0) / 2.0).int()
-    exact = torch.floor((torch.sqrt(8.0 * numbers.double() + 1.0) - 1.0) / 2.0).int()
-    assert int((down - exact).abs().max()) <= 1
+@pytest.mark.parametrize("error", [0.0, -0.2, 0.2])
+def test_every_tile_of_the_triangle_is_found(error: float, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """231 of them, though the root that a tile is found by may be off."""
+    root = tl.sqrt
+
+    @tl.core.builtin
+    def near_root(x: Any, _semantic: Any = None) -> Any:
+        return root(x, _semantic=_semantic) + error
+
+    monkeypatch.setattr(tl, "sqrt", near_root)
+    monkeypatch.setattr(triangle, "TILE", 2)
+    monkeypatch.setattr(triangle, "DEPTH", 8)
+    stack = torch.randn(1, 41, 3, generator=torch.Generator().manual_seed(seed))
+    out = triangle.times_own_transpose(stack, out=torch.full((1, 41, 41), torch.nan))
+    torch.testing.assert_close(out, stack @ stack.mT, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("named", [None, "", "triton", "eager", "native"])
+def test_the_triangle_is_left_alone_where_triton_is(named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triangle, "triton_problem", lambda: "")
+    monkeypatch.setattr(triangle, "has_tensor_cores", lambda _: True)
+    monkeypatch.delenv("DS_OPTIM_KERNELS", raising=False)
+    if named is not None:
+        monkeypatch.setenv("DS_OPTIM_KERNELS", named)
+    stack: Any = SimpleNamespace(device=torch.device("cuda"), shape=(1, triangle.SMALLEST, 4096))
+    assert triangle.serves(stack) == (named not in ("eager", "native"))
+    assert not triangle.serves(torch.empty(1, triangle.SMALLEST, 4096))
+
+
+@pytest.mark.parametrize(
+    ("hip", "found", "is_served"),
+    [
+        (None, (7, 5), False),
+        (None, (8, 0), True),
+        (None, (12, 0), True),
+        ("7.0", "gfx942:sramecc+:xnack-", True),
+        ("7.0", "gfx90a:sramecc+:xnack-", False),
+        ("7.0", "gfx950:sramecc+:xnack-", False),
+    ],
+)
+def test_the_triangle_is_for_gpus_with_tensor_cores_for_its_formats(
+    hip: str | None, found: Any, is_served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: found)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=found))
+    assert triangle.has_tensor_cores.__wrapped__(torch.device("cuda")) == is_served
 
 
 # -- machine code -----------------------------------------------------------------------------------------------------
