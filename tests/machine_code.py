@@ -5,6 +5,8 @@ TRITON_INTERPRET=0 python tests/machine_code.py
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import re
 import subprocess
@@ -46,7 +48,19 @@ CASES_OF = {
     GPUTarget("hip", "gfx942", 64): FEW,
 }
 """NVIDIA's T4 (which has no bf16), A100, H100 and B200, AMD's MI300, of 64 threads to a warp; what is read of each."""
-TARGETS = [*CASES_OF]
+TARGETS = [*CASES_OF, *(GPUTarget("cuda", arch, 32) for arch in (86, 89, 120))]
+"""And graphics cards since Ampere, whose programs may share less memory."""
+SHARED = {
+    "sm_75": 65_536,
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+"""Bytes that the threads of a program may share, at most: a launch of one that needs more fails."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROGRAMS = {
     elements: ("update_rows", "update_all", "descend_rows"),
@@ -56,6 +70,8 @@ PROGRAMS = {
     ),
 }
 """What is launched, by module."""
+TOLD_APART = {"update_narrow_blocks": -1, "descend_rows": 3}
+"""The argument that programs of one name are told apart by: the width of a block, the columns."""
 
 
 class Driver:
@@ -86,7 +102,7 @@ class Warmed:
         def launch(*arguments: Any, **options: Any) -> None:
             made = self.program.warmup(*arguments, grid=grid, **options)
             name = self.program.__name__
-            self.made.append((f"{name} of {arguments[-1]}" if name == "update_narrow_blocks" else name, made))
+            self.made.append((f"{name} of {arguments[TOLD_APART[name]]}" if name in TOLD_APART else name, made))
 
         return launch
 
@@ -109,7 +125,7 @@ def calls(rule: str, dtypes: Any, is_rounded: bool) -> None:
     if rule != "adam_mini":
         kernels.elementwise("triton", FORMULAS[rule], operands_of(rule, [5000, 7], dtypes, 5 if is_rounded else None))
         return
-    shards = Blocks([(40, 1), (3, 64), (3, 4096)], None, 1, 0, dtypes).shards([5000], 0)
+    shards = Blocks([(40, 1), (20, 16), (3, 64), (5, 400), (3, 4096)], None, 1, 0, dtypes).shards([5000], 0)
     for rank in range(2):
         operands = shards._operands(rank, torch.zeros(shards.num_cuts, dtype=torch.float64))
         if is_rounded:
@@ -119,24 +135,54 @@ def calls(rule: str, dtypes: Any, is_rounded: bool) -> None:
     columns = Blocks([(2, 64), (50, 1)], 178, 40, 0, dtypes).shards([3000], 0)._operands(0, torch.zeros(52).double())
     kernels.partial_sums("triton", columns)
     kernels.blockwise("triton", ADAM_MINI, columns)
-    if is_rounded:
-        kernels.descend("triton", torch.ones(4, 6).bfloat16()[:, 1:5], torch.ones(4, 4), 0.9, (3, 1, 5))
+    for rows, columns in ((torch.ones(4, 6), slice(1, 5)), (torch.ones(4, 2048), slice(1024, 2048))):
+        target = rows.to(dtypes[0])[:, columns]
+        kernels.descend("triton", target, torch.ones(target.shape), 0.9, (3, 1, 5) if is_rounded else ())
 
 
-def disassembled(code: Any) -> list[str]:
-    """The machine code, and what it says of its registers."""
+def disassembled(code: Any) -> str:
+    """The machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
-        return [
-            subprocess.run([TOOLS / tool[0], *tool[1:], file.name], capture_output=True, text=True, check=True).stdout
-            for tool in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
-        ]
+        tool = [TOOLS / "nvdisasm", "-c", file.name]
+        return subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+
+
+def order_of_states(listed: str) -> str:
+    """Reading (``r``) and writing (``w``) of blocks' states, and all barriers (``b``), in the order of the assembly.
+
+    It says which of our lines an instruction is of, except inside of inline assembly, where it counts wrong.
+    """
+    source, first = inspect.getsourcelines(blocks.advance.fn)
+    read, written = (
+        next(first + index for index, text in enumerate(source) if call in text) for call in ("tl.load(", "tl.store(")
+    )
+    order, line, is_inline = "", 0, False
+    for text in listed.splitlines():
+        if "inline asm" in text:
+            is_inline = "begin" in text
+        elif (place := re.search(r"\.loc\s.*?(\w+\.py):(\d+):", text)) and not is_inline:
+            line = int(place[2]) if place[1] == "blocks.py" else 0
+        elif re.search(r"\bbar\.sync\b|\bs_barrier\b", text):
+            order += "b"
+        elif line == read and re.search(r"\bld\.global\b|\b(?:global|flat|buffer|s)_load_", text):
+            order += "r"
+        elif line == written and re.search(r"\bst\.global\b|\b(?:global|flat|buffer)_store_", text):
+            order += "w"
+    return order
 
 
 def report(name: str, code: Any, dtypes: tuple[Any, ...], target: GPUTarget) -> dict[str, Any]:
-    """128-bit accesses, registers and spills from the machine code; contractions from what it was assembled from."""
-    common = {"program": name, "target": name_of(target), "dtypes": [dtype.itemsize for dtype in dtypes]}
+    """128-bit accesses and spills from the machine code; from what it was assembled from contractions, what takes
+    subnormal numbers for zero, and `order_of_states`."""
+    common = {
+        "program": name,
+        "target": name_of(target),
+        "dtypes": [dtype.itemsize for dtype in dtypes],
+        "shared": code.metadata.shared,
+        "order": order_of_states(code.asm["amdgcn" if target.backend == "hip" else "ptx"]),
+    }
     if target.backend == "hip":
         listed = code.asm["amdgcn"]
         return {
@@ -145,16 +191,16 @@ def report(name: str, code: Any, dtypes: tuple[Any, ...], target: GPUTarget) -> 
             "stores": len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", listed)),
             "spilled": sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", listed))),
             "fused": len(re.findall(r"\bcontract\b|\bfmuladd\b", code.asm["llir"])),
-            "registers": int(re.findall(r"\.vgpr_count:\s*(\d+)", listed)[-1]),
+            "flushing": len(re.findall(r"\.amdhsa_float_denorm_mode_32 [012]\b", listed)),
         }
-    listed, used = disassembled(code)
+    listed = disassembled(code)
     return {
         **common,
         "loads": len(re.findall(r"\bLDG\.E\S*\.128\b", listed)),
         "stores": len(re.findall(r"\bSTG\.E\S*\.128\b", listed)),
         "spilled": len(re.findall(r"\b(?:LDL|STL)\b", listed)),
         "fused": len(re.findall(r"\bfma\.rn\.f32\b", code.asm["ptx"])),
-        "registers": int(re.findall(r"REG:(\d+)", used)[-1]),
+        "flushing": len(re.findall(r"\.ftz\b", code.asm["ptx"])),
     }
 
 
@@ -171,9 +217,9 @@ def drive(target: GPUTarget) -> None:
 def reports() -> list[dict[str, Any]]:
     """Of every program, for every target."""
     found = []
-    for target in TARGETS:
+    for target, cases in CASES_OF.items():
         drive(target)
-        for rule, dtypes, is_rounded in CASES_OF[target]:
+        for rule, dtypes, is_rounded in cases:
             Warmed.made.clear()
             calls(rule, dtypes, is_rounded)
             for name, code in {code.hash: (name, code) for name, code in Warmed.made}.values():
@@ -182,25 +228,36 @@ def reports() -> list[dict[str, Any]]:
 
 
 def triangles() -> list[dict[str, Any]]:
-    """Of the program for X X^T, in TF32 and bf16, for two GPUs."""
+    """Of the program for X X^T, in TF32 and bf16, for every GPU with tensor cores; of rows, and of columns."""
     found = []
-    program = triangle.program()
-    for target in TARGETS[1:3]:
+    for target in TARGETS[1:]:
         drive(target)
-        for dtype in (FP32, BF16):
-            stack, out = torch.empty(2, 1024, 4096, dtype=dtype), torch.empty(2, 1024, 1024, dtype=dtype)
-            shape = (1024, 4096, *stack.stride(), triangle.TILE, triangle.DEPTH)
-            code = program.warmup(stack, out, *shape, grid=(1,), **triangle.OPTIONS)
-            listed = disassembled(code)[0]
-            reads = re.findall(r"\b(?:LDGSTS|LDG)\.E\S*", listed)
+        for dtype, out_dtype, is_transposed in itertools.product((FP32, BF16), (FP32, BF16), (False, True)):
+            if dtype == FP32 != out_dtype:
+                continue
+            shape = (2, 4096, 1024) if is_transposed else (2, 1024, 4096)
+            stack = torch.empty(shape, dtype=dtype)
+            stack = stack.mT if is_transposed else stack
+            Warmed.made.clear()
+            triangle.times_own_transpose(stack, out=torch.empty(2, 1024, 1024, dtype=out_dtype))
+            ((_, code),) = Warmed.made
+            if target.backend == "hip":
+                listed, cores = code.asm["amdgcn"], r"\bv_mfma_"
+                reads, spills = r"\b(?:global|buffer)_load_\S*", r"_spill_count: *[1-9]"
+            else:
+                listed, cores = disassembled(code), r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"
+                reads, spills = r"\bLDG(?:STS)?\.E\S*", r"\b(?:LDL|STL)\b"
+            widths = [one.endswith("dwordx4") or ".128" in one for one in re.findall(reads, listed)]
             found.append(
                 {
                     "target": name_of(target),
                     "dtype": str(dtype),
-                    "tensor core": len(re.findall(r"\b(?:HMMA|HGMMA)\b", listed)),
-                    "wide reads": sum(".128" in one for one in reads),
-                    "narrow reads": sum(".128" not in one for one in reads),
-                    "spilled": len(re.findall(r"\b(?:LDL|STL)\b", listed)),
+                    "transposed": is_transposed,
+                    "shared": code.metadata.shared,
+                    "tensor core": len(re.findall(cores, listed)),
+                    "wide reads": widths.count(True),
+                    "narrow reads": widths.count(False),
+                    "spilled": len(re.findall(spills, listed)),
                 }
             )
     return found
@@ -222,4 +279,6 @@ if __name__ == "__main__":
     for module, names in PROGRAMS.items():
         for name in names:
             setattr(module, name, Warmed(getattr(module, name)))
+    lower_triangle = Warmed(triangle.program())
+    triangle.program = lambda: lower_triangle
     print(json.dumps({"programs": reports(), "variants": variants(), "triangles": triangles()}))

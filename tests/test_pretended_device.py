@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import pytest
@@ -13,6 +14,11 @@ import ds_optim
 import pretended
 from ds_optim.linalg import triangle
 from ds_optim.sharding import exchange
+from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding.layout import ParameterSpec, SlicedParameters
+from ds_optim.stepping import kernel_calls
+from ds_optim.stepping.in_place import InPlace
+from ds_optim.stepping.shards import Shards
 
 NAMES = ["AdamW", "Lion", "Adan", "AdamMini", "Shampoo", "SWAN"]
 OPTIONS: dict[str, dict[str, Any]] = {"Shampoo": {"max_preconditioner_dim": 32, "precondition_frequency": 2}}
@@ -101,31 +107,54 @@ def test_gradients_that_moved_cost_one_pinned_table(name: str, seed: int, monkey
     assert len(tables) <= 1, tables
 
 
+OF_WHOLE_BLOCKS = dict.fromkeys(("update_wide_blocks", "update_narrow_blocks"), 1)
+OF_CUT_BLOCKS = dict.fromkeys(("zeros", "sum_rows", "add_up", "all_reduce", "advance_known", "update_cut_rows"), 1)
+"""Six programs with those of whole blocks; the collective, and what makes its sums zero where this rank has no part."""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*ELEMENTWISE, "AdamMini"])
 def test_three_hundred_tensors_are_a_few_launches(
-    name: str, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, ranks: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adam-mini's blocks are rows of two widths, whole vectors, and a head's; AdamW's are elements."""
-    torch.manual_seed(seed)
-    shapes = {"mlp": (8, 600), "attention": (16, 40), "norm": (24,)}
+    """Adam-mini's blocks are rows of two widths, one of them narrow, and whole vectors; AdamW's are elements. On the
+    first of two ranks, which has half of each tensor, a boundary cuts rows, and vectors."""
+    shapes = {"mlp": (9, 600), "attention": (16, 40), "norm": (24,)}
+    specs = [ParameterSpec(f"{kind}.{index}", shape) for index in range(100) for kind, shape in shapes.items()]
     with pretended.entered(monkeypatch, does_run=False) as device:
-        params = [
-            (f"{kind}.{index}", nn.Parameter(pretended.moved(torch.zeros(shape, dtype=dtype))))
-            for index in range(100)
-            for kind, shape in shapes.items()
-        ]
+        monkeypatch.setattr(kernel_calls, "PendingSum", functools.partial(Collective, device))
+        params = [(spec.name, nn.Parameter(pretended.moved(torch.zeros(spec.shape, dtype=dtype)))) for spec in specs]
         roles = {"mlp.*": "linear", "attention.*": "linear", "norm.*": "norm"}
         options: dict[str, Any] = {"bf16_stochastic_round": dtype == torch.bfloat16}
         optimizer = getattr(ds_optim, name)(params, lr=1e-3, roles=roles, **options)
-        for _, one in params:
+        if ranks > 1:
+            layouts = [SlicedParameters((spec,), ranks) for spec in specs]
+            tensors = [nn.Parameter(pretended.moved(torch.zeros(one.local_numel(0), dtype=dtype))) for one in layouts]
+            group: Any = object()
+            bounds = {one: BoundTensor(layout, 0, group) for one, layout in zip(tensors, layouts, strict=True)}
+            shards = Shards(bounds, optimizer.shards.roles)
+            optimizer = getattr(ds_optim, name)(tensors, lr=1e-3, **options)
+            optimizer.take_over(InPlace(optimizer.rule, optimizer.options, shards, name))
+        for one in optimizer.param_groups[0]["params"]:
             one.grad = pretended.moved(torch.zeros(one.shape, dtype=dtype))
         for _ in range(3):
             with device.recording():
                 optimizer.step()
-    assert device.launches.total() <= (3 if name in ELEMENTWISE else 6), device.launches
+    of_blocks = OF_WHOLE_BLOCKS | OF_CUT_BLOCKS if ranks > 1 else OF_WHOLE_BLOCKS
+    assert device.launches == ({"update_rows": 1} if name in ELEMENTWISE else of_blocks)
     assert not device.copies
     assert not device.waits
+
+
+class Collective:
+    """A sum over ranks that are not there: noted, and at once over."""
+
+    def __init__(self, device: pretended.Device, *_: Any) -> None:
+        device.note(device.launches, "all_reduce", with_line=False)
+
+    def wait(self) -> None:
+        """Nothing."""
 
 
 def test_products_in_tf32_are_triangles_and_torchs_own_in_tf32(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +166,7 @@ def test_products_in_tf32_are_triangles_and_torchs_own_in_tf32(seed: int, monkey
         with monkeypatch.context() as patch, pretended.entered(patch) as device:
             patch.setattr(triangle, "SMALLEST", 32)
             patch.setattr(triangle, "triton_problem", lambda: "")
+            patch.setattr(triangle, "has_tensor_cores", lambda _: True)
             patch.setattr(torch, "baddbmm", noting(torch.baddbmm, settings))
             params = on_device(model, torch.float32)
             optimizer = made("SWAN", model, params, matmul_precision=precision)

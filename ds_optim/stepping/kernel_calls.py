@@ -127,7 +127,8 @@ class Call:
             tables=walk.tables,
             scalars=scalars,
             rounding=rounding,
-            cut_sums=_zero_sums(0, self.device),  # replaced by `run`, where calls share one exchange
+            # Replaced by `run`, where calls share one exchange.
+            cut_sums=torch.empty(0, dtype=_dtype_of_sums(self.device), device=self.device),
         )
 
     def _dense(self, tensor: Tensor) -> Tensor:
@@ -200,13 +201,13 @@ def _sum_cut_blocks(calls: Sequence[Call]) -> list[tuple[PendingSum, list[Call]]
     pending = []
     for (group, device), sharing in together.items():
         counts = [call.num_cuts for call in sharing]
-        sums = _zero_sums(sum(counts), device)
+        sums = torch.zeros(sum(counts), dtype=_dtype_of_sums(device), device=device)
         for call, part in zip(sharing, sums.split(counts), strict=True):
             call.add_cut_sums(part)
         pending.append((PendingSum(sums, group), sharing))
     return pending
 
 
-def _zero_sums(count: int, device: torch.device) -> Tensor:
-    """Sums of squares are fp64, so that their order hardly shows; one device has none."""
-    return torch.zeros(count, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+def _dtype_of_sums(device: torch.device) -> torch.dtype:
+    """Of squares: fp64, so that their order hardly shows; one device has none."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,8 +1,9 @@
 """The drivers on Triton: as many launches per call as there are programs in it, whatever the number of tensors.
 
 AdamW, Lion and Adan have one, as has a pass of a whole-matrix rule; Adam-mini has one for wide blocks, one for each
-width of narrow ones, four for those that a shard boundary cuts, and four for those that are columns or huge. Tensors of
-other dtypes are another launch.
+width of narrow ones, four for those that a shard boundary cuts, and four for whole ones that are columns or huge, six
+where there are both columns and others. Tensors of other dtypes are other launches. Nothing is filled beforehand: the
+sums of cut blocks come here as zeros, from whoever adds them up over the ranks.
 Nothing waits, and nothing is copied while tensors stay where they are.
 """
 
@@ -114,7 +115,7 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
             if select != "cut":
                 _update_whole(dtypes, group, how)
                 if "whole" in group.rows:
-                    sums = torch.zeros(len(group.rows["whole"]), dtype=torch.float64, device=operands.params[0].device)
+                    sums = torch.empty(len(group.rows["whole"]), dtype=torch.float64, device=operands.params[0].device)
                     _sum("whole", dtypes, group, sums)
                     _update("whole", dtypes, group, sums, how)
             if select != "uncut" and "cut" in group.rows:
@@ -182,18 +183,18 @@ def _update_whole(dtypes: Dtypes, group: LaunchGroup, how: How) -> None:
 
 
 def _sum(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor) -> None:
-    """Add this rank's squares to the sums of cut blocks, or of whole ones that are columns or huge."""
+    """Add this rank's squares to the sums of cut blocks; or make those of whole ones that are columns or huge."""
     from ds_optim.kernels.triton import access, blocks
 
     known, parts, tiles = (group.rows.get(f"{which}{of}") for of in ("", " parts", " sums"))
     assert known is not None
-    partials = torch.zeros(group.partials[which], dtype=torch.float64, device=sums.device)
+    partials = torch.empty(group.partials[which], dtype=torch.float64, device=sums.device)  # all are written
     if parts is not None:
         blocks.sum_rows[(len(parts),)](*_tensors(dtypes, group), parts, partials, access.BLOCK, **_options())
     if tiles is not None:
         tile = launches.HIGH, launches.BROAD
         blocks.sum_columns[(len(tiles),)](*_tensors(dtypes, group), tiles, partials, *tile, **_options())
-    blocks.add_up[(len(known),)](known, partials, sums, launches.BROAD, **_options())
+    blocks.add_up[(len(known),)](known, partials, sums, which == "cut", launches.BROAD, **_options())
 
 
 def _update(which: str, dtypes: Dtypes, group: LaunchGroup, sums: Tensor, how: How) -> None:

@@ -14,11 +14,13 @@ from ds_optim.kernels.triton.access import bases_of, get, get_grad, numbers, put
 
 
 @triton.jit
-def advance(square, mean_square, scalars):
-    """A block's new state, and what its momentum is multiplied by."""
+def advance(states, mask, mean_square, scalars):
+    """Advance the states of blocks; returns what their momenta are multiplied by."""
     _, _, beta2, one_minus_beta2, step_size, bias2_sqrt, eps = scalars
-    square = square * beta2 + one_minus_beta2 * mean_square
-    return square, tl.div_rn(step_size, tl.div_rn(tl.sqrt_rn(square), bias2_sqrt) + eps)
+    square = tl.load(states, mask=mask, other=0.0) * beta2 + one_minus_beta2 * mean_square
+    tl.debug_barrier()  # every warp reads a state, one thread writes it: not before the last warp has read
+    tl.store(states, square, mask=mask)
+    return tl.div_rn(step_size, tl.div_rn(tl.sqrt_rn(square), bias2_sqrt) + eps)
 
 
 @triton.jit
@@ -80,6 +82,7 @@ def sum_tile(
     present,
     into,
     distance,
+    count,
     height,
     where,
     ALIGNED: tl.constexpr,
@@ -93,7 +96,7 @@ def sum_tile(
         mask = (down < height)[:, None] & inside[None, :]
         grad = get_grad(base, down[:, None] * length + (columns - first)[None, :], mask, present, ALIGNED)
         total += tl.sum(grad * grad, axis=0).to(tl.float64)
-    tl.store(into + tl.arange(0, WIDTH) * distance, total, mask=inside)
+    tl.store(into + tl.arange(0, WIDTH) * distance, total, mask=tl.arange(0, WIDTH) < count)
 
 
 @triton.jit
@@ -147,8 +150,7 @@ def update_wide_block(
     BLOCK: tl.constexpr,
 ):
     total = squares(bases[1], present, width, ALIGNED, BLOCK)
-    advanced, factor = advance(tl.load(square), (total / width).to(tl.float32), scalars)
-    tl.store(square, advanced)
+    factor = advance(square, True, (total / width).to(tl.float32), scalars)
     move_row(bases, present, width, factor, index, mixed, scalars, ROUNDED, ALIGNED, BLOCK)
 
 
@@ -204,8 +206,7 @@ def update_rows_of_blocks(
     mask = (block < count)[:, None] & (element < width)[None, :]
     grad = get_grad(bases[1], offsets, mask, present, ALIGNED)
     mean_square = (tl.sum(grad * grad, axis=1).to(tl.float64) / width).to(tl.float32)
-    advanced, factor = advance(tl.load(square + block, mask=block < count, other=0.0), mean_square, scalars)
-    tl.store(square + block, advanced, mask=block < count)
+    factor = advance(square + block, block < count, mean_square, scalars)
     move(bases, grad, offsets, mask, factor[:, None], index, mixed, scalars, ROUNDED, ALIGNED)
 
 
@@ -264,26 +265,32 @@ def sum_columns(DTYPES: tl.constexpr, addresses, tensors, rows, partials, HEIGHT
     """Squares of some columns over some rows of a matrix, each column into a number of its own.
 
     Args:
-        rows: int64 (programs, 9): tensor, start, rows, row length, first and last column that there are, first column
-            of the program; where the first column's number is and how far the next one's.
+        rows: int64 (programs, 10): tensor, start, rows, row length, first and last column that there are, first column
+            of the program; where the first column's number is, how far the next one's, and how many columns have one,
+            which is zero for those that there are not.
     """
-    row = rows + tl.program_id(0).to(tl.int64) * 9
+    row = rows + tl.program_id(0).to(tl.int64) * 10
     tensor, start, height, length, first, last, tile, is_whole = tile_at(row)
     bases, present, is_aligned = bases_of(DTYPES, addresses, tensors, tensor, start)
-    into, distance = partials + tl.load(row + 7), tl.load(row + 8)
+    into, distance, count = partials + tl.load(row + 7), tl.load(row + 8), tl.load(row + 9)
     if is_aligned & is_whole:
         where = (length // 8 * 8, first // 8 * 8, last // 8 * 8, tile // 8 * 8)
-        sum_tile(bases[1], present, into, distance, height, where, True, HEIGHT, WIDTH)
+        sum_tile(bases[1], present, into, distance, count, height, where, True, HEIGHT, WIDTH)
     else:
-        sum_tile(bases[1], present, into, distance, height, (length, first, last, tile), False, HEIGHT, WIDTH)
+        where = (length, first, last, tile)
+        sum_tile(bases[1], present, into, distance, count, height, where, False, HEIGHT, WIDTH)
 
 
 @triton.jit
-def add_up(blocks, partials, sums, BLOCK: tl.constexpr):
-    """Add the parts of each block, in their order, to its sum. ``blocks``: as in `advance_known`."""
+def add_up(blocks, partials, sums, BEGUN: tl.constexpr, BLOCK: tl.constexpr):
+    """Add the parts of each block up, in their order: to its sum, if that has `BEGUN`, or else to nothing.
+
+    Args:
+        blocks: as in `advance_known`.
+    """
     row = blocks + tl.program_id(0).to(tl.int64) * 6
     where, first, last = sums + tl.load(row + 2), tl.load(row + 4), tl.load(row + 5)
-    total = tl.load(where)
+    total = tl.load(where) if BEGUN else tl.zeros((), tl.float64)
     for part in range(first, last, BLOCK):
         here = part + tl.arange(0, BLOCK)
         total += tl.sum(tl.load(partials + here, mask=here < last, other=0.0))
@@ -303,9 +310,7 @@ def advance_known(addresses, tensors, blocks, sums, factors, scalars, POINTED: t
     row = blocks + program * 6
     square = states_of(addresses, tensors, tl.load(row)) + tl.load(row + 1)
     mean_square = (tl.load(sums + tl.load(row + 2)) / tl.load(row + 3)).to(tl.float32)
-    advanced, factor = advance(tl.load(square), mean_square, numbers(scalars, POINTED))
-    tl.store(square, advanced)
-    tl.store(factors + program, factor)
+    tl.store(factors + program, advance(square, True, mean_square, numbers(scalars, POINTED)))
 
 
 @triton.jit(do_not_specialize=["tensors", "key"])

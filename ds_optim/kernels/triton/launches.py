@@ -208,7 +208,7 @@ def blocks(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
         known, sums, updates = _columns(operands, members, select, len(listed.blocks), len(listed.rows))
         tables[name] = _table([*listed.blocks, *known], 6)
         tables[f"{name} parts"] = _table(listed.rows, 6)
-        tables[f"{name} sums"] = _table(sums, 9)
+        tables[f"{name} sums"] = _table(sums, 10)
         tables[f"{name} updates"] = _table(updates, 11)
     return tables
 
@@ -249,10 +249,11 @@ def _columns(
         ]
         for number, band in enumerate(bands):
             identity, index = _place(operands, run.tensor, band[0])
-            for tile in range(band[3] // BROAD * BROAD, band[4], BROAD):
-                here = (run.tensor, *band, tile)
-                sums.append((*here, partial + tile * len(bands) + number, len(bands)))
-                updates.append((*here, block, run.width, identity, index))
+            for tile in range(0, run.blocks * run.width, BROAD):  # of a column that the band has not, the sum is zero
+                here, count = (run.tensor, *band, tile), min(BROAD, run.blocks * run.width - tile)
+                sums.append((*here, partial + tile * len(bands) + number, len(bands), count))
+                if band[3] < tile + count and tile < band[4]:
+                    updates.append((*here, block, run.width, identity, index))
         for number in range(run.blocks):
             place = block + number if run.cut < 0 else run.cut + number
             begin = partial + number * run.width * len(bands)
