@@ -160,7 +160,8 @@ def _print_refusals(console: Console, config: Path | None) -> list[str]:
     if config is None:
         console.print("Refused at start (give a JSON with --deepspeed to judge it):")
         for refusal in REFUSALS:
-            console.print(f"  - {refusal.reason}", highlight=False)
+            if refusal.may_apply:
+                console.print(f"  - {refusal.reason}", highlight=False)
         return []
     try:
         content = read_object(config)

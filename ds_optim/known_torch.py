@@ -62,6 +62,12 @@ def allocated(device: torch.device) -> int | None:
     return None if count is None else int(count(device))
 
 
+def free(device: torch.device) -> int | None:
+    """Bytes that an accelerator has left; None where it does not say."""
+    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
+    return None if ask is None else int(ask(device)[0])
+
+
 def graph_task() -> int:
     """The backward pass that this thread is in, by its number; -1 outside of all."""
     return int(torch._C._current_graph_task_id())
@@ -95,14 +101,18 @@ def backward_problem() -> str:
 def triton_problem() -> str:
     """Why Triton, which torch's builds for GPUs bring, compiles nothing for the accelerator here; empty if it does.
 
-    Builds Triton's driver and no program.
+    Builds Triton's driver, compiles a small program and launches nothing.
     """
     try:
         from triton.runtime import driver
 
         driver.active.get_current_target()
-    except Exception as error:  # no triton, no C compiler, no device, or one that is too old
-        return f"Triton cannot be used here: {type(error).__name__}: {error}"
+        from ds_optim.triton_probe import compile_one
+
+        compile_one()
+    except Exception as error:  # no triton, no C compiler, no device, or one that this Triton does not know
+        said = " ".join(str(error).split())[:200]
+        return f"Triton cannot be used here: {type(error).__name__}: {said}"
     return ""
 
 

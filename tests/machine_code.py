@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ds_optim import kernels
+from ds_optim import kernels, known_torch
 from ds_optim.kernels import Operands, Place, Places, Rounding
 from ds_optim.kernels import triton as by_triton
 from ds_optim.kernels.triton import blocks, elements
@@ -48,6 +48,8 @@ CASES_OF = {
     GPUTarget("hip", "gfx942", 64): FEW,
 }
 """NVIDIA's T4 (which has no bf16), A100, H100 and B200, AMD's MI300, of 64 threads to a warp; what is read of each."""
+UNKNOWN = GPUTarget("cuda", 999, 32)
+"""One that no assembler knows."""
 TARGETS = [*CASES_OF, *(GPUTarget("cuda", arch, 32) for arch in (86, 89, 120))]
 """And graphics cards since Ampere, whose programs may share less memory."""
 SHARED = {
@@ -84,7 +86,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return TARGETS.index(self.target)
+        return [*TARGETS, UNKNOWN].index(self.target)
 
     def get_current_stream(self, _: int) -> int:
         return 0
@@ -275,10 +277,20 @@ def variants() -> list[int]:
     return found
 
 
+def problems() -> dict[str, str]:
+    """Why Triton cannot be used, by target."""
+    found = {}
+    for target in (*TARGETS, UNKNOWN):
+        drive(target)
+        known_torch.triton_problem.cache_clear()
+        found[name_of(target)] = known_torch.triton_problem()
+    return found
+
+
 if __name__ == "__main__":
     for module, names in PROGRAMS.items():
         for name in names:
             setattr(module, name, Warmed(getattr(module, name)))
     lower_triangle = Warmed(triangle.program())
     triangle.program = lambda: lower_triangle
-    print(json.dumps({"programs": reports(), "variants": variants(), "triangles": triangles()}))
+    print(json.dumps({"programs": reports(), "variants": variants(), "triangles": triangles(), "problems": problems()}))

@@ -24,6 +24,7 @@ FLOORS: list[dict[str, str]] = [
     {"releases": "which releases of torch, deepspeed, transformers and accelerate work, and which were tested"},
     {
         "known_torch": "what differs between releases of torch",
+        "triton_probe": "whether Triton compiles for the accelerator here",
         "known_transformers": "what differs between releases of transformers",
     },
     {

@@ -515,3 +515,11 @@ def test_the_triangle_runs_on_tensor_cores_and_reads_128_bits_at_a_time(made: di
 def test_neither_a_schedule_nor_a_step_nor_a_length_makes_another_program(made: dict[str, Any]) -> None:
     """A learning rate on the device does: once."""
     assert made["variants"] == [1, 1, 2, 2]
+
+
+def test_a_gpu_that_triton_does_not_know_is_noticed_before_a_step(made: dict[str, Any]) -> None:
+    """Its driver does; the assembler says so of a small program, compiled when an optimizer gets its tensors."""
+    *known, unknown = made["problems"].values()
+    assert known == [""] * len(machine_code.TARGETS)
+    assert unknown.startswith("Triton cannot be used here: ")
+    assert "\n" not in unknown

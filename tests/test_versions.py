@@ -181,6 +181,13 @@ def test_newer_releases_that_fit_train_and_are_named_once(tmp_path: Path) -> Non
     assert done.stderr.count("ds_optim may not work with what is imported here: transformers 6.1 is too new") == 1
 
 
+def test_doctor_lists_no_faults_that_the_installed_deepspeed_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, says in (("0.18.6", {"before 0.19.8", "before 0.19.0"}), ("0.19.8", set())):
+        monkeypatch.setattr(sys.modules["deepspeed"], "__version__", version)
+        listed = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"}).output
+        assert {old for old in ("before 0.19.8", "before 0.19.0") if old in listed} == says
+
+
 def test_doctor_says_where_every_package_stands_and_fails_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     judged = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"})
     assert judged.exit_code == 0, judged.output

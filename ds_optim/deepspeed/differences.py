@@ -98,6 +98,11 @@ def has_expert_parallelism(config: Any) -> bool:
 # -- faults of older releases that no object shows -------------------------------------------------------------------
 
 
+def are_those_before(release: str) -> bool:
+    """Whether the faults that a release mended are in the installed one."""
+    return DEEPSPEED.is_before(release)
+
+
 def gathers_too_early(config: Any) -> bool:
     """Whether ZeRO-3 on CPU would use gathered weights before all of them have arrived, as it does before 0.19.8.
 

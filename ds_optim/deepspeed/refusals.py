@@ -28,10 +28,17 @@ class Refusal:
     Attributes:
         applies: judges a `deepspeed.runtime.config.DeepSpeedConfig` and an optimizer class.
         reason: what is wrong and what to change.
+        before: the release of DeepSpeed that mends it; None if none does.
     """
 
     applies: Callable[[Any, type[ShardedOptimizer]], bool]
     reason: str
+    before: str | None = None
+
+    @property
+    def may_apply(self) -> bool:
+        """Whether the installed DeepSpeed has the fault."""
+        return self.before is None or differences.are_those_before(self.before)
 
 
 def _offload(config: Any, name: str, default: Any) -> Any:
@@ -96,16 +103,19 @@ REFUSALS = (
         lambda config, _: differences.gathers_too_early(config),
         "ZeRO-3 on CPU with several ranks uses gathered weights before all of them have arrived in deepspeed before "
         '0.19.8: set "stage3_allgather_sequential": true in "zero_optimization", and give zero.Init the same config',
+        before="0.19.8",
     ),
     Refusal(
         lambda config, _: differences.reduces_nothing(config),
         "ZeRO-1/2 on CPU with several ranks and contiguous_gradients false reduces no gradients in deepspeed before "
         "0.19.8: leave it out",
+        before="0.19.8",
     ),
     Refusal(
         lambda config, _: differences.loses_middle_passes(config),
         "ZeRO-2 with CPU offload and gradient_accumulation_steps above 2 keeps the first and the last micro-batch "
         "alone in deepspeed before 0.19.0: use ZeRO stage 1 or 3, or deepspeed 0.19.0 or later",
+        before="0.19.0",
     ),
     Refusal(
         lambda config, _: config.compile_config.deepcompile and config.zero_enabled,

@@ -220,11 +220,11 @@ def rows_with_room(device: torch.device) -> int:
 
     One that does not say how much is free gets the least.
     """
-    ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-    if ask is None:
+    free = known_torch.free(device)
+    if free is None:
         return LEAST
     sharing = math.ceil(int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / torch.accelerator.device_count())
-    return int(min(MOST, ask(device)[0] // (2 * sharing * BYTES)))
+    return min(MOST, free // (2 * sharing * BYTES))
 
 
 def matrix_rate(device: torch.device) -> Iterator[CheckResult]:
