@@ -182,6 +182,8 @@ def test_newer_releases_that_fit_train_and_are_named_once(tmp_path: Path) -> Non
 
 
 def test_doctor_lists_no_faults_that_the_installed_deepspeed_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed  # noqa: F401
+
     for version, says in (("0.18.6", {"before 0.19.8", "before 0.19.0"}), ("0.19.8", set())):
         monkeypatch.setattr(sys.modules["deepspeed"], "__version__", version)
         listed = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "400"}).output
