@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from ds_optim.releases import DEEPSPEED
+from engines import able_to_gather
 from pool import Pools
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
@@ -20,6 +22,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "3": {"stage": 3},
     "3 offload": {"stage": 3, **OFFLOAD},
 }
+if DEEPSPEED.is_before("0.19"):  # it keeps offloading engines of stage 2 itself, with its own AdamW too
+    del STRATEGIES["2 offload"]
 
 
 def small_model() -> nn.Module:
@@ -52,7 +56,7 @@ def build(model: nn.Module, optimizer: str, zero: dict[str, Any]) -> Any:
         "optimizer": {"type": optimizer, "params": {"torch_adam": True} if optimizer == "AdamW" else {}},
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
-    return engine
+    return able_to_gather(engine)
 
 
 def used_up(engine: Any) -> dict[str, weakref.ref[Any]]:

@@ -435,7 +435,9 @@ def made() -> dict[str, Any]:
         [sys.executable, str(machine_code.__file__)], capture_output=True, text=True, env=settings, check=False
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(
+        done.stdout.splitlines()[-1]
+    )  # LLVM and Triton say of an unknown GPU what they think
     return found
 
 

@@ -488,12 +488,12 @@ def test_an_engine_whose_backward_passes_cannot_be_told_apart_is_refused(pool: P
     assert pool(2).run(under_another_torch, change, 2, False) == ["no error"] * 2  # which does not ask
 
 
-def test_an_accelerators_bytes_are_counted_where_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("meta")  # one that is no CPU
-    monkeypatch.setattr(torch, "accelerator", SimpleNamespace(memory_allocated=lambda of: 7 if of is device else 0))
-    assert (known_torch.allocated(device), known_torch.allocated(torch.device("cpu"))) == (7, None)
-    monkeypatch.setattr(torch, "accelerator", SimpleNamespace())
-    assert known_torch.allocated(device) is None
+def test_an_accelerators_bytes_are_counted_where_it_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, count = torch.device("cuda"), {"memory_allocated": lambda _: 7, "mem_get_info": lambda _: (5, 9)}
+    for module, wanted in ((SimpleNamespace(**count), (7, 5)), (SimpleNamespace(), (None, None))):
+        monkeypatch.setattr(torch, "get_device_module", lambda _, module=module: module)
+        assert (known_torch.allocated(device), known_torch.free(device)) == wanted
+    assert known_torch.allocated(torch.device("cpu")) is None
 
 
 def test_an_accelerator_that_cannot_say_whether_it_is_at_work_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

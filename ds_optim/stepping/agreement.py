@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from ds_optim.errors import raise_all
 from ds_optim.listing import first_of
 from ds_optim.sharding import dtensor
-from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, verify
+from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, locals_of, verify
 from ds_optim.sharding.exchange import Ranks, from_all_ranks
 from ds_optim.sharding.layout import Replicated
 from ds_optim.stepping.options import kind_problems
@@ -157,7 +157,7 @@ class Joined(NamedTuple):
         key: the shards' generation, and the identities of the tensors.
         tensors: in their order; they are kept, or others would get their identities.
         bounds: what each holds.
-        sizes: elements that each must have.
+        sizes: elements that each must have here.
     """
 
     key: tuple[int, tuple[int, ...]]
@@ -171,8 +171,8 @@ class Joined(NamedTuple):
         bounds = [shards.of(tensor) for tensor in tensors]
         layouts = [bound.layout for bound in bounds]
         sizes = [
-            layout.parameter.numel if isinstance(layout, Replicated) else tensor.numel()
-            for tensor, layout in zip(tensors, layouts, strict=True)
+            layout.parameter.numel if isinstance(layout, Replicated) else local.numel()
+            for local, layout in zip(locals_of(tensors), layouts, strict=True)
         ]
         return cls(cls.key_of(tensors, shards), tensors, bounds, sizes)
 
@@ -195,7 +195,7 @@ class Joined(NamedTuple):
                     f"{shards.describe(tensor)} has a sparse gradient, which no optimizer here can take: make its "
                     "nn.Embedding with sparse=False, or give it to an optimizer of its own (torch.optim.SparseAdam)"
                 )
-        sizes = [tensor.numel() for tensor in self.tensors]
+        sizes = [local.numel() for local in locals_of(self.tensors)]
         if sizes != self.sizes:
             wrong = next(index for index, size in enumerate(sizes) if size != self.sizes[index])
             raise RuntimeError(
