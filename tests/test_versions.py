@@ -171,10 +171,9 @@ def test_an_engine_of_another_deepspeed_is_refused_in_one_sentence(tmp_path: Pat
 
 
 def test_newer_releases_that_fit_train_and_are_named_once(tmp_path: Path) -> None:
-    others = (
-        "import transformers\ntransformers.__version__ = '6.1'\nimport accelerate\naccelerate.__version__ = '1.99'\n"
-    )
-    done = python(others + ENGINE.replace("VERSION", "0.99.1"), tmp_path)
+    deepspeed = "import deepspeed\n"  # before 0.19 it replaces an imported transformers
+    others = "import transformers, accelerate\ntransformers.__version__, accelerate.__version__ = '6.1', '1.99'\n"
+    done = python(ENGINE.replace(deepspeed, deepspeed + others).replace("VERSION", "0.99.1"), tmp_path)
     assert results(done) == ["trained with AdamMini", "trained with Lion", "trained with SGD"]
     assert done.stderr.count("deepspeed 0.99.1 is newer than the newest that was tested with ds_optim") == 1
     assert done.stderr.count("accelerate 1.99 is newer than the newest that was tested with ds_optim") == 1
