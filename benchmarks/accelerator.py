@@ -136,7 +136,7 @@ def matrices(bench: Bench) -> Iterator[CheckResult]:
     for precision in PRECISIONS:
         optimizer = ds_optim.SWAN(weights, lr=1e-4, roles={"*": "linear"}, matmul_precision=precision)
         (taken,) = bench.milliseconds(optimizer.step, rounds=3)
-        flops = sum(_flops(precision, *weight.shape) for _, weight in weights)
+        flops = sum(_flops(precision, weight) for _, weight in weights)
         share = flops / taken / rate
         limit = OF_MATMUL if precision == "bf16" else 0.0
         said = f"{taken:.1f} ms, {flops / taken / 1e9:.0f} TFLOP/s, {share:.0%} of torch.matmul's in bf16"
@@ -175,11 +175,11 @@ def matmul_rate(bench: Bench) -> float:
     return PRODUCTS * 2 * side**3 / taken
 
 
-def _flops(precision: MatmulPrecision, rows: int, columns: int) -> float:
+def _flops(precision: MatmulPrecision, matrix: Tensor) -> float:
     """Of ten Newton-Schulz steps of a matrix, as they are taken: of X X^T one triangle, where that is computed."""
-    short, long = sorted((rows, columns))
-    has_triangle = precision != "ieee" and short >= triangle.SMALLEST
-    return newton_schulz_flops(short, long, 10, precision) * (0.75 if has_triangle else 1)
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+    has_triangle = precision != "ieee" and triangle.serves(wide[None])
+    return newton_schulz_flops(*wide.shape, 10, precision) * (0.75 if has_triangle else 1)
 
 
 def roots(bench: Bench) -> Iterator[CheckResult]:

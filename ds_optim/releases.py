@@ -27,12 +27,14 @@ class Releases:
         first: the oldest release that works.
         end: the first one that is refused: the next major one, whose interfaces may be others.
         tested: all that the suite's parts which touch versions passed on, the oldest first.
+        untried: what becomes of a release that was not.
     """
 
     package: str
     first: str
     end: str
     tested: tuple[str, ...]
+    untried: str = "nothing compares it: what it lacks is an error, what it computes otherwise is not noticed"
 
     @property
     def requirement(self) -> str:
@@ -85,13 +87,8 @@ class Releases:
         standing = self.standing(version)
         if standing not in ("untested", "newer"):
             return ""
-        looked = (
-            "what it says of its partitions is compared with what the engine holds before the first step"
-            if self.package == "deepspeed"
-            else "nothing compares it: what it lacks is an error, what it computes otherwise is not noticed"
-        )
         lies = "is newer than all that were tested" if standing == "newer" else "lies between tested ones"
-        return f"{self.package} {version} {lies}: {looked}. To try it: benchmarks/versions.py"
+        return f"{self.package} {version} {lies}: {self.untried}. To try it: benchmarks/versions.py"
 
     def note(self, version: str) -> str:
         """One line about a release that works as far as is known, but was not tried; else empty."""
@@ -112,7 +109,13 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 TORCH = Releases("torch", "2.8", "3", ("2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"))
-DEEPSPEED = Releases("deepspeed", "0.18.6", "1", ("0.18.6", "0.19.0", "0.19.2", "0.19.6", "0.19.7", "0.19.8"))
+DEEPSPEED = Releases(
+    "deepspeed",
+    "0.18.6",
+    "1",
+    ("0.18.6", "0.19.0", "0.19.2", "0.19.6", "0.19.7", "0.19.8"),
+    "what it says of its partitions is compared with what the engine holds before the first step",
+)
 TRANSFORMERS = Releases(
     "transformers", "4.55", "6", ("4.55.0", "4.57.6", "5.0.0", "5.6.0", "5.10.4", "5.17.0", "5.24.0")
 )

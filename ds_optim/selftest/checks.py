@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ds_optim import kernels, known_torch
 from ds_optim.blueprint import meta_model
 from ds_optim.kernels.rounding import identity_of, key_of
-from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.polar import newton_schulz
 from ds_optim.memory.estimate import Request, predict
 from ds_optim.optimizers.registry import optimizers
@@ -239,7 +238,7 @@ def matrix_rate(device: torch.device) -> Iterator[CheckResult]:
             torch.bmm(stack, stack.mT, out=one)
             torch.bmm(one, stack, out=two)
 
-    with fp32_products("ieee"):
+    with known_torch.fp32_products("ieee"):
         schulz, plain = milliseconds([lambda: newton_schulz(stack, steps, 0.5), products], device)
     share = plain / schulz
     said = f"{share:.0%} of the rate of torch.bmm in fp32, at least 50 %"

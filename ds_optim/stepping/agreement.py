@@ -157,24 +157,24 @@ class Joined(NamedTuple):
         key: the shards' generation, and the identities of the tensors.
         tensors: in their order; they are kept, or others would get their identities.
         bounds: what each holds.
-        sizes: elements that each must have here.
+        whole: those that are held whole, and the elements that they must have.
     """
 
     key: tuple[int, tuple[int, ...]]
     tensors: Sequence[Tensor]
     bounds: Sequence[BoundTensor]
-    sizes: Sequence[int]
+    whole: tuple[Sequence[Tensor], Sequence[int]]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], shards: Shards) -> Joined:
         """As they are now."""
         bounds = [shards.of(tensor) for tensor in tensors]
-        layouts = [bound.layout for bound in bounds]
-        sizes = [
-            layout.parameter.numel if isinstance(layout, Replicated) else local.numel()
-            for local, layout in zip(locals_of(tensors), layouts, strict=True)
-        ]
-        return cls(cls.key_of(tensors, shards), tensors, bounds, sizes)
+        whole: tuple[list[Tensor], list[int]] = [], []
+        for tensor, bound in zip(tensors, bounds, strict=True):
+            if isinstance(bound.layout, Replicated):
+                whole[0].append(tensor)
+                whole[1].append(bound.layout.parameter.numel)
+        return cls(cls.key_of(tensors, shards), tensors, bounds, whole)
 
     @staticmethod
     def key_of(tensors: Sequence[Tensor], shards: Shards) -> tuple[int, tuple[int, ...]]:
@@ -195,10 +195,11 @@ class Joined(NamedTuple):
                     f"{shards.describe(tensor)} has a sparse gradient, which no optimizer here can take: make its "
                     "nn.Embedding with sparse=False, or give it to an optimizer of its own (torch.optim.SparseAdam)"
                 )
-        sizes = [local.numel() for local in locals_of(self.tensors)]
-        if sizes != self.sizes:
-            wrong = next(index for index, size in enumerate(sizes) if size != self.sizes[index])
+        whole, wanted = self.whole
+        sizes = [local.numel() for local in locals_of(whole)]
+        if sizes != wanted:
+            wrong = next(index for index, size in enumerate(sizes) if size != wanted[index])
             raise RuntimeError(
-                f"{shards.describe(self.tensors[wrong])} has {sizes[wrong]} elements and had {self.sizes[wrong]} when "
-                "it was first seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
+                f"{shards.describe(whole[wrong])} has {sizes[wrong]} elements and had {wanted[wrong]} when it was "
+                "first seen: change sizes (resize_token_embeddings) before the engine or optimizer is made"
             )

@@ -45,7 +45,6 @@ class LaunchGroup:
         partials: {name: how many numbers the sums of these blocks are made of}.
         addresses: int64 (rows, members) on the device.
         words: the addresses that were sent, by stream.
-        table: the same.
     """
 
     members: list[int]
@@ -53,7 +52,6 @@ class LaunchGroup:
     partials: dict[str, int]
     addresses: Tensor | None = None
     words: list[list[int]] = field(default_factory=list)
-    table: Rows = field(default_factory=lambda: np.empty((0, 0), dtype=np.int64))
 
 
 Build = Callable[[Operands, frozenset[int]], dict[str, Rows]]
@@ -121,10 +119,7 @@ def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
     used = [streams[row][index] for row in moved for index in group.members]
     if not all(tensor is None or tensor.is_contiguous() for tensor in used):
         raise ValueError("Triton's programs work on contiguous tensors: one of these is not")
-    group.table.resize((len(words), len(group.members)), refcheck=False)
-    for row in moved:
-        group.table[row] = words[row]
-    elements, squares = np.split(group.table, [len(words) - len(operands.block_states)])
+    elements, squares = np.split(np.array(words, dtype=np.int64), [len(words) - len(operands.block_states)])
     aligned = ((elements != 0) & (elements % 16 == 0)).all(axis=0)
     group.words, group.addresses = words, sent(np.vstack([elements, aligned, squares]), operands.params[0].device)
 
