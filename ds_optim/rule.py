@@ -2,7 +2,8 @@
 
 - `Elementwise` (AdamW, Lion, Adan): every element is updated by itself.
 - `Blockwise` (Adam-mini): blocks of elements (a head, a row) share a value.
-- `WholeMatrix` (Shampoo, SWAN): matrices, or tiles of them, are updated whole; what is no matrix by another rule.
+- `WholeMatrix` (Shampoo, SWAN, Muon, NorMuon, SOAP): matrices, or tiles of them, are updated whole; what is no matrix
+  by another rule.
 
 A rule states everything that anyone asks about an optimizer. No field has a default: what a rule leaves unsaid is a
 `TypeError` that names it, when the rule's module is imported.
@@ -283,7 +284,8 @@ class WholeMatrix(Rule):
     Attributes:
         structure: names of the settings that decide blocks, their state or their schedule: they hold for all groups and
             cannot change.
-        tiles: the blocks of a parameter of a role and a logical shape; none if the other rule steps it.
+        tiles: the blocks of a parameter of a role and a logical shape; none if the other rule steps it. ValueError if
+            the settings ask for what the role does not know.
         state_of_block: what is kept for a block of a shape, by key.
         work: what a block of a shape costs its owner.
         refresh: when blocks are refreshed.
@@ -291,6 +293,8 @@ class WholeMatrix(Rule):
             blocks whose update must be withheld and that all ranks must hear of, by reason. What is best done for many
             stacks at a time it may hand out as jobs, see `ds_optim.linalg.workers`.
         step_size: what updates are multiplied by.
+        first_step: of a parameter's steps, from 1, the first that moves its blocks, decay included; those before only
+            look at gradients.
         stack_temporaries: what an update takes beside its gradients and state, in units of a stack (measured).
         others: the rule of what is no matrix.
     """
@@ -302,6 +306,7 @@ class WholeMatrix(Rule):
     refresh: Callable[[Settings], Refresh]
     update: Callable[[Settings, Stack], Mapping[str, Tensor] | Stepwise[Mapping[str, Tensor]]]
     step_size: Callable[[Settings], Any]
+    first_step: int
     stack_temporaries: int
     others: Elementwise
 

@@ -45,19 +45,29 @@ class Stack:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def pass_(self, formula: Formula, names: Sequence[str], scalars: Scalars) -> Tensor:
-        """Run a formula over all elements in one pass: `grads` becomes what it returns first, which is returned.
+    def pass_(
+        self,
+        formula: Formula,
+        names: Sequence[str],
+        scalars: Scalars,
+        values: Tensor | None = None,
+        blocks: Tensor | None = None,
+    ) -> Tensor:
+        """Run a formula over all elements in one pass: its values become what it returns first, which is returned.
 
         Args:
-            formula: elementwise, of gradients and states. Where a gradient is not a number it must leave states as they
-                are: so blocks that are not good are marked.
+            formula: elementwise, of values and states. Where a value is not a number it must leave states as they are:
+                so blocks that must not advance are marked.
             names: of the states, in the formula's order.
             scalars: of the formula.
+            values: (B, *shape) fp32, contiguous; `grads` if not given.
+            blocks: (B,) bool, those that advance; `good` if not given.
         """
-        withhold(self.grads, self.good, math.nan)
-        backend = kernels.backend_for(formula, self.grads.device)
-        kernels.one_pass(backend, formula, self.grads, [self.state[name] for name in names], scalars)
-        return self.grads
+        values = self.grads if values is None else values
+        withhold(values, self.good if blocks is None else blocks, math.nan)
+        backend = kernels.backend_for(formula, values.device)
+        kernels.one_pass(backend, formula, values, [self.state[name] for name in names], scalars)
+        return values
 
     def average_(self, kept: Tensor, new: Tensor, beta: float) -> Tensor:
         """``kept <- beta kept + (1 - beta) new`` in place, ``kept + new`` if beta is 1; blocks that are not good stay.

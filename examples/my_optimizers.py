@@ -134,6 +134,7 @@ class Spectral(ShardedOptimizer):
         refresh=lambda settings: Refresh(1, is_staggered=False),
         update=spectral_update,
         step_size=lambda group: group["lr"],
+        first_step=1,
         stack_temporaries=4,
         others=adam_rule(lambda group: {**group, "betas": (group["betas"][0], 0.95), "eps": 1e-8}),
     )

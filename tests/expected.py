@@ -14,10 +14,13 @@ from reference.adam_mini import adam_mini
 from reference.adamw import adamw
 from reference.adan import adan
 from reference.lion import lion
+from reference.muon import muon
 from reference.shampoo import shampoo
+from reference.soap import soap
 from reference.swan import swan
 
 HEAD_DIM = 6  # of OddLlama
+MATRIX_RULES = ("Shampoo", "SWAN", "Muon", "NorMuon", "SOAP")
 
 
 def block_labels(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -64,7 +67,7 @@ def gradients(case: Case, shapes: Mapping[str, tuple[int, ...]], step: int) -> d
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter of OddLlama is one for Shampoo and SWAN, by its name alone."""
+    """Whether a parameter of OddLlama is one for a whole-matrix rule, by its name alone."""
     adams = ("embed_tokens", "lm_head", "norm", "bias", "gain")
     return len(shape) == 2 and not any(part in name for part in adams)
 
@@ -77,9 +80,10 @@ def by_matrix_oracle(case: Case) -> dict[str, Tensor]:
     others = {name: p for name, p in params.items() if name not in matrices}
     decay = weight_decays(model, case)
     options = {key: value for key, value in case.options.items() if not key.startswith("exchange_")}
-    if case.optimizer == "Shampoo":
-        betas = options.get("betas", (0.9, 0.95))
-        made = ds_optim.Shampoo(
+    optimizer = case.optimizer.split(".")[-1]
+    betas = options.get("betas", {"SWAN": (0.9, 0.999), "SOAP": (0.95, 0.95)}.get(optimizer, (0.9, 0.95)))
+    if optimizer in ("Shampoo", "SOAP"):
+        made = getattr(ds_optim, optimizer)(
             [(name, nn.Parameter(p.float())) for name, p in matrices.items()], roles={"*": "linear"}, **case.options
         )
         offsets: dict[str, list[int]] = {}
@@ -90,7 +94,7 @@ def by_matrix_oracle(case: Case) -> dict[str, Tensor]:
     for step in range(1, case.steps + 1):
         lr = learning_rate(step)
         grads = gradients(case, {name: tuple(p.shape) for name, p in params.items()}, step)
-        if case.optimizer == "Shampoo":
+        if optimizer == "Shampoo":
             settings = {
                 "ridge": "relative",
                 "matrix_eps": 1e-6,
@@ -101,8 +105,12 @@ def by_matrix_oracle(case: Case) -> dict[str, Tensor]:
                 "weight_decay": decay,
             }
             shampoo(matrices, grads, state, step, lr=lr, **settings)
+        elif optimizer == "SOAP":
+            soap(matrices, grads, state, step, lr=lr, **{**options, "weight_decay": decay, "offsets": offsets})
+        elif optimizer in ("Muon", "NorMuon"):
+            beta2 = {"beta2": 0.95} if optimizer == "NorMuon" else {}
+            muon(matrices, grads, state, step, lr=lr, **{**beta2, **options, "weight_decay": decay})
         else:
-            betas = (0.9, 0.999)
             swan(matrices, grads, state, step, lr=lr, axis="in", weight_decay=decay)
         adamw(others, grads, adam_state, step, lr=lr, betas=betas, weight_decay=decay)
     return {name: (matrices | others)[name].reshape(-1) for name in params}
@@ -110,7 +118,7 @@ def by_matrix_oracle(case: Case) -> dict[str, Tensor]:
 
 def by_oracle(case: Case) -> dict[str, Tensor]:
     """Flat fp64 parameters after the case's steps, by the textbook."""
-    if case.optimizer in ("Shampoo", "SWAN"):
+    if case.optimizer.split(".")[-1] in MATRIX_RULES:
         return by_matrix_oracle(case)
     model = build_model(case)
     params = {n: p.detach().double() for n, p in model.named_parameters() if p.requires_grad}

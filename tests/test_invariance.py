@@ -31,9 +31,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "exchange_bucket_size": 300,
     },
     "SWAN": {"weight_decay": 0.05, "exchange_bucket_size": 600},
+    "ds_optim.Muon": {"weight_decay": 0.05, "exchange_bucket_size": 600},
+    "NorMuon": {"weight_decay": 0.05, "exchange_bucket_size": 300, "momentum": 0.9},
+    # Blocks of 3 are square but at the ends: a thin strip's factor has a null space, and only rounding to turn it.
+    "SOAP": {
+        "weight_decay": 0.05,
+        "max_preconditioner_dim": 3,
+        "precondition_frequency": 4,
+        "exchange_bucket_size": 300,
+    },
 }
-STEPS = {"Shampoo": 30}  # several refreshes of every block
-TOLERANCE = {"SWAN": 3e-6}  # of the fp64 textbook; ten steps of an iteration that lets small singular values grow
+STEPS = {"Shampoo": 30, "SOAP": 30}  # several refreshes of every block
+# Of the fp64 textbook; iterations that let small singular values grow, and eigenvectors of factors in fp32.
+TOLERANCE = {"SWAN": 3e-6, "ds_optim.Muon": 3e-6, "NorMuon": 3e-6, "SOAP": 1e-4}
 STRATEGIES = ["0 fp32", "0 bf16", "1 fp32", "1 bf16", "1 bf16_optimizer", "2 fp32", "2 bf16", "3 fp32", "3 bf16"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

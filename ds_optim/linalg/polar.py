@@ -1,30 +1,36 @@
-r"""Newton-Schulz iteration towards the orthogonal polar factor, for SWAN's GradWhitening.
+r"""Newton-Schulz iterations towards the orthogonal polar factor: SWAN's GradWhitening, Muon's orthogonalisation.
+
+A step is an odd polynomial of the singular values, :math:`s \leftarrow a s + b s^3 + c s^5`:
 
 .. math::
-    X \leftarrow \beta\,(3X - (X X^\top) X)
+    S = X X^\top, \qquad X \leftarrow a X + (b S + c S^2) X
 
 SWAN (Ma et al., "SWAN: SGD with normalization and whitening enables stateless LLM training",
 https://arxiv.org/abs/2412.13148, appendix) whitens by the coupled iteration :math:`Y \leftarrow \beta Y(3I - ZY)`,
 :math:`Z \leftarrow \beta (3I - ZY) Z` from :math:`Y_0 = X X^\top, Z_0 = I` and applies Z to X. Z X obeys the equation
-above, the uncoupled polar form: the same in exact arithmetic, for fewer products, and stable where the coupled form
-is not.
-
-Wide matrices go another way to the same: a step multiplies X from the left by :math:`W = 3\beta I - \beta R` with
-:math:`R = X X^\top`, so that some steps can be taken on the squares :math:`R \leftarrow W R W` and
-:math:`Q \leftarrow W Q` alone, before :math:`X \leftarrow Q X` (the Gram form). For sides s <= l that is 6 s^3 flops a
-step, and 4 s^2 l every few of them, for 4 s^2 l a step. What rounding makes of eigenvalues of R near zero grows
-5.76-fold a step until R is taken anew: in fp32 five steps end as far from the truth as the plain form does within a
-factor of five, in TF32 and bf16 two are already up to 80 times farther off, so that only fp32 goes this way
-(docs/results/matmul_precision.md).
-
-A step maps each singular value s to :math:`\beta s (3 - s^2)`. With beta = 1/2 all tend to one and X to the polar
+above with :math:`(a, b, c) = (3\beta, -\beta, 0)`, the uncoupled polar form: the same in exact arithmetic, for fewer
+products, and stable where the coupled form is not. With beta = 1/2 all singular values tend to one and X to the polar
 factor :math:`U V^\top`. SWAN's beta = 0.8 does not converge: small singular values grow 2.4-fold a step, and those
 that arrive stay within [0.563, 1.6].
+
+Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks",
+https://kellerjordan.github.io/posts/muon/) takes five steps of one quintic that lets small singular values grow
+3.4-fold and leaves all within about [0.7, 1.2]; Polar Express (Amsel et al., https://arxiv.org/abs/2505.16932) a
+polynomial of its own in every step, which ends closer to one.
+
+Wide matrices go another way to the same: a step multiplies X from the left by :math:`W = a I + b R + c R^2` with
+:math:`R = X X^\top`, so that some steps can be taken on the squares :math:`R \leftarrow W R W` and
+:math:`Q \leftarrow W Q` alone, before :math:`X \leftarrow Q X` (the Gram form). For sides s <= l SWAN's is 6 s^3 flops
+a step, and 4 s^2 l every few of them, for 4 s^2 l a step. What rounding makes of eigenvalues of R near zero grows
+a^2-fold a step until R is taken anew: in fp32 five steps of SWAN's 5.76 end as far from the truth as the plain form
+does within a factor of five, in TF32 and bf16 two are already up to 80 times farther off, so that only fp32 goes this
+way (docs/results/matmul_precision.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,18 +38,51 @@ from torch import Tensor
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.precision import MatmulPrecision, own_gram, rounded
 
+Coefficients: TypeAlias = tuple[float, float, float]
+"""a, b, c of one step."""
+
+QUINTIC: Coefficients = (3.4445, -4.7750, 2.0315)
+"""Jordan's: in every step of Muon."""
+
+POLAR_EXPRESS: tuple[Coefficients, ...] = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+"""Of Polar Express, step by step, for matrices divided by 1.02 times their norm; further steps repeat the last."""
+
 GRAM_FROM = 1.5  # times as long as it is wide: where the Gram form begins to have fewer flops
-GRAM_STEPS = 5  # before R is taken anew
+GRAM_STEPS = 5  # before R is taken anew, at most
+GRAM_GROWTH = 1.2e3  # of what rounding made of R: 5.76^4 of SWAN, two of Muon's squares
 
 
 def newton_schulz(stack: Tensor, steps: int, beta: float, precision: MatmulPrecision = "ieee") -> Tensor:
-    """`steps` Newton-Schulz steps on every matrix of `stack`.
+    """`steps` of SWAN's iteration, see `polynomial_steps`.
 
     Args:
         stack: (B, s, l) fp32 with s <= l, each matrix of Frobenius norm one (or zero, which stays zero); is not
             written to. Singular values above sqrt(3) diverge.
         steps: how many; none returns a copy.
         beta: 0.5 converges, 0.8 is SWAN's.
+        precision: of the products.
+    """
+    return polynomial_steps(stack, cubic(beta, steps), precision)
+
+
+def cubic(beta: float, steps: int) -> list[Coefficients]:
+    """Of SWAN's iteration, step by step."""
+    return [(3 * beta, -beta, 0.0)] * steps
+
+
+def polynomial_steps(stack: Tensor, steps: Sequence[Coefficients], precision: MatmulPrecision = "ieee") -> Tensor:
+    """Odd polynomials of the singular values of every matrix of `stack`, one after the other.
+
+    Args:
+        stack: (B, s, l) fp32 with s <= l, each matrix of Frobenius norm one at most (or zero, which stays zero); is not
+            written to.
+        steps: their coefficients; none returns a copy.
         precision: of the products, see `ds_optim.linalg.precision`. In bf16 the iterates are rounded as well.
 
     Returns:
@@ -60,33 +99,48 @@ def newton_schulz(stack: Tensor, steps: int, beta: float, precision: MatmulPreci
     is_wide = _takes_gram_form(rows, columns, steps, precision)
     # Memory of its own, since the rounding may also depend on where in memory a matrix begins.
     x_BSL, y_BSL = (stack.new_empty(size, rows, columns, dtype=dtype) for _ in range(2))
-    squares = [stack.new_empty(size, rows, rows, dtype=dtype) for _ in range(4 if is_wide else 1)]
+    count = 4 if is_wide else 1 + any(c for _, _, c in steps)
+    squares = [stack.new_empty(size, rows, rows, dtype=dtype) for _ in range(count)]
     result = torch.empty_like(stack, memory_format=torch.contiguous_format)
     with fp32_products("tf32" if precision == "tf32" else "ieee"):
         for begin in range(0, len(stack), size):
             x_BSL.copy_(stack[begin : begin + size])
             if is_wide:
-                found = _gram_form(x_BSL, y_BSL, squares, steps, beta)
+                found = _gram_form(x_BSL, y_BSL, squares, steps)
             else:
-                found = _plain_form(x_BSL, y_BSL, squares[0], steps, beta, precision)
+                found = _plain_form(x_BSL, y_BSL, squares, steps, precision)
             result[begin : begin + size] = found
     return result
 
 
-def newton_schulz_flops(rows: int, columns: int, steps: int, precision: MatmulPrecision) -> float:
-    """Floating-point operations of `newton_schulz` on one matrix, whole products counted."""
+def polynomial_flops(rows: int, columns: int, steps: Sequence[Coefficients], precision: MatmulPrecision) -> float:
+    """Floating-point operations of `polynomial_steps` on one matrix, whole products counted."""
+    quintic = sum(2.0 * rows**3 for _, _, c in steps if c)
     if not _takes_gram_form(rows, columns, steps, precision):
-        return 4.0 * steps * rows**2 * columns
-    rounds = -(-steps // GRAM_STEPS)
-    return 4.0 * rounds * rows**2 * columns + 6.0 * (steps - rounds) * rows**3
+        return 4.0 * len(steps) * rows**2 * columns + quintic
+    rounds = len(_rounds(steps))
+    return 4.0 * rounds * rows**2 * columns + 6.0 * (len(steps) - rounds) * rows**3 + quintic
 
 
-def _takes_gram_form(rows: int, columns: int, steps: int, precision: MatmulPrecision) -> bool:
-    return precision == "ieee" and columns > GRAM_FROM * rows and steps > 1
+def _takes_gram_form(rows: int, columns: int, steps: Sequence[Coefficients], precision: MatmulPrecision) -> bool:
+    return precision == "ieee" and columns > GRAM_FROM * rows and len(steps) > 1
+
+
+def _rounds(steps: Sequence[Coefficients]) -> list[Sequence[Coefficients]]:
+    """Steps that are taken on one R."""
+    rounds: list[list[Coefficients]] = []
+    growth = 1.0
+    for step in steps:
+        if not rounds or len(rounds[-1]) == GRAM_STEPS or growth > GRAM_GROWTH:
+            rounds.append([])
+            growth = 1.0
+        rounds[-1].append(step)
+        growth *= step[0] ** 2
+    return [*rounds]
 
 
 def _plain_form(
-    x_BSL: Tensor, y_BSL: Tensor, a_BSS: Tensor, steps: int, beta: float, precision: MatmulPrecision
+    x_BSL: Tensor, y_BSL: Tensor, squares: Sequence[Tensor], steps: Sequence[Coefficients], precision: MatmulPrecision
 ) -> Tensor:
     on_cpu = x_BSL.device.type == "cpu"
 
@@ -97,27 +151,33 @@ def _plain_form(
         return read(iterate) if precision == "bf16" else iterate
 
     x_BSL = keep(x_BSL)
-    for _ in range(steps):
+    for a, b, c in steps:
         operand_BSL = read(x_BSL)
-        product_BSS = read(own_gram(operand_BSL, "ieee" if on_cpu else precision, out=a_BSS))
-        torch.baddbmm(x_BSL, product_BSS, operand_BSL, beta=3 * beta, alpha=-beta, out=y_BSL)
+        product_BSS, weight = read(own_gram(operand_BSL, "ieee" if on_cpu else precision, out=squares[0])), b
+        if c:
+            torch.baddbmm(product_BSS, product_BSS, product_BSS, beta=b, alpha=c, out=squares[1])
+            product_BSS, weight = read(squares[1]), 1.0
+        torch.baddbmm(x_BSL, product_BSS, operand_BSL, beta=a, alpha=weight, out=y_BSL)
         x_BSL, y_BSL = keep(y_BSL), x_BSL
     return x_BSL
 
 
-def _gram_form(x_BSL: Tensor, y_BSL: Tensor, squares: Sequence[Tensor], steps: int, beta: float) -> Tensor:
+def _gram_form(x_BSL: Tensor, y_BSL: Tensor, squares: Sequence[Tensor], steps: Sequence[Coefficients]) -> Tensor:
     r_BSS, w_BSS, q_BSS, other_BSS = squares
-    for done in range(0, steps, GRAM_STEPS):
+    for together in _rounds(steps):
         torch.bmm(x_BSL, x_BSL.mT, out=r_BSS)
-        last = min(GRAM_STEPS, steps - done) - 1
-        for step in range(last + 1):
-            torch.mul(r_BSS, -beta, out=w_BSS).diagonal(dim1=-2, dim2=-1).add_(3 * beta)
-            if step == 0:
+        for step, (a, b, c) in enumerate(together, 1):
+            if c:
+                torch.baddbmm(r_BSS, r_BSS, r_BSS, beta=b, alpha=c, out=w_BSS)
+            else:
+                torch.mul(r_BSS, b, out=w_BSS)
+            w_BSS.diagonal(dim1=-2, dim2=-1).add_(a)
+            if step == 1:
                 q_BSS.copy_(w_BSS)
             else:
                 torch.bmm(w_BSS, q_BSS, out=other_BSS)
                 q_BSS, other_BSS = other_BSS, q_BSS
-            if step < last:
+            if step < len(together):
                 torch.bmm(w_BSS, r_BSS, out=other_BSS)
                 torch.bmm(other_BSS, w_BSS, out=r_BSS)
         torch.bmm(q_BSS, x_BSL, out=y_BSL)

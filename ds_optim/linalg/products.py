@@ -1,4 +1,4 @@
-"""Matrix products along one axis of stacked blocks of any order: Shampoo's statistics and their application.
+"""Matrix products along one axis of stacked blocks of any order: statistics, their application, rotations.
 
 What a block becomes depends neither on its place in memory nor on its neighbours, see `ds_optim.linalg.alignment`.
 """
@@ -33,12 +33,17 @@ def gram(stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tenso
     Returns:
         (B, d_axis, d_axis).
     """
-    rows = _unfolded(stack, axis)
+    rows = unfolded(stack, axis)
     result = rows.new_empty(rows.shape[0], rows.shape[1], rows.shape[1])
     return one_by_one(partial(own_gram, precision=precision), result, rows)
 
 
-def _unfolded(stack: Tensor, axis: int) -> Tensor:
+def unfolded(stack: Tensor, axis: int) -> Tensor:
+    """(B, d_axis, all other elements): every block as a matrix whose rows lie along one axis; a view where it can be.
+
+    Args:
+        stack: (B, d_0, ..., d_K).
+    """
     return stack.movedim(axis + 1, 1).flatten(2) if stack.dim() > 2 else stack.unsqueeze(2)
 
 
@@ -55,7 +60,7 @@ def add_gram_(
     """
     if precision != "ieee":
         return kept.mul_(beta).add_(gram(stack, axis, precision).mul_(weight))
-    rows = _unfolded(stack, axis)
+    rows = unfolded(stack, axis)
     if kept.device.type != "cpu":
         return torch.baddbmm(kept, rows, rows.mT, beta=beta, alpha=weight, out=kept)
 
@@ -84,7 +89,7 @@ def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPre
     """Every block multiplied by its matrix along one axis: the mode product.
 
     Args:
-        matrices: (B, d_axis, d_axis), symmetric.
+        matrices: (B, d_axis, d_axis), symmetric; others multiply the last of several axes from the right.
         stack: (B, d_0, ..., d_K).
         axis: which of the block's axes.
         precision: of the product.
@@ -94,6 +99,22 @@ def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPre
     moved = stack.movedim(axis + 1, 1)
     product = stacked_matmul(matrices, moved.flatten(2) if moved.dim() > 2 else moved.unsqueeze(2), precision)
     return product.view(moved.shape).movedim(1, axis + 1)
+
+
+def rotate_along(
+    bases: Tensor, stack: Tensor, axis: int, precision: MatmulPrecision = "ieee", *, back: bool = False
+) -> Tensor:
+    """Every block's coordinates along one axis in its basis, or back from there.
+
+    Args:
+        bases: (B, d_axis, d_axis), orthogonal; columns are the basis.
+        stack: (B, d_0, ..., d_K).
+        axis: which of the block's axes.
+        precision: of the product.
+        back: from coordinates to what they stand for.
+    """
+    is_last = stack.dim() > 2 and axis == stack.dim() - 2  # multiplied from the right
+    return apply_along(bases.mT if is_last == back else bases, stack, axis, precision)
 
 
 def block_norms(stack: Tensor) -> Tensor:

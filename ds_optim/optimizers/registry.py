@@ -15,13 +15,17 @@ from ds_optim.optimizers.adam_mini import AdamMini as AdamMini
 from ds_optim.optimizers.adamw import AdamW as AdamW
 from ds_optim.optimizers.adan import Adan as Adan
 from ds_optim.optimizers.lion import Lion as Lion
+from ds_optim.optimizers.muon import Muon as Muon
+from ds_optim.optimizers.normuon import NorMuon as NorMuon
 from ds_optim.optimizers.shampoo import Shampoo as Shampoo
+from ds_optim.optimizers.soap import SOAP as SOAP
 from ds_optim.optimizers.swan import SWAN as SWAN
+from ds_optim.roles.role import Role
 from ds_optim.rule import AdamMoments, Blockwise, Elementwise, Rule, WholeMatrix
 from ds_optim.stepping.options import COMMON, EXCHANGE, PRODUCTS
 from ds_optim.stepping.sharded import ShardedOptimizer
 
-_BUILT_IN: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini, Shampoo, SWAN)
+_BUILT_IN: tuple[type[ShardedOptimizer], ...] = (AdamW, Lion, Adan, AdamMini, Shampoo, SWAN, Muon, NorMuon, SOAP)
 
 _JUDGED = ("params", "lr", "betas", "eps", "weight_decay")  # for every rule, see `ds_optim.stepping.options`
 
@@ -115,17 +119,25 @@ def _formula_problems(cls: type[ShardedOptimizer], rule: Elementwise | Blockwise
 
 
 def _start_problems(cls: type[ShardedOptimizer], rule: Elementwise | Blockwise | WholeMatrix) -> list[str]:
-    """Whether a run of AdamW would start all of the state."""
+    """Whether a run of AdamW would start all of the state, and whether the other rule's is told apart from blocks'."""
     defaults = {**_defaults(cls), "state_dtype": torch.float32}
-    if rule.from_adam.problem(defaults):
-        return []
-    moments = AdamMoments(torch.ones(2, 2, device="cpu"), torch.ones(2, 2, device="cpu"), (0.9, 0.999), 1)
-    found = set(rule.from_adam.state(moments, defaults))
+    shape: tuple[int, ...] = (2, 2)
+    wanted, problems = set[str](), []
     if isinstance(rule, WholeMatrix):
-        wanted = set(rule.state_of_block(defaults, (2, 2)))
+        shape = rule.tiles(defaults, Role("linear"), shape)[0].shape
+        wanted = set(rule.state_of_block(defaults, shape))
+        problems = [
+            f"{key!r} is kept for blocks and by the rule of what is no matrix: give the blocks' another name"
+            for key in sorted(wanted & set(rule.others.element_state))
+        ]
     else:
         wanted = {*rule.element_state, *rule.block_state}
-    return [f"its `from_adam` gives {sorted(found)}, its state is {sorted(wanted)}"] if found != wanted else []
+    if not rule.from_adam.problem(defaults):
+        moments = AdamMoments(torch.ones(shape, device="cpu"), torch.ones(shape, device="cpu"), (0.9, 0.999), 1)
+        found = set(rule.from_adam.state(moments, defaults))
+        if found != wanted:
+            problems.append(f"its `from_adam` gives {sorted(found)}, its state is {sorted(wanted)}")
+    return problems
 
 
 for _cls in _BUILT_IN:

@@ -32,8 +32,7 @@ from ds_optim.linalg.products import apply_along, block_norms
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
 from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, MOMENTUM, adam_graft_scalars, momentum_scalars
-from ds_optim.optimizers.matrix_roles import is_preconditioned, true_matrices
-from ds_optim.roles.role import Role
+from ds_optim.optimizers.matrix_roles import diagonal_factors, grid_tiles
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
@@ -49,8 +48,7 @@ from ds_optim.rule import (
     one_of,
     whole_number,
 )
-from ds_optim.sharding.assignment import Tile, Work
-from ds_optim.sharding.boxes import tiles
+from ds_optim.sharding.assignment import Work
 from ds_optim.sharding.exchange import HostCopy
 from ds_optim.sharding.schedule import BUCKET_SIZE
 from ds_optim.stack import replace_
@@ -102,20 +100,11 @@ def _start_from_adam(moments: AdamMoments, group: Settings) -> dict[str, Tensor]
     """
     averages = adam_from_adam(moments, _grafts_adam(group))
     known = {"momentum": averages["exp_avg"], "graft": averages["exp_avg_sq"]}
-    known |= factors(moments.second / moments.second_bias(), group["betas"][1], moments.step)
+    known |= diagonal_factors(moments.second / moments.second_bias(), group["betas"][1], moments.step)
     spec = shampoo_state({**group, "state_dtype": torch.float32}, tuple(moments.first.shape))
     device = moments.first.device
     rest = {key: torch.zeros(shape, dtype=dtype, device=device) for key, (shape, dtype) in spec.items()}
     return {**rest, **known}
-
-
-def factors(mean_square: Tensor, beta: float, step: int) -> dict[str, Tensor]:
-    """The factors of a block after ``step`` steps as far as they follow from the gradient's mean square."""
-    weight = 1 - beta**step if beta < 1 else float(step)
-    return {
-        f"factor_{axis}": torch.diag(weight * mean_square.movedim(axis, 0).reshape(size, -1).sum(1))
-        for axis, size in enumerate(mean_square.shape)
-    }
 
 
 def _needs_a_graft(settings: Settings) -> str:
@@ -127,19 +116,6 @@ def _needs_a_graft(settings: Settings) -> str:
 def _grafts_adam(group: Settings) -> Settings:
     """The settings of the Adam of the graft, which also steps what is no matrix."""
     return {**group, "betas": (group["betas"][0], _graft_beta2(group))}
-
-
-def shampoo_tiles(settings: Settings, role: Role, shape: tuple[int, ...]) -> list[Tile]:
-    """A fixed grid over every true matrix; axes of one element do not count."""
-    if not is_preconditioned(role, shape):
-        return []
-    axes = [axis for axis in range(role.batch_dims, len(shape)) if shape[axis] > 1] or [len(shape) - 1]
-    largest = [settings["max_preconditioner_dim"]] * len(shape)
-    return [
-        Tile(tile, tuple(tile.shape[axis] for axis in axes))
-        for matrix in true_matrices(role, shape)
-        for tile in tiles(matrix, largest)
-    ]
 
 
 def shampoo_state(settings: Settings, shape: tuple[int, ...]) -> dict[str, StateSpec]:
@@ -338,12 +314,13 @@ class Shampoo(ShardedOptimizer):
             "graft",
             "refresh",
         ),
-        tiles=shampoo_tiles,
+        tiles=lambda settings, role, shape: grid_tiles(role, shape, settings["max_preconditioner_dim"]),
         state_of_block=shampoo_state,
         work=shampoo_work,
         refresh=lambda settings: Refresh(_frequency(settings), _is_staggered(settings)),
         update=shampoo_update,
         step_size=lambda group: group["lr"],
+        first_step=1,
         stack_temporaries=3,
         others=adam_rule(_grafts_adam),
     )

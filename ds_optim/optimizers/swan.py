@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.polar import newton_schulz, newton_schulz_flops
+from ds_optim.linalg.polar import cubic, newton_schulz, polynomial_flops
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
-from ds_optim.optimizers.matrix_roles import is_matrix, true_matrices
-from ds_optim.roles.role import Role, matrix_view
+from ds_optim.optimizers.matrix_roles import matrix_tiles, update_matrices_
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
@@ -46,7 +45,7 @@ from ds_optim.rule import (
     one_of,
     whole_number,
 )
-from ds_optim.sharding.assignment import Tile, Work
+from ds_optim.sharding.assignment import Work
 from ds_optim.sharding.schedule import BUCKET_SIZE
 from ds_optim.stepping.sharded import ShardedOptimizer
 
@@ -91,17 +90,6 @@ def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float, precision:
     return grads
 
 
-def swan_tiles(settings: Settings, role: Role, shape: tuple[int, ...]) -> list[Tile]:
-    """Every true matrix, seen as (inputs before, outputs, inputs behind)."""
-    if not is_matrix(role, shape):
-        return []
-    found = []
-    for box in true_matrices(role, shape):
-        _, inputs_before, outputs, inputs_behind = matrix_view(role, box.shape)
-        found.append(Tile(box, (inputs_before, outputs, inputs_behind)))
-    return found
-
-
 def no_state(settings: Settings, shape: tuple[int, ...]) -> Mapping[str, StateSpec]:
     """Nothing is kept for a matrix."""
     return {}
@@ -115,8 +103,8 @@ def nothing_from_adam(moments: AdamMoments, group: Settings) -> Mapping[str, Ten
 def swan_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     """What Newton-Schulz takes."""
     short, long = sorted((shape[0] * shape[2], shape[1]))
-    precision = settings.get("matmul_precision", "ieee")
-    return Work(step_flops=newton_schulz_flops(short, long, settings["ns_steps"], precision))
+    steps = cubic(settings["ns_beta"], settings["ns_steps"])
+    return Work(step_flops=polynomial_flops(short, long, steps, settings["matmul_precision"]))
 
 
 def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
@@ -127,15 +115,13 @@ def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
     over_inputs = wanted == "in" or (wanted == "long" and inputs >= outputs)
     if min(inputs, outputs) == 1:  # a fused part of one row: there is no deviation along the other axis
         over_inputs = inputs > 1
-    settings = {"steps": group["ns_steps"], "beta": group["ns_beta"], "precision": stack.matmul_precision}
-    if before == 1:
-        swan_update_(stack.grads.view(-1, outputs, behind), 2 if over_inputs else 1, **settings)
-    elif behind == 1:
-        swan_update_(stack.grads.view(-1, before, outputs), 1 if over_inputs else 2, **settings)
-    else:
-        moved = stack.grads.movedim(2, 1)
-        matrices = moved.reshape(-1, outputs, inputs)  # a copy
-        moved.copy_(swan_update_(matrices, 2 if over_inputs else 1, **settings).view(moved.shape))
+
+    def update_(matrices: Tensor, output_dim: int) -> None:
+        dim = 3 - output_dim if over_inputs else output_dim
+        precision = stack.matmul_precision
+        swan_update_(matrices, dim, steps=group["ns_steps"], beta=group["ns_beta"], precision=precision)
+
+    update_matrices_(stack.grads, update_)
     return {}
 
 
@@ -184,12 +170,13 @@ class SWAN(ShardedOptimizer):
             "sqrt", "judgement: whitened, of fixed length: a sign of the whole matrix; the rest is Adam"
         ),
         structure=("norm_axis",),
-        tiles=swan_tiles,
+        tiles=lambda settings, role, shape: matrix_tiles(role, shape),
         state_of_block=no_state,
         work=swan_work,
         refresh=lambda settings: Refresh(1, is_staggered=False),
         update=swan_update,
         step_size=lambda group: group["lr"] * group["alpha"],
+        first_step=1,
         stack_temporaries=2,
         others=adam_rule(lambda group: group),
     )

@@ -77,6 +77,16 @@ def head_dim_of(ancestors: Sequence[nn.Module], rows: int, query_rows: int | Non
     return None
 
 
+def value_head_dim_of(ancestors: Sequence[nn.Module], rows: int, query_rows: int | None) -> int | None:
+    """Output rows per head of a value, which may be wider or narrower than a query's; see `head_dim_of`."""
+    for holder in (ancestors[0], _config(ancestors)):
+        stated = _integer(holder, ["v_head_dim"])
+        if stated and rows % stated == 0:
+            return stated
+    found = head_dim_of(ancestors, rows, query_rows)
+    return found[0] if found else None
+
+
 def fused_parts(ancestors: Sequence[nn.Module], name: str, rows: int) -> tuple[tuple[Part, ...], int, Source] | None:
     """The parts of a fused attention weight in order along its output dimension, the head dimension, and the evidence.
 

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ds_optim.roles.attention_heads import children, fused_parts, head_dim_of, is_attention, width_of
+from ds_optim.roles.attention_heads import (
+    children,
+    fused_parts,
+    head_dim_of,
+    is_attention,
+    value_head_dim_of,
+    width_of,
+)
 from ds_optim.roles.attribute_names import (
     FUSED,
     GAINS,
@@ -284,7 +291,8 @@ def _attention(
         else:
             yield replace(linear, kind=kind, head_dim=head_dim[0], source=head_dim[1])
     elif name in VALUE:
-        yield replace(linear, kind="value")
+        head_rows = value_head_dim_of(ancestors, rows, _query_rows(place, ancestors[0]))
+        yield replace(linear, kind="value", head_dim=head_rows)
     elif name in OUTPUT:
         yield replace(linear, kind="attention_output")
 

@@ -26,7 +26,9 @@ Kind = Literal[
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 PER_HEAD: tuple[str, ...] = ("query", "key")
-"""Kinds whose output dimension is made of attention heads."""
+"""Kinds whose output dimension is made of attention heads, each of which the loss sees by itself."""
+WITH_HEADS: tuple[str, ...] = (*PER_HEAD, "value")
+"""All kinds whose output dimension is made of attention heads."""
 
 Source = Literal["module", "config", "name", "override", "fallback"]
 
@@ -53,7 +55,8 @@ class Role:
         output_dim: the dimension that indexes output neurons (tokens, for an embedding): 0 for ``nn.Linear`` (out, in),
             1 for GPT-2's Conv1D (in, out), 1 for stacked experts (E, out, in), 2 for (E, in, out).
         batch_dims: leading dimensions that stack independent matrices (experts).
-        head_dim: output positions per attention head, where the weight or some of its parts is a query or a key.
+        head_dim: output positions per attention head, where the weight or some of its parts is a query, a key or a
+            value.
         parts: for "fused": the slices in order; their sizes add up to the output dimension.
         source: the evidence: the "module" itself, the model's "config", an attribute "name", the user's "override",
             or "fallback" where there was none.
@@ -108,7 +111,7 @@ def contradictions(role: Role, shape: tuple[int, ...]) -> list[str]:
             found.append(f"head_dim {role.head_dim} is not positive")
         else:
             split = {part.size for part in role.parts if part.kind in PER_HEAD}
-            whole = {rows} if role.kind in PER_HEAD else set()
+            whole = {rows} if role.kind in WITH_HEADS else set()
             found += [
                 f"head_dim {role.head_dim} does not divide the {size} output rows"
                 for size in sorted(split | whole)

@@ -205,7 +205,9 @@ class OwnedBlocks:
             matmul_precision=self.options.matmul_precision,
             step=key.step,
             step_size=_number(self.rule.step_size(group), wire.carrier),
-            decay=_number(1 - group["lr"] * group["weight_decay"], key.device),
+            decay=1.0
+            if key.step < self.rule.first_step
+            else _number(1 - group["lr"] * group["weight_decay"], key.device),
             rounding={
                 index: rounding
                 for index, tensor in by_index.items()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_optim.errors import raise_all
 from ds_optim.roles import warn_unclaimed
 from ds_optim.roles.role import Role
 from ds_optim.rule import Settings, WholeMatrix
@@ -89,7 +90,13 @@ class Plans:
     ) -> list[tuple[Plan, tuple[int, ...]]]:
         roles = self._shards.roles
         specs = {spec.name: spec.shape for layout, _, _ in layouts for spec in layout.parameters}
-        tiles = {name: self._rule.tiles(self._settings, roles[name], shape) for name, shape in specs.items()}
+        tiles, problems = dict[str, list[Tile]](), []
+        for name, shape in specs.items():
+            try:
+                tiles[name] = self._rule.tiles(self._settings, roles[name], shape)
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+        raise_all(problems, "these parameters cannot be cut into matrices as the settings ask")
         stateless = not self.state_of_block((1, 1))  # of the rule, not of these parameters: others may join
         work, refresh = partial(self._rule.work, self._settings), self._rule.refresh(self._settings)
         return make_plans(layouts, tiles, work, refresh.frequency, refresh.is_staggered, stateless)
