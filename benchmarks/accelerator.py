@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import ds_optim
 from ds_optim.linalg import triangle
 from ds_optim.linalg.inverse_roots import inverse_roots
-from ds_optim.linalg.polar import newton_schulz, newton_schulz_flops
+from ds_optim.linalg.polar import cubic, newton_schulz, polynomial_flops
 from ds_optim.linalg.precision import PRECISIONS, MatmulPrecision
 from ds_optim.selftest import checks
 from ds_optim.selftest.result import CheckResult, failed, judged, not_here
@@ -179,7 +179,7 @@ def _flops(precision: MatmulPrecision, matrix: Tensor) -> float:
     """Of ten Newton-Schulz steps of a matrix, as they are taken: of X X^T one triangle, where that is computed."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     has_triangle = precision != "ieee" and triangle.serves(wide[None])
-    return newton_schulz_flops(*wide.shape, 10, precision) * (0.75 if has_triangle else 1)
+    return polynomial_flops(*wide.shape, cubic(0.8, 10), precision) * (0.75 if has_triangle else 1)
 
 
 def roots(bench: Bench) -> Iterator[CheckResult]:

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 import ds_optim
 from ds_optim.kernels import Backend
+from ds_optim.linalg.eigenbases import first_bases, next_bases
 from ds_optim.linalg.inverse_roots import Method, inverse_roots
 from ds_optim.linalg.polar import newton_schulz
 from ds_optim.linalg.precision import PRECISIONS, MatmulPrecision
-from ds_optim.linalg.products import add_gram_, apply_along, block_norms, gram, stacked_matmul
+from ds_optim.linalg.products import add_gram_, apply_along, block_norms, gram, rotate_along, stacked_matmul
 from ds_optim.linalg.workers import finish
+from ds_optim.optimizers.muon import orthogonalize_
 from ds_optim.optimizers.swan import swan_update_
 from ds_optim.rule import Stack
 from test_kernels import FORMULAS, Blocks, Tensors, same_bits
@@ -127,6 +129,19 @@ FUNCTIONS: dict[str, tuple[list[Shape], Callable[[Shape, int], list[Tensor]], Fu
     "apply_along axis 2": (TENSORS, rooted(2), applied(2)),
     "block_norms": (MATRICES + VECTORS + TENSORS, block, block_norms),
     "newton_schulz": (MATRICES, wide, lambda stack: newton_schulz(stack, 3, 0.8)),
+    "orthogonalize_": (
+        MATRICES,
+        block,
+        lambda stack: orthogonalize_(stack, {"ns_steps": 2, "ns_coefficients": "quintic"}),
+    ),
+    "rotate_along axis 0": (MATRICES + TENSORS, rooted(0), lambda q, stack: rotate_along(q, stack, 0)),
+    "rotate_along axis 1, back": (MATRICES + TENSORS, rooted(1), lambda q, stack: rotate_along(q, stack, 1, back=True)),
+    "first_bases": (MATRICES, block, lambda stack: finish(first_bases(stack))),
+    "next_bases": (
+        SQUARE,
+        factors,
+        lambda stack: finish(next_bases(stack, torch.eye(stack.shape[-1]).expand_as(stack)))[0],
+    ),
     "swan_update_ over rows": (MATRICES, block, swan(1)),
     "swan_update_ over columns": (MATRICES, block, swan(2)),
     "inverse_roots by eigh": (SQUARE, factors, roots("eigh")),

@@ -13,10 +13,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ds_optim.linalg import inverse_roots as module
 from ds_optim.linalg import polar
+from ds_optim.linalg.eigenbases import first_bases, next_bases
 from ds_optim.linalg.inverse_roots import Method, inverse_roots, method_for, schedule
-from ds_optim.linalg.polar import newton_schulz, newton_schulz_flops
+from ds_optim.linalg.polar import (
+    POLAR_EXPRESS,
+    QUINTIC,
+    Coefficients,
+    cubic,
+    newton_schulz,
+    polynomial_flops,
+    polynomial_steps,
+)
 from ds_optim.linalg.precision import MatmulPrecision, product_for_roots, product_in, rounded
 from ds_optim.linalg.products import apply_along, gram, stacked_matmul
+from ds_optim.linalg.workers import finish
 
 METHODS: tuple[Method, ...] = ("eigh", "eigh32", "newton")
 
@@ -449,10 +459,121 @@ def test_the_gram_form_has_the_flops_that_are_written_down() -> None:
     with FlopCounterMode(display=False) as counter:
         newton_schulz(wide_stack(1, rows, columns), 10, 0.8)
     assert counter.get_total_flops() == 2 * (4 * rows**2 * columns + 4 * 6 * rows**3)
-    assert counter.get_total_flops() == newton_schulz_flops(rows, columns, 10, "ieee")
+    assert counter.get_total_flops() == polynomial_flops(rows, columns, cubic(0.8, 10), "ieee")
     with FlopCounterMode(display=False) as counter:
         newton_schulz(wide_stack(1, rows, columns), 10, 0.8, "tf32")
     assert counter.get_total_flops() == 10 * 4 * rows**2 * columns
+
+
+POLYNOMIALS: dict[str, list[Coefficients]] = {"quintic": [QUINTIC] * 5, "polar express": list(POLAR_EXPRESS)}
+
+
+def by_hand(stack: Tensor, steps: list[Coefficients]) -> Tensor:
+    for a, b, c in steps:
+        square = stack @ stack.mT
+        stack = a * stack + (b * square + c * square @ square) @ stack
+    return stack
+
+
+@pytest.mark.parametrize("name", POLYNOMIALS)
+@pytest.mark.parametrize("shape", [(24, 24), (24, 30), (24, 100), (7, 300)])
+def test_quintic_steps_are_what_they_are_by_hand(name: str, shape: tuple[int, int]) -> None:
+    stack, steps = wide_stack(3, *shape) / 1.02, POLYNOMIALS[name]
+    for count in (1, 2, 4, 5):
+        found = polynomial_steps(stack, steps[:count])
+        assert error(found, by_hand(stack.double(), steps[:count])) <= 3e-5
+        assert torch.equal(polynomial_steps(stack[1:2], steps[:count]), found[1:2])
+    ends = torch.linalg.svdvals(found.double())
+    assert float(ends.median()) > 0.5
+    assert float(ends.max()) < 1.2
+
+
+@pytest.mark.parametrize("name", POLYNOMIALS)
+def test_matrices_of_low_rank_stay_near_the_truth_in_the_gram_form(name: str, seed: int) -> None:
+    """What rounding makes of the null space of X X^T grows with every step; nothing may come of it."""
+    steps = POLYNOMIALS[name]
+    low = wide_stack(2, 3, 120, seed)
+    stack = wide_stack(2, 3, 40, seed + 1).mT @ low
+    stack = stack / (1.02 * stack.flatten(1).norm(dim=1).view(-1, 1, 1))
+    truth = by_hand(stack.double(), steps)
+    assert error(polynomial_steps(stack, steps), truth) <= 3 * max(error(by_hand(stack, steps), truth), 2e-5)
+
+
+@pytest.mark.parametrize("name", POLYNOMIALS)
+@pytest.mark.parametrize("columns", [40, 128])
+def test_quintic_steps_have_the_flops_that_are_written_down(name: str, columns: int) -> None:
+    for precision in ("ieee", "bf16"):
+        with FlopCounterMode(display=False) as counter:
+            polynomial_steps(wide_stack(1, 32, columns), POLYNOMIALS[name], precision)  # type: ignore[arg-type]
+        assert counter.get_total_flops() == polynomial_flops(32, columns, POLYNOMIALS[name], precision)  # type: ignore[arg-type]
+    plain = 5 * (4 * 32**2 * columns + 2 * 32**3)
+    assert (polynomial_flops(32, columns, POLYNOMIALS[name], "ieee") < plain) == (columns == 128)
+
+
+# -- eigenbases --------------------------------------------------------------------------------------------------------
+
+
+def basis_of(rows: Tensor) -> Tensor:
+    return finish(first_bases(rows))
+
+
+@pytest.mark.parametrize(("n", "k"), [(12, 30), (12, 12), (30, 7), (9, 1)])
+def test_a_first_basis_has_the_eigenvectors_of_its_gradient_in_falling_order(n: int, k: int, seed: int) -> None:
+    rows = wide_stack(2, n, k, seed) * 1e-12
+    bases = basis_of(rows)
+    torch.testing.assert_close(bases.mT @ bases, torch.eye(n).expand(2, n, n), rtol=0, atol=1e-6)
+    factor = rows.double() @ rows.double().mT
+    inside = bases.double().mT @ factor @ bases.double()
+    values = inside.diagonal(dim1=-2, dim2=-1)
+    assert error(torch.diag_embed(values), inside) <= 1e-5
+    assert bool((values[:, :-1] >= values[:, 1:] - 1e-6 * values[:, :1]).all())
+
+
+def test_a_null_space_has_one_basis_whatever_the_decomposition_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = wide_stack(1, 20, 6)
+    wanted = basis_of(rows)
+    original = torch.linalg.eigh
+
+    def another(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """As another LAPACK might: null vectors turned among themselves, every second sign changed."""
+        values, vectors = original(matrix)
+        null = int((values <= 1e-12 * values[-1]).sum())
+        if null > 1:
+            turn, _ = torch.linalg.qr(torch.randn(null, null, dtype=matrix.dtype))
+            vectors = torch.cat([vectors[:, :null] @ turn, vectors[:, null:]], 1)
+        return values, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", another)
+    found = basis_of(rows)
+    signs = (found * wanted).sum(-2, keepdim=True).sign()
+    torch.testing.assert_close(found * signs, wanted, rtol=0, atol=1e-6)
+    assert torch.equal(basis_of(torch.zeros(1, 5, 3)), torch.eye(5)[None])
+
+
+def test_bases_follow_their_matrix(seed: int) -> None:
+    """Power iteration turns them towards the eigenvectors, and says where each column came from."""
+    factor = torch.stack([conditioned(16, 1e3), conditioned(16, 1e2)])
+    bases = torch.linalg.qr(wide_stack(2, 16, 16, seed))[0]
+    for _ in range(400):
+        bases, order = finish(next_bases(factor, bases))
+        assert torch.equal(order.sort(-1).values, torch.arange(16).expand(2, 16))
+    inside = bases.double().mT @ factor.double() @ bases.double()
+    assert error(torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1)), inside) <= 1e-3
+
+
+def test_where_a_matrix_is_singular_its_old_vectors_stay(seed: int) -> None:
+    """Columns that the iteration would draw out of rounding; also if the matrix has left the old range altogether."""
+    first, second = wide_stack(1, 18, 4, seed), wide_stack(1, 18, 4, seed + 1)
+    old = basis_of(first)
+    for rows in (first, second, torch.cat([first, second], 2)):
+        factor = rows @ rows.mT
+        found, order = finish(next_bases(factor, old))
+        nudged, _ = finish(next_bases(factor * (1 + 1e-7), old))
+        torch.testing.assert_close(found.mT @ found, torch.eye(18)[None], rtol=0, atol=1e-5)
+        torch.testing.assert_close(nudged, found, rtol=0, atol=1e-3)
+        if rows is first:
+            signs = (found * old.take_along_dim(order[:, None], -1)).sum(-2, keepdim=True).abs()
+            torch.testing.assert_close(signs, torch.ones_like(signs), rtol=0, atol=1e-3)
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ from reference.adam_mini import adam_mini
 from reference.adamw import adamw
 from reference.adan import adan
 from reference.lion import lion
+from reference.muon import muon
 from reference.shampoo import shampoo, shampoo_paper
+from reference.soap import soap
 
 FOLDER = Path(__file__).parent / "vectors"
-FILES = ["adamw", "lion", "adan_prox", "adan_no_prox", "adam_mini"]
+FILES = ["adamw", "lion", "adan_prox", "adan_no_prox", "adam_mini", "muon_original", "muon_match_rms_adamw"]
 SHAMPOO_FILES = ["shampoo_graft_adam", "shampoo_graft_adam_f3"]
 ORACLES: Mapping[str, Callable[..., None]] = {
     "AdamW": adamw,
@@ -33,15 +35,18 @@ ORACLES: Mapping[str, Callable[..., None]] = {
     "Adan": adan,
     "AdamMini": adam_mini,
     "Shampoo": shampoo,
+    "Muon": muon,
+    "SOAP": soap,
 }
 TOLERANCE = 1e-6  # relative and absolute
+SOAP_TOLERANCE = 2e-4  # of the distance moved: eigenvectors of fp32 matrices
 # What a user would write for bare parameters; every other matrix has one block per row anyway.
 ROLES = {
     "*.q_proj.weight": {"kind": "query", "head_dim": 6},
     "*.k_proj.weight": {"kind": "key", "head_dim": 6},
     "*norm.weight": "norm",
 }
-SHAMPOO_ROLES = {"*": "linear"}  # three bare matrices
+MATRICES = {"*": "linear"}  # three bare matrices
 
 # The official runs use a small lr, eps and weight decay, so the forms of Adan and the place of eps hardly show in them
 # (the two forms differ by lr^2 * weight_decay). Here every term is of the size of the parameters.
@@ -51,6 +56,8 @@ HARSH: Mapping[str, Mapping[str, Any]] = {
     "adan_prox": {"eps": 0.1},
     "adan_no_prox": {"eps": 0.1},
     "adam_mini": {"eps": 0.1},
+    "muon_original": {},
+    "muon_match_rms_adamw": {},
     "shampoo_graft_adam": {"graft_eps": 0.1, "epsilon": 0.1},
     "shampoo_graft_adam_f3": {"graft_eps": 0.1, "epsilon": 0.1},
 }
@@ -102,6 +109,10 @@ class Vector:
                 },
             }
         settings = {name: value for name, value in self.hyper.items() if name not in ("lr", "weight_decay")}
+        if self.optimizer == "Muon":
+            return {"adjust_lr": settings.pop("adjust_lr_fn"), **settings}
+        if self.optimizer == "SOAP":  # the rest of it is said of what is not so here
+            settings = {name: settings[name] for name in ("betas", "eps", "precondition_frequency")}
         return settings | {"betas": tuple(settings["betas"])}
 
     @property
@@ -170,7 +181,7 @@ def oracle_path(
 
 def roles_of(vector: Vector) -> Mapping[str, Any]:
     """What a user would write for the bare parameters of this file."""
-    return SHAMPOO_ROLES if vector.optimizer == "Shampoo" else ROLES
+    return MATRICES if vector.optimizer in ("Shampoo", "Muon", "SOAP") else ROLES
 
 
 def product_path(vector: Vector, roles: Any, model: torch.nn.Module | None = None) -> list[dict[str, Tensor]]:
@@ -183,8 +194,11 @@ def product_path(vector: Vector, roles: Any, model: torch.nn.Module | None = Non
     by_decay: dict[float, list[tuple[str, torch.nn.Parameter]]] = {}
     for name, decay in vector.weight_decay.items():
         by_decay.setdefault(decay, []).append((name, parameters[name]))
+    together = {"refresh": "together"} if vector.optimizer == "SOAP" else {}  # as Shampoo's settings have it already
     optimizer = getattr(ds_optim, vector.optimizer)(
-        [{"params": pairs, "weight_decay": decay} for decay, pairs in by_decay.items()], roles=roles, **vector.settings
+        [{"params": pairs, "weight_decay": decay} for decay, pairs in by_decay.items()],
+        roles=roles,
+        **{**together, **vector.settings},
     )
     path = []
     for t, grads in enumerate(vector.grads, start=1):
@@ -225,6 +239,57 @@ def test_the_oracle_in_fp64_reproduces_the_official_code(name: str) -> None:
 def test_the_optimizer_reproduces_the_official_code(name: str) -> None:
     vector = load(name)
     assert largest_error(product_path(vector, roles_of(vector)), vector) <= TOLERANCE
+
+
+def of_what_moved(path: list[dict[str, Tensor]], vector: Vector) -> float:
+    """Largest distance from the official parameters, in units of how far those are from where they began."""
+    return max(
+        float(
+            (path[t - 1][name].double() - official.double()).norm()
+            / max(float((official - vector.init[name]).norm()), 1e-30)
+        )
+        for t, kept in vector.kept.items()
+        for name, official in kept.items()
+    )
+
+
+def test_soap_reproduces_the_official_code() -> None:
+    vector = load("soap")
+    for path in (
+        oracle_path(vector, dtype=torch.float64),
+        oracle_path(vector),
+        product_path(vector, roles_of(vector)),
+    ):
+        assert of_what_moved(path, vector) <= SOAP_TOLERANCE
+    assert torch.equal(vector.kept[1]["w_a"], vector.init["w_a"])  # the first step moves nothing
+
+
+@pytest.mark.parametrize(
+    "changed", [{"precondition_frequency": 2}, {"betas": (0.95, 0.9)}, {"max_preconditioner_dim": 8}, {"eps": 1e-3}]
+)
+def test_the_vectors_notice_another_soap(changed: dict[str, Any]) -> None:
+    vector = load("soap")
+    assert of_what_moved(oracle_path(vector, dtype=torch.float64, **changed), vector) > 10 * SOAP_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["muon_original", "muon_match_rms_adamw"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"momentum": 0.9},
+        {"nesterov": False},
+        {"ns_steps": 4},
+        {"adjust_lr": "the other"},
+        {"coefficients": [(3.0, -3.2, 1.2)] * 5},
+        {"beta2": 0.95},
+    ],
+)
+def test_the_vectors_notice_another_muon(name: str, changed: dict[str, Any]) -> None:
+    vector = load(name)
+    if "adjust_lr" in changed:
+        (other,) = {"original", "match_rms_adamw"} - {vector.settings["adjust_lr"]}
+        changed = {"adjust_lr": other}
+    assert largest_error(oracle_path(vector, **changed), vector) > 30 * TOLERANCE
 
 
 def test_adam_mini_reproduces_the_official_code_with_roles_read_from_the_model() -> None:
