@@ -96,9 +96,9 @@ def test_coefficients_may_be_three_numbers(seed: int) -> None:
 @pytest.mark.parametrize(
     ("cls", "scale"),
     [
-        (ds_optim.Muon, 1e-7),
+        (ds_optim.Muon, 1e-5),
         (ds_optim.Muon, 1e30),
-        (ds_optim.NorMuon, 1e-7),
+        (ds_optim.NorMuon, 1e-5),
         (ds_optim.NorMuon, 1e30),
         (ds_optim.SOAP, 1e-8),
         (ds_optim.SOAP, 1e8),
@@ -207,25 +207,13 @@ def test_heads_that_nobody_knows_are_one_error_that_names_them_all(cls: Any) -> 
 @pytest.mark.parametrize(
     ("cls", "settings", "reasons"),
     [
-        (
-            ds_optim.Muon,
-            {"ns_steps": 0, "momentum": 1},
-            ["ns_steps must be a whole number >= 1", "momentum must be in"],
-        ),
+        (ds_optim.Muon, {"ns_steps": 0, "momentum": 1}, ["ns_steps must be a whole number >= 1", "momentum must be"]),
         (ds_optim.Muon, {"adjust_lr": "match", "nesterov": 1}, ["adjust_lr must be one of", "nesterov must be true"]),
         (ds_optim.Muon, {"ns_coefficients": [1.0, 2.0]}, ['"polar_express" or three numbers a, b, c, not [1.0, 2.0]']),
         (ds_optim.Muon, {"ns_coefficients": "cubic", "per_head": "yes"}, ["'cubic'", "per_head must be true or false"]),
         (ds_optim.NorMuon, {"beta2": 1.0, "momentum": -0.1}, ["beta2 must be in [0, 1)", "momentum must be in"]),
-        (
-            ds_optim.SOAP,
-            {"precondition_frequency": 0, "refresh": "no"},
-            ["precondition_frequency must", "refresh must"],
-        ),
-        (
-            ds_optim.SOAP,
-            {"max_preconditioner_dim": None, "betas": (0.9, 1.0)},
-            ["max_preconditioner_dim", "every beta"],
-        ),
+        (ds_optim.SOAP, {"precondition_frequency": 0, "refresh": "no"}, ["precondition_frequency", "refresh must"]),
+        (ds_optim.SOAP, {"max_preconditioner_dim": None, "betas": (0.9, 1.0)}, ["max_preconditioner_dim", "beta must"]),
     ],
 )
 def test_bad_settings_are_listed_together(cls: Any, settings: dict[str, Any], reasons: list[str]) -> None:
@@ -331,7 +319,9 @@ def test_the_state_is_what_the_page_says(cls: Any, seed: int) -> None:
     optimizer = cls(params.items(), roles={"w": "linear", "gain": "norm"})
     take(optimizer, params, {name: torch.ones_like(one) for name, one in params.items()})
     state = optimizer.state[params["w"]]
-    elements = {key: one.numel() for key, one in state.items() if isinstance(one, Tensor) and key != "step"}
+    others = ("step", "blocks", "exp_avg", "exp_avg_sq")
+    elements = {key: one.numel() for key, one in state.items() if key not in others}
+    assert state["exp_avg"].numel() == 0
     wanted = {
         ds_optim.Muon: {"momentum": 256},
         ds_optim.NorMuon: {"momentum": 256, "neuron_square": 16},
