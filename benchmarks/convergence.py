@@ -129,6 +129,10 @@ RECIPES = {
         limits=(0.0, 0.7),
     ),
     "SWAN": Recipe((1.5e-3, 3e-3, 6e-3), 0.0, {"alpha": 1.0}, aim="<= 0.5", limits=(0.0, 0.5)),
+    # AdamW's own rates: what "match_rms_adamw" promises.
+    "Muon": Recipe((5e-4, 1e-3, 2e-3), 0.1),
+    "NorMuon": Recipe((5e-4, 1e-3, 2e-3), 0.1),
+    "SOAP": Recipe((1e-3, 2e-3, 4e-3), 0.1, {"max_preconditioner_dim": 256}),
 }
 AXES = ("in", "out", "long")
 

@@ -10,7 +10,8 @@ from typing import Any
 from ds_optim.optimizers.registry import optimizers
 
 OPTIMIZERS = tuple(optimizers())
-COLORS = dict(zip(OPTIMIZERS, ("black", "tab:green", "tab:orange", "tab:purple", "tab:blue", "tab:red"), strict=True))
+_COLORS = ("black", "tab:green", "tab:orange", "tab:purple", "tab:blue", "tab:red", "tab:brown", "tab:pink", "tab:olive")
+COLORS = dict(zip(OPTIMIZERS, _COLORS, strict=True))
 _COMMAND = "python benchmarks/scaling.py"
 _MEASURED = """## Counted, and predicted
 
@@ -18,7 +19,7 @@ _MEASURED = """## Counted, and predicted
 mean; what a rank must send under collectives that waste nothing. *Products*: GFLOP of matrix products on the busiest
 rank, roots apart. *State*: MB on the fullest rank. Each counted / predicted; *off*: the worst of these, and of what the
 busiest rank sends and the mean rank keeps. *Share*: of the optimizer's step in the training step. *Step*: the
-optimizer's step against AdamW's, both over {rounds} steps in which the six take turns. All ranks share two cores with
+optimizer's step against AdamW's, both over {rounds} steps in which they take turns. All ranks share two cores with
 other work, and with {tokens} tokens there is hardly anything else to do: these two columns compare optimizers within
 one row of ranks and stage, and say nothing of how long a step takes elsewhere.
 """

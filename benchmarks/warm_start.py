@@ -82,6 +82,11 @@ RECIPES = {
         lambda state: state["exp_avg"].mul_(5),
     ),
     "SWAN": Recipe(1, BETAS),
+    "Muon": Recipe(1, {**BETAS, "weight_decay": 0.1}),
+    "NorMuon": Recipe(1, {**BETAS, "weight_decay": 0.1}),
+    "SOAP": Recipe(
+        1, {**BETAS, "weight_decay": 0.1, "max_preconditioner_dim": 128}, "factors empty, not diagonal", _without_factors
+    ),
     "Shampoo": Recipe(
         1,
         {**BETAS, "weight_decay": 0.1, "max_preconditioner_dim": 128},

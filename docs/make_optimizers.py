@@ -39,8 +39,8 @@ def cost(cls: type[ShardedOptimizer]) -> str:
     if not isinstance(cls.rule, WholeMatrix):
         return f"{cls.rule.streams} streams"
     defaults = {name: one.default for name, one in inspect.signature(cls).parameters.items()}
-    roots = " and roots" if cls.rule.refresh(defaults).frequency > 1 else ""
-    return f"matrix products{roots}, shared out over the ranks"
+    rest = " and decompositions" if cls.rule.refresh(defaults).frequency > 1 else ""
+    return f"matrix products{rest}, shared out over the ranks"
 
 
 def written() -> str:

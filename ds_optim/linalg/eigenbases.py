@@ -6,8 +6,9 @@ what is trained would depend on the machine. It gets the eigenvectors of a fixed
 (`first_basis`).
 
 The next ones follow by a step of power iteration, as the official SOAP has it: :math:`Q \leftarrow \mathrm{qr}(A Q)`,
-columns in the order of their eigenvalue estimates :math:`q_i^\top A q_i`. Columns that the iteration leaves without a
-direction of their own, where A is singular, are rounding; the old vectors take their places (`next_basis`).
+columns in the order of their eigenvalue estimates :math:`q_i^\top A q_i`. Where A is singular, estimates are rounding,
+which changes no order, and so are columns that the iteration leaves without a direction of their own: the old vectors
+take their places (`next_bases`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ds_optim.linalg.workers import Job, Stepwise
 NULL = 1e-12
 """Eigenvalues of a product in fp64 below this part of its largest are those of its null space."""
 LOST = 1e-6
-"""Columns of a product in fp32 that keep less of the longest one's length are rounding."""
+"""Eigenvalues and columns of a product in fp32 below this part of the largest are rounding."""
 
 
 def first_basis(rows: Tensor) -> Tensor:
@@ -43,6 +44,8 @@ def first_basis(rows: Tensor) -> Tensor:
     eigenvalues, ascending = torch.linalg.eigh(rows @ rows.mT)
     vectors: Tensor = ascending.flip(-1)
     rank = int((eigenvalues > NULL * eigenvalues[-1]).sum())
+    if rank == 0:
+        return torch.eye(n, dtype=torch.float32, device=rows.device)
     if rank < n:
         weights = torch.arange(n, 0, -1, dtype=vectors.dtype, device=vectors.device)
         null = vectors[:, rank:]
@@ -81,6 +84,7 @@ def next_bases(matrices: Tensor, bases: Tensor) -> Stepwise[tuple[Tensor, Tensor
     with fp32_products("ieee"):
         products = stacked_matmul(matrices, bases)
     estimates = (bases * products).sum(-2)
+    estimates = torch.where(estimates > LOST * estimates.amax(-1, keepdim=True), estimates, 0)
     order = estimates.argsort(dim=-1, descending=True, stable=True)
     columns = order[:, None, :]
     products, kept = products.take_along_dim(columns, -1), bases.take_along_dim(columns, -1)

@@ -51,7 +51,10 @@ POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-"""Of Polar Express, step by step, for matrices divided by 1.02 times their norm; further steps repeat the last."""
+"""Of Polar Express, step by step, for matrices divided by 1.02 times their norm."""
+
+CONVERGENT: Coefficients = (15 / 8, -10 / 8, 3 / 8)
+"""Of the quintic that converges to the polar factor, fastest where singular values are near one already."""
 
 GRAM_FROM = 1.5  # times as long as it is wide: where the Gram form begins to have fewer flops
 GRAM_STEPS = 5  # before R is taken anew, at most

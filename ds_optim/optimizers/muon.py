@@ -26,7 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.polar import POLAR_EXPRESS, QUINTIC, Coefficients, polynomial_flops, polynomial_steps
+from ds_optim.linalg.polar import (
+    CONVERGENT,
+    POLAR_EXPRESS,
+    QUINTIC,
+    Coefficients,
+    polynomial_flops,
+    polynomial_steps,
+)
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
@@ -83,7 +90,7 @@ def coefficients(group: Settings) -> list[Coefficients]:
     """Of the iteration, step by step."""
     steps, stated = int(group["ns_steps"]), group["ns_coefficients"]
     if stated == "polar_express":
-        return [POLAR_EXPRESS[min(step, len(POLAR_EXPRESS) - 1)] for step in range(steps)]
+        return [*POLAR_EXPRESS, *[CONVERGENT] * steps][:steps]
     a, b, c = QUINTIC if stated == "quintic" else (float(one) for one in stated)
     return [(a, b, c)] * steps
 
@@ -168,8 +175,8 @@ class Muon(ShardedOptimizer):
         weight_decay: decoupled, multiplied by the learning rate.
         nesterov: whether the newest gradient counts once more.
         ns_steps: steps of the iteration, at 4 s^2 l + 2 s^3 floating-point operations for sides s <= l at most.
-        ns_coefficients: "quintic", "polar_express" (closer to the polar factor at the same cost), or a, b, c of every
-            step; see `ds_optim.linalg.polar`.
+        ns_coefficients: "quintic", "polar_express" (closer to the polar factor at the same cost, and with more than
+            five steps as close as asked), or a, b, c of every step; see `ds_optim.linalg.polar`.
         adjust_lr: "match_rms_adamw" or "original", see the module.
         per_head: whether every attention head of queries, keys and values is orthogonalised by itself.
         roles: what each parameter is, and so whether it is a matrix: the model itself, the result of `infer_roles`, or

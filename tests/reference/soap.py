@@ -9,7 +9,7 @@
       likewise R and columns; M <- QL'^T QL M QR^T QR'
 
 A first basis has no order within its null space: there, the eigenvectors of diag(n, ..., 1) within it, the largest
-first. A column of L QL that adds nothing to those before it (R's diagonal at most 1e-6 of its largest) is replaced by
+first. Estimates below 1e-6 of the largest count as zero, and zeros keep their order. A column of L QL that adds nothing to those before it (R's diagonal at most 1e-6 of its largest) is replaced by
 the old vector, and the product is decomposed again.
 """
 
@@ -38,7 +38,8 @@ def first_basis(rows: Tensor) -> Tensor:
 
 def turned(factor: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The next basis, and the order that its columns come in."""
-    order = torch.diag(basis.T @ factor @ basis).argsort(descending=True, stable=True)
+    estimates = torch.diag(basis.T @ factor @ basis)
+    order = torch.where(estimates > 1e-6 * estimates.max(), estimates, 0).argsort(descending=True, stable=True)
     old = basis[:, order]
     product = factor @ old
     q, r = torch.linalg.qr(product)
