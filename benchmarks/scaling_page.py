@@ -10,7 +10,17 @@ from typing import Any
 from ds_optim.optimizers.registry import optimizers
 
 OPTIMIZERS = tuple(optimizers())
-_COLORS = ("black", "tab:green", "tab:orange", "tab:purple", "tab:blue", "tab:red", "tab:brown", "tab:pink", "tab:olive")
+_COLORS = (
+    "black",
+    "tab:green",
+    "tab:orange",
+    "tab:purple",
+    "tab:blue",
+    "tab:red",
+    "tab:brown",
+    "tab:pink",
+    "tab:olive",
+)
 COLORS = dict(zip(OPTIMIZERS, _COLORS, strict=True))
 _COMMAND = "python benchmarks/scaling.py"
 _MEASURED = """## Counted, and predicted

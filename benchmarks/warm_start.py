@@ -85,7 +85,10 @@ RECIPES = {
     "Muon": Recipe(1, {**BETAS, "weight_decay": 0.1}),
     "NorMuon": Recipe(1, {**BETAS, "weight_decay": 0.1}),
     "SOAP": Recipe(
-        1, {**BETAS, "weight_decay": 0.1, "max_preconditioner_dim": 128}, "factors empty, not diagonal", _without_factors
+        1,
+        {**BETAS, "weight_decay": 0.1, "max_preconditioner_dim": 128},
+        "factors empty, not diagonal",
+        _without_factors,
     ),
     "Shampoo": Recipe(
         1,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import ds_optim
 from ds_optim.optimizers.registry import optimizers
+from ds_optim.rule import WholeMatrix
 
 CLASSES = list(optimizers().values())
 
@@ -499,14 +500,17 @@ def test_parameters_of_no_element_and_of_one_empty_and_frozen_groups_are_stepped
             before = model["body"].weight.detach().clone()
             optimizer.step()
             scheduler.step()
-            assert torch.equal(before, model["body"].weight) == (step != 2)
+            looks_on = cls is ds_optim.SOAP  # in a parameter's first step
+            assert torch.equal(before, model["body"].weight) == (step != 2 or looks_on)
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         return {name: one.detach().reshape(-1) for name, one in model.named_parameters() if one.numel()}
 
-    wanted = train((1,), empty=False)
-    for found in (train((), empty=False), train((1,), empty=True), train((), empty=True)):
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], values) for name, values in wanted.items())
+    wanted = {shape: train(shape, empty=False) for shape in ((), (1,))}
+    for shape, values in wanted.items():
+        assert same(train(shape, empty=True), values)
+    # A vector of one is a block of Shampoo's, whose graft is Adam's step by another order of operations; a number is not.
+    for name, value in wanted[()].items():
+        torch.testing.assert_close(value, wanted[1,][name], rtol=1e-6, atol=1e-6)
 
 
 # -- what goes with an optimizer, and what stays ----------------------------------------------------------------------

@@ -9,8 +9,9 @@
       likewise R and columns; M <- QL'^T QL M QR^T QR'
 
 A first basis has no order within its null space: there, the eigenvectors of diag(n, ..., 1) within it, the largest
-first. Estimates below 1e-6 of the largest count as zero, and zeros keep their order. A column of L QL that adds nothing to those before it (R's diagonal at most 1e-6 of its largest) is replaced by
-the old vector, and the product is decomposed again.
+first. Estimates below 1e-6 of the largest count as zero, and zeros keep their order. A column of L QL that adds nothing
+to those before it (R's diagonal at most 1e-6 of its largest) is replaced by the old vector, and the product is
+decomposed again.
 """
 
 from __future__ import annotations
