@@ -90,6 +90,7 @@ class Guardless(TorchFunctionMode):
     INSTEAD: ClassVar[dict[Any, Callable[..., Any]]] = {
         Tensor.__invert__: torch.bitwise_not,
         Tensor.__float__: lambda one: torch.ops.aten._local_scalar_dense(one),
+        Tensor.__int__: lambda one: int(torch.ops.aten._local_scalar_dense(one)),
         Tensor.__bool__: lambda one: bool(torch.ops.aten._local_scalar_dense(one)),
         Tensor.pin_memory: lambda one: torch.ops.aten._pin_memory(one),
         Tensor.__getitem__: lambda one, places: _part(one, places),

@@ -206,9 +206,11 @@ def updated(optimizer: Any, shape: Shape, count: int, offset: int, which: slice)
     state = {}
     for name, (its, dtype) in optimizer.stepper.plans.state_of_block(shape).items():
         if dtype == torch.int32:
-            values = torch.zeros(count, dtype=dtype)
+            values = torch.full((count,), int(name == "based"), dtype=dtype)
         elif name.startswith(("factor", "root")):
             values = statistics(count, its[0])
+        elif name.startswith("basis"):
+            values = torch.linalg.qr(drawn(count, *its))[0]
         else:
             values = drawn(count, *its).square()
         state[name] = placed(values[which], offset)
@@ -229,6 +231,8 @@ RULES = {
     "Shampoo": (ds_optim.Shampoo, SHAMPOO),
     "Shampoo as in the paper": (ds_optim.Shampoo, {"betas": (0, 1), "graft": None, "ridge": "absolute", **SHAMPOO}),
     "SWAN": (ds_optim.SWAN, {}),
+    "NorMuon": (ds_optim.NorMuon, {"ns_steps": 2}),
+    "SOAP": (ds_optim.SOAP, {"precondition_frequency": 1}),
 }
 
 
@@ -236,8 +240,8 @@ RULES = {
 def test_a_rules_update_is_the_blocks_own(rule: str) -> None:
     cls, settings = RULES[rule]
     optimizer = cls([nn.Parameter(torch.zeros(2, 2))], **settings)
-    # A block of SWAN's is (inputs in front, outputs, inputs behind).
-    shapes = [(1, *shape) for shape in MATRICES] if rule == "SWAN" else MATRICES
+    # A whole matrix is (inputs in front, outputs, inputs behind).
+    shapes = [(1, *shape) for shape in MATRICES] if rule in ("SWAN", "NorMuon") else MATRICES
     for shape in [*shapes, (2, 4, 5), (5, 36, 2)]:
         wanted = updated(optimizer, shape, 3, 0, slice(None))
         for offset, which in ((1, slice(None)), (6, slice(1, 2))):

@@ -77,6 +77,9 @@ CHANGES = [
     (2, Case("Shampoo", SHAMPOO, stage=1), 3, Case("Shampoo", SHAMPOO, stage=3, zero=OFFLOAD)),
     (3, Case("SWAN", {}, stage=1), 2, Case("SWAN", {}, stage=3, precision="bf16")),
     (2, Case("SWAN", {}, stage=3), 4, Case("SWAN", {}, stage=0, precision="bf16")),
+    (2, Case("ds_optim.Muon", DECAY, stage=1), 3, Case("ds_optim.Muon", DECAY, stage=3, zero=OFFLOAD)),
+    (3, Case("NorMuon", DECAY, stage=3, precision="bf16", zero=SMALL), 1, Case("NorMuon", DECAY, stage=2)),
+    (2, Case("SOAP", SHAMPOO, stage=2, precision="bf16"), 4, Case("SOAP", SHAMPOO, stage=3)),
 ]
 
 

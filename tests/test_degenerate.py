@@ -167,6 +167,8 @@ BESIDE_NOTHING: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("Shampoo", {"stage": 2}, {}),
     ("SWAN", {"stage": 0}, BF16),
     ("SWAN", {"stage": 1}, {}),
+    ("ds_optim.Muon", {"stage": 1}, {}),
+    ("SOAP", {"stage": 0}, {}),
 ]
 
 

@@ -72,6 +72,9 @@ CASES = [
     Case("Shampoo", SHAMPOO, stage=3, precision="bf16", zero={"sub_group_size": 300}),
     Case("SWAN", {}, stage=2, precision="bf16"),
     Case("SWAN", {}, stage=3, precision="fp32", zero=OFFLOAD),
+    Case("ds_optim.Muon", {}, stage=3, precision="bf16"),
+    Case("NorMuon", {}, stage=1, precision="fp32", zero=OFFLOAD),
+    Case("SOAP", SHAMPOO, stage=2, precision="bf16"),
 ]
 
 
@@ -82,7 +85,10 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(pool: Pools, case: Case,
         for entry in dtypes:
             key, dtype = entry.split()
             bf16 = "state_dtype" in case.options and key != "step"
-            whole = {"blocks": "torch.int64", **dict.fromkeys(("rooted", "failures", "waiting"), "torch.int32")}
+            whole = {
+                "blocks": "torch.int64",
+                **dict.fromkeys(("rooted", "failures", "waiting", "based"), "torch.int32"),
+            }
             assert dtype == whole.get(key, "torch.bfloat16" if bf16 else "torch.float32"), entry
         assert set(counts) == {case.steps // 2}
         assert left_out == []

@@ -84,7 +84,7 @@ def plain(optimizer: str, **changes: Any) -> Case:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("optimizer", ["Shampoo", "SWAN"])
+@pytest.mark.parametrize("optimizer", ["Shampoo", "SWAN", "NorMuon"])
 def test_hard_gradients_stay_finite_and_the_same_on_three_ranks(pool: Pools, optimizer: str, kind: str) -> None:
     case = plain(optimizer, stage=3 if KINDS.index(kind) % 2 else 2, steps=13)
     found = assembled(pool(3).run(train_hard, case, kind))
@@ -141,7 +141,14 @@ def train_broken(case: Case, broken_rank: int) -> tuple[str, int, dict[str, Any]
 
 @pytest.mark.parametrize(
     ("optimizer", "stage", "ranks", "broken_rank"),
-    [("Shampoo", 0, 2, 1), ("Shampoo", 2, 3, 2), ("Shampoo", 3, 2, 0), ("SWAN", 3, 4, 1), ("SWAN", 1, 2, 1)],
+    [
+        ("Shampoo", 0, 2, 1),
+        ("Shampoo", 2, 3, 2),
+        ("Shampoo", 3, 2, 0),
+        ("SWAN", 3, 4, 1),
+        ("SWAN", 1, 2, 1),
+        ("NorMuon", 3, 3, 1),
+    ],
 )
 def test_a_nan_on_one_rank_raises_on_all_one_step_later_and_its_block_stays(
     pool: Pools, optimizer: str, stage: int, ranks: int, broken_rank: int
@@ -169,7 +176,7 @@ def test_a_nan_on_one_rank_raises_on_all_one_step_later_and_its_block_stays(
     top, bottom, left, right = map(int, ranges.groups())
     was, stayed, last = (found[BROKEN].view(shape) for found in (before, after, end))
     assert torch.equal(was[top:bottom, left:right], stayed[top:bottom, left:right]), "the update was withheld"
-    assert (was != stayed).sum() == (0 if optimizer == "SWAN" else was.numel() - (bottom - top) * (right - left))
+    assert (was != stayed).sum() == (0 if optimizer != "Shampoo" else was.numel() - (bottom - top) * (right - left))
     for values in end.values():
         assert torch.isfinite(values).all(), "nothing of the NaN was kept"
     if stage == 0:
@@ -357,8 +364,11 @@ def train_odd(optimizer: str, options: dict[str, Any], stage: int) -> dict[str, 
         ),
         ("SWAN", {"exchange_bucket_size": 80}),
         ("SWAN", {"exchange_dtype": "bf16", "norm_axis": "out", "matmul_precision": "bf16"}),
+        ("NorMuon", {"exchange_bucket_size": 80, "ns_coefficients": "polar_express"}),
+        ("Muon", {"exchange_dtype": "bf16", "matmul_precision": "bf16", "adjust_lr": "original"}),
+        ("SOAP", {"max_preconditioner_dim": 4, "precondition_frequency": 3, "exchange_bucket_size": 80}),
     ],
-    ids=["Shampoo", "Shampoo-paper", "Shampoo-bf16", "SWAN", "SWAN-bf16"],
+    ids=["Shampoo", "Shampoo-paper", "Shampoo-bf16", "SWAN", "SWAN-bf16", "NorMuon", "Muon-bf16", "SOAP"],
 )
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (2, 4), (3, 2), (3, 4)])
 def test_convolutions_experts_and_fused_weights_are_the_same_on_any_number_of_ranks(

@@ -37,6 +37,8 @@ CASES = {
     "AdamMini": Case("AdamMini", DECAY, steps=STEPS),
     "Shampoo": Case("Shampoo", MATRIX, steps=STEPS),
     "SWAN": Case("SWAN", DECAY, steps=STEPS),
+    "NorMuon": Case("NorMuon", DECAY, steps=STEPS),
+    "SOAP": Case("SOAP", MATRIX, steps=STEPS),
 }
 
 
@@ -91,6 +93,8 @@ def second_part_in_an_engine(case: Case, folder: str) -> dict[str, Any]:
         ("Shampoo", 3, "fsdp", 4, "hsdp"),
         ("Shampoo", 4, "hsdp", 2, "fsdp"),
         ("SWAN", 3, "fsdp", 1, "single"),
+        ("NorMuon", 2, "ddp", 3, "fsdp"),
+        ("SOAP", 4, "hsdp", 2, "fsdp"),
     ],
 )
 def test_a_canonical_checkpoint_goes_on_under_another_strategy(

@@ -64,6 +64,11 @@ RUNS = [
     (4, "SWAN small buckets", "hsdp", ""),
     (4, "SWAN", "fsdp", ""),
     (4, "tied", "ddp", ""),
+    (2, "Muon", "fsdp", "mixed"),
+    (3, "NorMuon", "fsdp", ""),
+    (4, "NorMuon", "hsdp", "late"),
+    (2, "SOAP", "ddp", ""),
+    (3, "SOAP", "fsdp", "late"),
 ]
 
 

@@ -70,7 +70,7 @@ def close(found: Tensor, wanted: Tensor) -> bool:
 
 def test_equal_betas_take_over_adamw_bit_for_bit() -> None:
     source, adamw = copy.deepcopy(adamw_run())
-    for name in ("AdamW", "AdamMini", "SWAN", "Shampoo"):
+    for name in ("AdamW", "AdamMini", "SWAN", "Shampoo", "Muon", "NorMuon", "SOAP"):
         model, optimizer = started(name, adamw.state_dict(), betas=BETAS)
         for (parameter, mine), (_, its) in zip(
             ((p, optimizer.state[p]) for p in model.parameters()),

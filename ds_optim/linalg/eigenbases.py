@@ -86,7 +86,7 @@ def next_bases(matrices: Tensor, bases: Tensor) -> Stepwise[tuple[Tensor, Tensor
     estimates = (bases * products).sum(-2)
     estimates = torch.where(estimates > LOST * estimates.amax(-1, keepdim=True), estimates, 0)
     order = estimates.argsort(dim=-1, descending=True, stable=True)
-    columns = order[:, None, :]
+    columns = order.unsqueeze(-2)
     products, kept = products.take_along_dim(columns, -1), bases.take_along_dim(columns, -1)
     if matrices.device.type != "cpu":
         return _orthonormal(products, kept, is_certain=False), order
@@ -114,5 +114,5 @@ def _orthonormal(products: Tensor, kept: Tensor, *, is_certain: bool) -> Tensor:
     is_lost = lengths <= LOST * lengths.amax(-1, keepdim=True)
     if is_certain and not bool(is_lost.any()):
         return basis
-    basis, _ = torch.linalg.qr(torch.where(is_lost[..., None, :], kept, products))
+    basis, _ = torch.linalg.qr(torch.where(is_lost.unsqueeze(-2), kept, products))
     return basis

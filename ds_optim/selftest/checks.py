@@ -29,9 +29,14 @@ from ds_optim.optimizers.registry import optimizers
 from ds_optim.selftest.result import CheckResult, failed, judged, not_here
 from ds_optim.sharding.exchange import carrier_of
 
-TOLERANCE = {"AdamW": 1e-5, "Lion": 1e-5, "Adan": 1e-5, "AdamMini": 1e-5, "SWAN": 1e-3, "Shampoo": 1e-2}
-"""Of a weight's movement in five steps. Polar factors and roots magnify the rounding of sums in another order."""
-OPTIONS: dict[str, dict[str, Any]] = {"Shampoo": {"precondition_frequency": 2, "max_preconditioner_dim": 64}}
+TOLERANCE = {
+    **dict.fromkeys(("AdamW", "Lion", "Adan", "AdamMini"), 1e-5),
+    **dict.fromkeys(("SWAN", "Muon", "NorMuon"), 1e-3),
+    **dict.fromkeys(("Shampoo", "SOAP"), 1e-2),
+}
+"""Of a weight's movement in five steps. Polar factors, roots and bases magnify the rounding of sums."""
+_BLOCKS = {"precondition_frequency": 2, "max_preconditioner_dim": 64}
+OPTIONS: dict[str, dict[str, Any]] = {"Shampoo": _BLOCKS, "SOAP": _BLOCKS}
 ON_CPU, LEAST, MOST = 2_000, 10_000, 100_000
 """Rows of what is timed, 2048 elements each; on an accelerator as many as it has room for: fewer would fit caches."""
 BYTES = 10 * 4 * 2048  # of such a row in all fp32 tensors that are timed
