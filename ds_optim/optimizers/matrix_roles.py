@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from itertools import accumulate, pairwise
 
+from torch import Tensor
+
+from ds_optim.linalg.packed import packed_diagonal
 from ds_optim.roles.role import Role, is_vector
 from ds_optim.sharding.boxes import Box, tiles
 
@@ -52,3 +55,12 @@ def true_matrices(role: Role, shape: tuple[int, ...]) -> list[Box]:
                 )
             )
     return found
+
+
+def diagonal_factors(mean_square: Tensor, beta: float, step: int) -> dict[str, Tensor]:
+    """Shampoo's factors of a block after ``step`` steps that the gradient's mean square implies, packed."""
+    weight = 1 - beta**step if beta < 1 else float(step)
+    return {
+        f"factor_{axis}": packed_diagonal(weight * mean_square.movedim(axis, 0).reshape(size, -1).sum(1))
+        for axis, size in enumerate(mean_square.shape)
+    }
