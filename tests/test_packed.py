@@ -25,7 +25,7 @@ import meshes
 from ds_optim import Shampoo, checkpoint
 from ds_optim.checkpoint.convert import convert
 from ds_optim.checkpoint.directory import read_about
-from ds_optim.linalg.packed import order_of, pack, packed_diagonal, packed_size, unpack
+from ds_optim.linalg.packed import order_of, pack, packed_diagonal, packed_size, unpack, unpack_lower
 from ds_optim.rule import PackedSymmetric, bytes_of, kept_whole
 from ds_optim.stepping.former_state import in_todays_form, packed_again, room_for_stored
 from ds_optim.stepping.logical_tensors import Logical, LogicalRange
@@ -57,6 +57,7 @@ def test_a_symmetric_matrix_comes_back_as_it_was(count: int, order: int, seed: i
     assert packed.shape == (count, packed_size(order))
     assert order_of(packed_size(order)) == order
     assert torch.equal(unpack(packed), matrices)
+    assert torch.equal(unpack_lower(packed).tril(), matrices.tril())
 
 
 def test_rows_of_the_lower_triangle_lie_behind_one_another(seed: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _TABLES_KEPT = 64  # orders of matrices, of which a model's blocks have a few
+_LONG = 128  # rows of a matrix that are worth a call of their own
 
 _tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
@@ -44,6 +45,23 @@ def unpack(packed: Tensor) -> Tensor:
     count, order = len(packed), order_of(packed.shape[1])
     _, unpacking = _tables_for(order, packed.device)
     return torch.index_select(packed, 1, unpacking).view(count, order, order)
+
+
+def unpack_lower(packed: Tensor) -> Tensor:
+    """As `unpack` on and below the diagonal; above it lies anything. For a CPU: long rows are copied whole.
+
+    Every row is taken as long as the last one: behind its own elements come those of the next.
+    """
+    count, size = packed.shape
+    order = order_of(size)
+    if order < _LONG:
+        return unpack(packed)
+    _, unpacking = _tables_for(order, packed.device)
+    squares = packed.new_empty(count, order, order)
+    for one, square in zip(packed, squares, strict=True):
+        rows = one.as_strided((size - order + 1, order), (1, 1))  # from every element on
+        torch.index_select(rows, 0, unpacking[::order], out=square)
+    return squares
 
 
 def packed_diagonal(values: Tensor) -> Tensor:

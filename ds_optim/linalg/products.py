@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.linalg.alignment import one_by_one
-from ds_optim.linalg.packed import order_of, pack, unpack
+from ds_optim.linalg.packed import order_of, pack, unpack, unpack_lower
 from ds_optim.linalg.precision import MatmulPrecision, own_gram, product_in
 
 _WHOLE = 256
@@ -70,7 +70,7 @@ def add_gram_(
 
     rows = _unfolded(stack, axis)
     for part in _parts(kept):
-        squares = one_by_one(product, unpack(kept[part]), rows[part], is_added=True)
+        squares = one_by_one(product, unpack_lower(kept[part]), rows[part], is_added=True)
         pack(squares, out=kept[part])
     return kept
 
