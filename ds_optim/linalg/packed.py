@@ -40,28 +40,33 @@ def pack(stack: Tensor, *, out: Tensor | None = None) -> Tensor:
     return torch.index_select(stack.view(count, order * order), 1, packing, out=out)
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """The matrices of which (B, n (n + 1) / 2) are the lower triangles: (B, n, n), exactly symmetric."""
+def unpack(packed: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The matrices of which (B, n (n + 1) / 2) are the lower triangles: (B, n, n), exactly symmetric.
+
+    Args:
+        packed: of any floating-point dtype.
+        out: contiguous, of the same dtype; is returned.
+    """
     count, order = len(packed), order_of(packed.shape[1])
     _, unpacking = _tables_for(order, packed.device)
-    return torch.index_select(packed, 1, unpacking).view(count, order, order)
+    flat = None if out is None else out.view(count, order * order)
+    return torch.index_select(packed, 1, unpacking, out=flat).view(count, order, order)
 
 
-def unpack_lower(packed: Tensor) -> Tensor:
+def unpack_lower(packed: Tensor, *, out: Tensor) -> Tensor:
     """As `unpack` on and below the diagonal; above it lies anything. For a CPU: long rows are copied whole.
 
     Every row is taken as long as the last one: behind its own elements come those of the next.
     """
-    count, size = packed.shape
+    size = packed.shape[1]
     order = order_of(size)
     if order < _LONG:
-        return unpack(packed)
+        return unpack(packed, out=out)
     _, unpacking = _tables_for(order, packed.device)
-    squares = packed.new_empty(count, order, order)
-    for one, square in zip(packed, squares, strict=True):
+    for one, square in zip(packed, out, strict=True):
         rows = one.as_strided((size - order + 1, order), (1, 1))  # from every element on
         torch.index_select(rows, 0, unpacking[::order], out=square)
-    return squares
+    return out
 
 
 def packed_diagonal(values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ds_optim.linalg.precision import MatmulPrecision, own_gram, product_in
 _WHOLE = 256
 """Rows of a matrix whose product with itself is cheaper whole than by its halves."""
 
-_UNPACKED = 1 << 18
+_UNPACKED = 1 << 17
 """Elements of matrices that are unpacked at a time on a CPU, unless a single one has more."""
 
 
@@ -69,18 +69,19 @@ def add_gram_(
         _add_own_product_(out[0], one[0], beta, weight)
 
     rows = _unfolded(stack, axis)
-    for part in _parts(kept):
-        squares = one_by_one(product, unpack_lower(kept[part]), rows[part], is_added=True)
-        pack(squares, out=kept[part])
+    for part, room in _parts(kept):
+        pack(one_by_one(product, unpack_lower(kept[part], out=room), rows[part], is_added=True), out=kept[part])
     return kept
 
 
-def _parts(packed: Tensor) -> Iterator[slice]:
-    """What of a stack of packed matrices is unpacked at a time."""
-    most = len(packed)
+def _parts(packed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What of a stack of packed matrices is unpacked at a time, and room for it, the same for all."""
+    most, order = len(packed), order_of(packed.shape[1])
     if packed.device.type == "cpu":
-        most = max(_UNPACKED // max(order_of(packed.shape[1]) ** 2, 1), 1)
-    return (slice(first, first + most) for first in range(0, len(packed), most or 1))
+        most = min(most, max(_UNPACKED // max(order * order, 1), 1))
+    room = packed.new_empty(most, order, order)
+    for first in range(0, len(packed), most or 1):
+        yield slice(first, first + most), room[: len(packed) - first]
 
 
 def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) -> None:
@@ -113,8 +114,9 @@ def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPre
     else:
         operand = moved.flatten(2) if moved.dim() > 2 else moved.unsqueeze(2)
     result = operand.new_empty(operand.shape)
-    for part in _parts(matrices) if matrices.dim() == 2 else (slice(None),):
-        whole = unpack(matrices[part]) if matrices.dim() == 2 else matrices
+    for part, whole in _parts(matrices) if matrices.dim() == 2 else ((slice(None), matrices),):
+        if matrices.dim() == 2:
+            unpack(matrices[part], out=whole)
         factors = (operand[part], whole) if is_last else (whole, operand[part])
         one_by_one(product_in(precision), result[part], *factors)
     return result.view(moved.shape) if is_last else result.view(moved.shape).movedim(1, axis + 1)
