@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_optim.kernels import Formula
 from ds_optim.kernels import Scalars as Scalars
+from ds_optim.linalg.packed import order_of, packed_size
 from ds_optim.linalg.workers import Stepwise
 from ds_optim.roles.role import Role
 from ds_optim.sharding.assignment import Tile, Work
@@ -34,6 +35,22 @@ Settings: TypeAlias = Mapping[str, Any]
 
 StateSpec: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one kind of state."""
+
+
+class PackedSymmetric(tuple[tuple[int, ...], torch.dtype]):
+    """`StateSpec` of a symmetric fp32 matrix of ``order`` rows, kept as `ds_optim.linalg.packed` has it.
+
+    Whoever loads state knows by it that versions up to 0.1.0 kept all ``order * order`` elements, see `kept_whole`.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, order: int) -> PackedSymmetric:
+        return super().__new__(cls, ((packed_size(order),), torch.float32))
+
+    @property
+    def order(self) -> int:
+        return order_of(self[0][0])
 
 
 # -- what is said of settings -----------------------------------------------------------------------------------------
@@ -317,3 +334,10 @@ AnyRule: TypeAlias = Elementwise | Blockwise | WholeMatrix
 def bytes_of(spec: Mapping[str, StateSpec]) -> int:
     """What is kept, in bytes."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+
+
+def kept_whole(spec: Mapping[str, StateSpec]) -> dict[str, StateSpec]:
+    """The same as versions up to 0.1.0 kept it: symmetric matrices with all of their elements."""
+    return {
+        key: ((one.order, one.order), one[1]) if isinstance(one, PackedSymmetric) else one for key, one in spec.items()
+    }

@@ -82,7 +82,7 @@ class Stack:
         return _over(torch.where(self.good, decay, 1.0), kept)
 
     def average_gram_(self, kept: Tensor, axis: int, beta: float) -> Tensor:
-        """The running average of the gradients' products with themselves, see `ds_optim.linalg.products.gram`.
+        """The running average of the gradients' products with themselves, packed: `ds_optim.linalg.products.add_gram_`.
 
         ``kept <- beta kept + (1 - beta) gram`` in place, ``kept + gram`` if beta is 1; blocks that are not good stay.
         """

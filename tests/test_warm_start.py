@@ -15,6 +15,7 @@ import ds_optim
 from ds_optim import checkpoint
 from ds_optim.checkpoint import ranges
 from ds_optim.checkpoint.warm_start import block_means, block_range, box_runs, warm_start
+from ds_optim.linalg.packed import pack, packed_size
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box
 from ds_optim.stepping.logical_tensors import block_at
@@ -145,9 +146,8 @@ def test_swan_and_shampoo_keep_adam_where_there_is_no_matrix_and_shampoo_its_gra
                 assert close(state["graft"][begin : begin + box.numel], graft)
                 for axis, size in enumerate(box.shape):
                     factor = torch.diag(graft.sum(1 - axis) if graft.dim() == 2 else graft)
-                    at = corner[axis]
-                    assert close(state[f"factor_{axis}"][at : at + size**2], factor)
-                    corner[axis] += size**2
+                    at, corner[axis] = corner[axis], corner[axis] + packed_size(size)
+                    assert close(state[f"factor_{axis}"][at : corner[axis]], pack(factor[None]))
                 begin += box.numel
             assert not any(state[key].any() for key in state if key.startswith(("root", "failures", "waiting")))
 

@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from ds_optim.checkpoint.gathered import full_state as full_state
     from ds_optim.checkpoint.save_load import load as load
     from ds_optim.checkpoint.save_load import save as save
+    from ds_optim.checkpoint.torch_template import as_stored as as_stored
     from ds_optim.errors import CheckpointError as CheckpointError
 
 _HOME = {
     "CheckpointError": "ds_optim.errors",
+    "as_stored": "ds_optim.checkpoint.torch_template",
     "full_state": "ds_optim.checkpoint.gathered",
     "load": "ds_optim.checkpoint.save_load",
     "save": "ds_optim.checkpoint.save_load",
 }
 
-__all__ = ["CheckpointError", "full_state", "load", "save"]
+__all__ = ["CheckpointError", "as_stored", "full_state", "load", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ Every tensor is one-dimensional, row-major, without padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.exchange import ALONE, Ranks
 from ds_optim.sharding.layout import Scattered
+from ds_optim.stepping.former_state import room_for_stored
 from ds_optim.stepping.kernel_calls import row_major
 from ds_optim.stepping.logical_tensors import Logical, LogicalParameter, LogicalRange, slices
 from ds_optim.stepping.sharded import ShardedOptimizer
@@ -223,27 +224,34 @@ class PlannedRead:
 
     Attributes:
         tensors: by name in the checkpoint.
-        copies: (flat copy, tensor) for tensors that are not row-major.
+        endings: what brings it there: of tensors that are not row-major, and of state that was stored in a former form.
     """
 
     tensors: dict[str, Ranges] = field(default_factory=dict)
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    endings: list[Callable[[], object]] = field(default_factory=list)
 
     def add(self, name: str, numel: int, parts: list[tuple[int, Tensor]]) -> None:
         if parts:
             self.tensors[name] = Ranges(numel, parts[0][1].dtype, parts)
 
+    def add_state(self, name: str, logical: Logical, values: Tensor | None, stored: int) -> None:
+        """State that has ``stored`` values in the checkpoint."""
+        flat = None if values is None else local_of(values).view(-1)
+        parts, ending = room_for_stored(logical, flat, stored, torch.device("cpu"))
+        self.add(name, stored, parts)
+        self.endings.append(ending)
+
     def flat(self, tensor: Tensor) -> Tensor:
         local = local_of(tensor).detach()
         flat = row_major(local)
         if not local.is_contiguous():
-            self.copies.append((flat, local))
+            self.endings.append(lambda: local.copy_(flat.view(local.shape)))
         return flat
 
     @torch.no_grad()
     def finish(self) -> None:
-        for flat, tensor in self.copies:
-            tensor.copy_(flat.view(tensor.shape))
+        for ending in self.endings:
+            ending()
 
 
 def to_read(training: TrainingState, about: Mapping[str, Any], *, states: bool) -> PlannedRead:
@@ -260,11 +268,11 @@ def to_read(training: TrainingState, about: Mapping[str, Any], *, states: bool) 
             planned.add(stored_as(one.name), one.weight.numel, held_parts(one.weight.read, flat))
             for key, logical in one.state.items() if state is not None else ():
                 assert state is not None
-                parts = held_parts(logical.read, state.get(key))
-                if key in about["parameters"].get(one.name, {"state": {}})["state"]:
-                    planned.add(f"state.{one.name}.{key}", logical.numel, parts)
+                stored = about["parameters"].get(one.name, {"state": {}})["state"].get(key)
+                if stored is not None:
+                    planned.add_state(f"state.{one.name}.{key}", logical, state.get(key), stored["numel"])
                 else:  # never used: its gradients were zero
-                    for _, values in parts:
+                    for _, values in held_parts(logical.read, state.get(key)):
                         values.zero_()
     for name, (shape, begin, values) in training.untrained.items():
         if values.numel():

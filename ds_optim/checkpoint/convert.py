@@ -231,8 +231,8 @@ def _training_state_of(
     if problems:
         raise _misfit(files, [f"rank {rank}: {problem}" for problem in problems])
     logical = logical_of(stepper)
+    saved = optimizer.state_form.of_this_rank(states.optimizer)["state"]
     _step_over(optimizer, states.masters)
-    saved = states.optimizer["state"]
     optimizer.state = defaultdict(
         dict, {master: saved[key] for key, master in optimizer.state_form.keyed(states.optimizer) if key in saved}
     )

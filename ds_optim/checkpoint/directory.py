@@ -29,7 +29,7 @@ import ds_optim
 from ds_optim.errors import CheckpointError, in_one, on_every_rank, on_first_rank
 from ds_optim.sharding.exchange import ALONE, Ranks
 
-FORMAT = 1
+FORMAT = 2  # 1: symmetric matrices whole, see `ds_optim.stepping.former_state`
 MANIFEST = "manifest.json"
 ABOUT = "about.json"
 OBJECTS = "objects.pt"

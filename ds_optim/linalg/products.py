@@ -1,20 +1,28 @@
 """Matrix products along one axis of stacked blocks of any order: statistics, their application, rotations.
 
+Symmetric matrices are kept packed (`ds_optim.linalg.packed`) and unpacked for a product: on a CPU a few at a time,
+which stay in its cache, elsewhere all of a stack.
+
 What a block becomes depends neither on its place in memory nor on its neighbours, see `ds_optim.linalg.alignment`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ds_optim.linalg.alignment import one_by_one
+from ds_optim.linalg.packed import order_of, pack, unpack, unpack_lower
 from ds_optim.linalg.precision import MatmulPrecision, own_gram, product_in
 
 _WHOLE = 256
 """Rows of a matrix whose product with itself is cheaper whole than by its halves."""
+
+_UNPACKED = 1 << 17
+"""Elements of matrices that are unpacked at a time on a CPU, unless a single one has more."""
 
 
 def stacked_matmul(a: Tensor, b: Tensor, precision: MatmulPrecision = "ieee") -> Tensor:
@@ -50,28 +58,39 @@ def unfolded(stack: Tensor, axis: int) -> Tensor:
 def add_gram_(
     kept: Tensor, stack: Tensor, axis: int, beta: float, weight: float, precision: MatmulPrecision = "ieee"
 ) -> Tensor:
-    """``kept <- beta kept + weight gram(stack, axis)``, in place: where nothing is lost, inside the product.
+    """``kept <- beta kept + weight gram(stack, axis)``, in place: on a CPU, where nothing is lost, inside the product.
 
     Args:
-        kept: (B, d_axis, d_axis) fp32, contiguous; is returned.
+        kept: (B, n (n + 1) / 2) fp32 for n = d_axis, packed, contiguous; is returned.
         stack, axis, precision: as for `gram`.
         beta: of what is kept.
         weight: of what is new.
     """
-    if precision != "ieee":
-        return kept.mul_(beta).add_(gram(stack, axis, precision).mul_(weight))
-    rows = unfolded(stack, axis)
-    if kept.device.type != "cpu":
-        return torch.baddbmm(kept, rows, rows.mT, beta=beta, alpha=weight, out=kept)
+    if precision != "ieee" or kept.device.type != "cpu":
+        new = pack(gram(stack, axis, precision)).mul_(weight)
+        return (kept if beta == 1 else kept.mul_(beta)).add_(new)
 
     def product(one: Tensor, *, out: Tensor) -> None:
         _add_own_product_(out[0], one[0], beta, weight)
 
-    return one_by_one(product, kept, rows, is_added=True)
+    rows = unfolded(stack, axis)
+    for part, room in _parts(kept):
+        pack(one_by_one(product, unpack_lower(kept[part], out=room), rows[part], is_added=True), out=kept[part])
+    return kept
+
+
+def _parts(packed: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """What of a stack of packed matrices is unpacked at a time, and room for it, the same for all."""
+    most, order = len(packed), order_of(packed.shape[1])
+    if packed.device.type == "cpu":
+        most = min(most, max(_UNPACKED // max(order * order, 1), 1))
+    room = packed.new_empty(most, order, order)
+    for first in range(0, len(packed), most or 1):
+        yield slice(first, first + most), room[: len(packed) - first]
 
 
 def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) -> None:
-    """``kept <- beta kept + weight rows rows^T`` of one matrix; beyond `_WHOLE` rows a corner is the other's mirror."""
+    """``kept <- beta kept + weight rows rows^T`` of one matrix: its lower triangle, whatever is above the diagonal."""
     count = len(rows)
     if count <= _WHOLE:
         torch.addmm(kept, rows, rows.mT, beta=beta, alpha=weight, out=kept)
@@ -82,23 +101,31 @@ def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) ->
     _add_own_product_(kept[half:, half:], lower, beta, weight)
     corner = kept[half:, :half]
     torch.addmm(corner, lower, upper.mT, beta=beta, alpha=weight, out=corner)
-    kept[:half, half:].copy_(corner.mT)
 
 
 def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tensor:
     """Every block multiplied by its matrix along one axis: the mode product.
 
     Args:
-        matrices: (B, d_axis, d_axis), symmetric; others multiply the last of several axes from the right.
+        matrices: (B, d_axis, d_axis), symmetric, others multiply the last of several axes from the right; or symmetric and
+            packed, (B, d_axis (d_axis + 1) / 2).
         stack: (B, d_0, ..., d_K).
         axis: which of the block's axes.
         precision: of the product.
     """
-    if stack.dim() > 2 and axis == stack.dim() - 2:  # the last: rows are multiplied from the right, nothing is moved
-        return stacked_matmul(stack.flatten(1, -2), matrices, precision).view(stack.shape)
-    moved = stack.movedim(axis + 1, 1)
-    product = stacked_matmul(matrices, moved.flatten(2) if moved.dim() > 2 else moved.unsqueeze(2), precision)
-    return product.view(moved.shape).movedim(1, axis + 1)
+    is_last = stack.dim() > 2 and axis == stack.dim() - 2  # rows are multiplied from the right, nothing is moved
+    moved = stack if is_last else stack.movedim(axis + 1, 1)
+    if is_last:
+        operand = stack.flatten(1, -2)
+    else:
+        operand = moved.flatten(2) if moved.dim() > 2 else moved.unsqueeze(2)
+    result = operand.new_empty(operand.shape)
+    for part, whole in _parts(matrices) if matrices.dim() == 2 else ((slice(None), matrices),):
+        if matrices.dim() == 2:
+            unpack(matrices[part], out=whole)
+        factors = (operand[part], whole) if is_last else (whole, operand[part])
+        one_by_one(product_in(precision), result[part], *factors)
+    return result.view(moved.shape) if is_last else result.view(moved.shape).movedim(1, axis + 1)
 
 
 def rotate_along(

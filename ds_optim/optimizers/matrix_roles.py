@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 
-import torch
 from torch import Tensor
 
+from ds_optim.linalg.packed import packed_diagonal
 from ds_optim.roles.role import WITH_HEADS, Part, Role, is_vector, matrix_view
 from ds_optim.sharding.assignment import Tile
 from ds_optim.sharding.boxes import Box, tiles
@@ -129,9 +129,9 @@ def grid_tiles(role: Role, shape: tuple[int, ...], largest: int) -> list[Tile]:
 
 
 def diagonal_factors(mean_square: Tensor, beta: float, step: int) -> dict[str, Tensor]:
-    """Shampoo's factors of a block after ``step`` steps as far as they follow from the gradient's mean square."""
+    """Shampoo's factors of a block after ``step`` steps that the gradient's mean square implies, packed."""
     weight = 1 - beta**step if beta < 1 else float(step)
     return {
-        f"factor_{axis}": torch.diag(weight * mean_square.movedim(axis, 0).reshape(size, -1).sum(1))
+        f"factor_{axis}": packed_diagonal(weight * mean_square.movedim(axis, 0).reshape(size, -1).sum(1))
         for axis, size in enumerate(mean_square.shape)
     }

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.linalg.inverse_roots import Method, inverse_roots_stepwise, method_for
+from ds_optim.linalg.packed import pack, unpack
 from ds_optim.linalg.products import apply_along, block_norms
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
@@ -38,12 +39,14 @@ from ds_optim.rule import (
     BatchScaling,
     Betas,
     FromAdam,
+    PackedSymmetric,
     Refresh,
     Settings,
     Stack,
     StateSpec,
     WholeMatrix,
     bytes_of,
+    kept_whole,
     number,
     one_of,
     whole_number,
@@ -119,14 +122,13 @@ def _grafts_adam(group: Settings) -> Settings:
 
 
 def shampoo_state(settings: Settings, shape: tuple[int, ...]) -> dict[str, StateSpec]:
-    """Averages of gradients and squares per element, a factor and its root per axis, and three counts."""
+    """Averages of gradients and squares per element, a factor and its root per axis (symmetric), and three counts."""
     state_dtype = settings["state_dtype"]
     state: dict[str, StateSpec] = {"momentum": (shape, state_dtype)}
     if settings["graft"]:
         state["graft"] = (shape, state_dtype)
     for axis, size in enumerate(shape):
-        state[f"factor_{axis}"] = ((size, size), torch.float32)
-        state[f"root_{axis}"] = ((size, size), torch.float32)
+        state[f"factor_{axis}"] = state[f"root_{axis}"] = PackedSymmetric(size)
     state["rooted"] = ((), torch.int32)  # 1 from the first root on; until then the block takes its graft's step
     state["failures"] = ((), torch.int32)  # root computations in a row that failed
     state["waiting"] = ((), torch.int32)  # 1 if the root is to be decomposed in the next step
@@ -135,10 +137,12 @@ def shampoo_state(settings: Settings, shape: tuple[int, ...]) -> dict[str, State
 
 def shampoo_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     """Statistics and application take 2 numel d_i floating-point operations each, per axis."""
+    spec = shampoo_state(settings, shape)
     return Work(
         step_flops=4.0 * math.prod(shape) * sum(shape),
         refresh_flops=_ROOT_FLOPS * sum(size**3 for size in shape),
-        state_bytes=bytes_of(shampoo_state(settings, shape)),
+        state_bytes=bytes_of(spec),
+        balanced_bytes=bytes_of(kept_whole(spec)),
     )
 
 
@@ -223,7 +227,7 @@ def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, me
     of_size = {size: [axis for axis, its in enumerate(stack.shape) if its == size] for size in stack.shape}
     computed = yield from side_by_side(
         inverse_roots_stepwise(
-            torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction),
+            unpack(torch.cat([stack.state[f"factor_{axis}"][which] for axis in axes]).div_(correction)),
             exponent,
             eps=eps,
             relative=relative,
@@ -236,7 +240,7 @@ def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, me
         failed = failed | failed_here.view(len(axes), -1).any(0)
         found.update(zip(axes, roots.chunk(len(axes)), strict=True))
     for axis, roots in found.items():
-        replace_(stack.state[f"root_{axis}"][which], roots, ~failed)
+        replace_(stack.state[f"root_{axis}"][which], pack(roots), ~failed)
     stack.state["rooted"][which] |= (~failed).to(torch.int32)
     return failed
 
@@ -252,7 +256,7 @@ class Shampoo(ShardedOptimizer):
     """Shampoo with Adam's step length; embeddings, output heads, norms and biases are stepped by Adam itself.
 
     State of a d1 x d2 block: ``momentum`` and ``graft`` (fp32 per element), and per axis ``factor`` and ``root``
-    (fp32, d_i x d_i): 24 bytes per parameter for square blocks, each kept once, by its owner.
+    (fp32, one triangle of d_i x d_i): 16 bytes per parameter for square blocks, each kept once, by its owner.
 
     The paper's algorithm is ``betas=(0, 1), graft=None, precondition_frequency=1, ridge="absolute"``.
 
@@ -288,7 +292,7 @@ class Shampoo(ShardedOptimizer):
 
     rule = WholeMatrix(
         summary="when steps cost more than memory",
-        memory="about 24",
+        memory="about 16",
         learning_rate="1",
         checks={
             "matrix_eps": number(lambda value: 0 < value < math.inf, "be a finite number > 0", is_optional=True),

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.linalg.eigenbases import first_bases, next_bases
+from ds_optim.linalg.packed import unpack
 from ds_optim.linalg.products import rotate_along, stacked_matmul, unfolded
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
@@ -41,6 +42,7 @@ from ds_optim.rule import (
     BatchScaling,
     Betas,
     FromAdam,
+    PackedSymmetric,
     Refresh,
     Settings,
     Stack,
@@ -74,13 +76,13 @@ def soap_from_adam(moments: AdamMoments, group: Settings) -> dict[str, Tensor]:
 
 
 def soap_state(settings: Settings, shape: tuple[int, ...]) -> dict[str, StateSpec]:
-    """Both moments per element, in the rotated basis; per axis a factor and a basis; whether there is a basis yet."""
+    """Both moments per element, in the rotated basis; per axis a factor (symmetric) and a basis; whether there is a basis yet."""
     state: dict[str, StateSpec] = {
         "momentum": (shape, settings["state_dtype"]),
         "second_moment": (shape, settings["state_dtype"]),
     }
     for axis, size in enumerate(shape):
-        state[f"factor_{axis}"] = ((size, size), torch.float32)
+        state[f"factor_{axis}"] = PackedSymmetric(size)
         state[f"basis_{axis}"] = ((size, size), torch.float32)
     state["based"] = ((), torch.int32)
     return state
@@ -150,7 +152,7 @@ def _refresh(group: Settings, stack: Stack, based: Tensor) -> Stepwise[Tensor]:
     momentum, square = stack.state["momentum"][which], stack.state["second_moment"][which]
     turned, sorted_square, good = momentum, square, (based & stack.good)[which]
     computed = yield from side_by_side(
-        next_bases(stack.state[f"factor_{axis}"][which], stack.state[f"basis_{axis}"][which])
+        next_bases(unpack(stack.state[f"factor_{axis}"][which]), stack.state[f"basis_{axis}"][which])
         for axis in range(len(stack.shape))
     )
     for axis, (bases, order) in enumerate(computed):
@@ -172,7 +174,8 @@ class SOAP(ShardedOptimizer):
     """SOAP: Adam in Shampoo's eigenbasis; embeddings, output heads, norms, biases and vectors are stepped by Adam.
 
     State of a d1 x d2 block: ``momentum`` and ``second_moment`` (fp32 per element, in the rotated basis), and per axis
-    ``factor`` and ``basis`` (fp32, d_i x d_i): 24 bytes per parameter for square blocks, each kept once, by its owner.
+    ``factor`` (fp32, one triangle of d_i x d_i) and ``basis`` (fp32, d_i x d_i): 20 bytes per parameter for square
+    blocks, each kept once, by its owner.
 
     The first step moves no matrix, as in the official code: it gives the first bases.
 
@@ -200,7 +203,7 @@ class SOAP(ShardedOptimizer):
 
     rule = WholeMatrix(
         summary="when steps cost more than memory, and Shampoo's roots too much",
-        memory="about 24",
+        memory="about 20",
         learning_rate="1 to 3 times",
         checks={
             "max_preconditioner_dim": whole_number(1),

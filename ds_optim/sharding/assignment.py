@@ -33,11 +33,14 @@ class Work:
         step_flops: floating-point operations of every step.
         refresh_flops: those of a refresh, on top, in the steps that have one; 0 for a rule without.
         state_bytes: kept between steps.
+        balanced_bytes: what state is shared out by where that is not `state_bytes`. A checkpoint in DeepSpeed's form
+            has state where its owner was: a rule that comes to keep a block in fewer bytes must not give it to others.
     """
 
     step_flops: float
     refresh_flops: float = 0.0
     state_bytes: int = 0
+    balanced_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +171,7 @@ def _burdens(works: Sequence[Work], offsets: Sequence[int], frequency: int, worl
     refresh = np.array([work.refresh_flops for work in works])
     burden = np.zeros((len(works), 2 + frequency))
     burden[:, 0] = steady + refresh / frequency
-    burden[:, 1] = [work.state_bytes for work in works]
+    burden[:, 1] = [work.balanced_bytes or work.state_bytes for work in works]
     burden[:, 2:] = steady[:, None]
     burden[np.arange(len(works)), 2 + np.array(offsets) % frequency] += refresh
     shares = burden.sum(axis=0) / world_size

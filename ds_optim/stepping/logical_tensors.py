@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_optim.rule import StateSpec
+from ds_optim.rule import PackedSymmetric, StateSpec
 from ds_optim.sharding.block_runs import BlockRuns
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import Layout
@@ -51,12 +51,14 @@ class Logical:
         dtype: that it is kept in.
         written: what this rank stores. Over all ranks every value is stored once, or alike by several.
         read: what this rank needs back; more than it stores where a shard boundary cuts a block.
+        orders: of the packed symmetric matrices that it consists of, one behind the other; none: of other values.
     """
 
     numel: int
     dtype: torch.dtype
     written: list[LogicalRange] = field(default_factory=list)
     read: list[LogicalRange] = field(default_factory=list)
+    orders: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +159,11 @@ def owned_ranges(
         one = plan.blocks[block]
         spec = specs.setdefault(one.tile.shape, state_of_block(one.tile.shape))
         logical_begins[block] = {}
-        for key, (shape, dtype) in spec.items():
+        for key, kept in spec.items():
+            shape, dtype = kept
             logical = found[one.parameter].setdefault(key, Logical(0, dtype))
+            if isinstance(kept, PackedSymmetric):
+                logical.orders.append(kept.order)
             logical_begins[block][key] = logical.numel
             logical.numel += math.prod(shape)
     for block, begins in state_begins(plan, owned, state_of_block).items():

@@ -8,7 +8,7 @@ DCP loads it at another number of ranks, and a full state dict gathers it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ds_optim.sharding.dtensor import group_of
+from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.stepping.former_state import former_numel, room_for_stored
 from ds_optim.stepping.logical_tensors import Logical, slices
 from ds_optim.stepping.state_moves import StateMoves
 from ds_optim.stepping.stepper import Stepper, fresh_state
@@ -36,6 +38,14 @@ class _MeshEntry(NamedTuple):
     @property
     def keys(self) -> set[str]:
         return {"step", *self.of_blocks, *self.of_elements}
+
+
+class _Spread(NamedTuple):
+    """A logical tensor, where this rank's part of it is wanted, and what is loaded of it, spread over a mesh."""
+
+    logical: Logical
+    mine: Tensor
+    value: DTensor
 
 
 def to_mesh(stepper: Stepper, keyed: Keyed, state_dict: dict[str, Any]) -> None:
@@ -72,27 +82,38 @@ def from_mesh(stepper: Stepper, keyed: Keyed, state_dict: Mapping[str, Any]) -> 
     kept = []
     for entry in _entries(stepper, [(key, tensor) for key, tensor in keyed if states.get(key)]):
         loaded = {name: value for name, value in states[entry.key].items() if not isinstance(value, dict)}
-        sizes = all(name in loaded and loaded[name].numel() == one.numel for name, one in entry.of_blocks.items())
+        sizes = all(
+            name in loaded and loaded[name].numel() in (one.numel, former_numel(one))
+            for name, one in entry.of_blocks.items()
+        )
         if sizes and loaded.keys() == entry.keys:
             others = {name: value for name, value in loaded.items() if name not in entry.of_blocks}
             states[entry.key] = {**fresh_state(stepper, entry.tensor), **others}
             kept.append(entry)
     for mesh, entries in _by_mesh(kept).items():
-        moves = StateMoves()
+        moves, spread, endings = StateMoves(), list[_Spread](), list[Callable[[], None]]()
         for entry in entries:
             for name, one in entry.of_blocks.items():
                 value, mine = state_dict["state"][entry.key][name], states[entry.key][name]
                 mine = states[entry.key][name] = mine.to(value.dtype)
                 if isinstance(value, DTensor):
-                    value = value.redistribute(placements=_placements(value.device_mesh))
-                    have = [(_part(value.device_mesh, one.numel)[0], value.to_local())]
-                    moves.add(have, slices(one.read, mine))
+                    spread.append(_Spread(one, mine, value.redistribute(placements=_placements(value.device_mesh))))
                 else:  # all of it is here
                     alone = StateMoves()
-                    alone.add([(0, value.reshape(-1))], slices(one.read, mine))
+                    want, ending = room_for_stored(one, mine, value.numel())
+                    alone.add([(0, value.reshape(-1))], want)
                     alone.run(None, mine.device)
+                    ending()
+        # Of what was cut from a full state dict in a former form, torch says that it has the sizes of today's.
+        parts = from_all_ranks([len(its.value.to_local()) for its in spread], group_of(mesh)) if spread else []
+        for its, stored in zip(spread, map(sum, zip(*parts, strict=True)), strict=True):
+            want, ending = room_for_stored(its.logical, its.mine, stored)
+            moves.add([(_part(its.value.device_mesh, stored)[0], its.value.to_local())], want)
+            endings.append(ending)
         if len(moves):
             moves.run(group_of(mesh), torch.device(mesh.device_type))
+        for ending in endings:
+            ending()
     return {**state_dict, "state": states}
 
 

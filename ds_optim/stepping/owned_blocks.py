@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ds_optim import kernels
 from ds_optim.errors import raise_all
+from ds_optim.linalg import packed as packed_matrices
 from ds_optim.rule import Settings, StateSpec, WholeMatrix
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.binding import local_grad, local_of
@@ -135,7 +136,7 @@ class OwnedBlocks:
         self._memories.clear()
 
     def buffers(self) -> list[Tensor]:
-        return [*self._others.buffers(), *self._withheld.buffers()]
+        return [*self._others.buffers(), *self._withheld.buffers(), *packed_matrices.tables()]
 
     # -- prediction -------------------------------------------------------------------------------------------------
 

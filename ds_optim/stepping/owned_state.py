@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ds_optim.rule import StateSpec
 from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.stepping.former_state import in_todays_form
 from ds_optim.stepping.logical_tensors import Logical, owned_ranges
 from ds_optim.stepping.owner_state import BLOCKS, by_identity, identities, state_spec
 from ds_optim.stepping.plans import Plans
@@ -67,8 +68,8 @@ class OwnedState:
             state = states.get(tensor, {})
             if BLOCKS in state:
                 plan, index = self._plans.place_of(tensor)
-                blocks = {(plan.blocks[b].parameter, plan.blocks[b].index): b for b in plan.of_tensor(index)}
-                kept = [blocks[parameter, block] for parameter, block in state[BLOCKS].tolist()]
+                kept = by_identity(plan, plan.of_tensor(index), state[BLOCKS])
+                assert kept is not None
                 by_group.setdefault(self._shards.of(tensor).owner_group, []).append((tensor, kept))
         for group, listed in by_group.items():
             is_elsewhere = any(kept != self._plans.owned(tensor) for tensor, kept in listed)
@@ -116,8 +117,11 @@ class OwnedState:
         return {**state, **moved(plan, index, self._state_of_block, have, everyones, group, tensor.device)}
 
     def mine_of(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """A tensor's state with this rank's blocks alone, where every owner's were gathered; else as it is."""
+        """A tensor's state in today's form, with this rank's blocks alone where every owner's were gathered."""
         plan, index = self._plans.place_of(tensor)
+        kept = by_identity(plan, plan.of_tensor(index), state[BLOCKS]) if BLOCKS in state else None
+        if kept is not None:
+            state = in_todays_form(plan, kept, self._state_of_block, state)
         if not isinstance(tensor, DTensor) and BLOCKS not in state and not plan.stateless and not plan.of_tensor(index):
             return {**state, BLOCKS: identities(plan, [])}  # there was no block at all when it was saved
         if not self._is_spread(tensor):
@@ -126,10 +130,9 @@ class OwnedState:
         spec = state_spec(plan, everything, self._state_of_block)
         if not all(name in state and tuple(state[name].shape) == shape for name, (shape, _) in spec.items()):
             return dict(state)
-        order = by_identity(plan, everything, state[BLOCKS])
-        if order is None:
+        if kept is None or sorted(kept) != sorted(everything):
             return dict(state)  # `is_anothers` says what is wrong
-        have = Placed(order, {key: state[key] for key in spec})
+        have = Placed(kept, {key: state[key] for key in spec})
         device = state[BLOCKS].device
         mine = moved(plan, index, self._state_of_block, have, self._plans.owned(tensor), None, device)
         return {**{name: value for name, value in state.items() if name not in spec}, **mine}

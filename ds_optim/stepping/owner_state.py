@@ -52,8 +52,8 @@ def identities(plan: Plan, blocks: Sequence[int]) -> Tensor:
 
 
 def by_identity(plan: Plan, blocks: Sequence[int], kept: Tensor) -> list[int] | None:
-    """The blocks that (B, 2) identities name, in their order; None if they are not exactly ``blocks``."""
+    """The blocks that (B, 2) identities name, in their order; None if one is not among ``blocks``."""
     known = {(plan.blocks[block].parameter, plan.blocks[block].index): block for block in blocks}
     found = [known.get((parameter, index)) for parameter, index in kept.tolist()]
     listed = [block for block in found if block is not None]
-    return listed if len(listed) == len(found) and sorted(listed) == sorted(blocks) else None
+    return listed if len(listed) == len(found) else None

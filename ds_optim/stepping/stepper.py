@@ -51,7 +51,7 @@ class KeptState(Protocol):
         """A local tensor's state as whichever rank saves it must have it: a collective where owners differ."""
 
     def mine_of(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        """What of saved state is this rank's, where everyone's was `gathered`."""
+        """What of saved state is this rank's, where everyone's was `gathered`, in today's form."""
 
     def is_anothers(self, tensor: Tensor, state: Mapping[str, Any]) -> bool:
         """Whether saved state is of other blocks than this rank's."""
