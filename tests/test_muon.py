@@ -325,7 +325,7 @@ def test_the_state_is_what_the_page_says(cls: Any, seed: int) -> None:
         ds_optim.Muon: {"momentum": 256},
         ds_optim.NorMuon: {"momentum": 256, "neuron_square": 16},
         ds_optim.SOAP: {"momentum": 256, "second_moment": 256, "based": 1}
-        | {f"{kind}_{axis}": 256 for kind in ("factor", "basis") for axis in (0, 1)},
+        | {f"{kind}_{axis}": size for kind, size in (("factor", 136), ("basis", 256)) for axis in (0, 1)},
     }[cls]
     assert elements == wanted
     assert {key for key, one in optimizer.state[params["gain"]].items() if one.numel() == 5} == {

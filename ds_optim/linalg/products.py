@@ -107,8 +107,8 @@ def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPre
     """Every block multiplied by its matrix along one axis: the mode product.
 
     Args:
-        matrices: (B, d_axis, d_axis), symmetric, others multiply the last of several axes from the right; or symmetric and
-            packed, (B, d_axis (d_axis + 1) / 2).
+        matrices: (B, d_axis, d_axis), or symmetric and packed, (B, d_axis (d_axis + 1) / 2). One that is not symmetric
+            multiplies the last of several axes from the right, others from the left.
         stack: (B, d_0, ..., d_K).
         axis: which of the block's axes.
         precision: of the product.
