@@ -76,7 +76,7 @@ def soap_from_adam(moments: AdamMoments, group: Settings) -> dict[str, Tensor]:
 
 
 def soap_state(settings: Settings, shape: tuple[int, ...]) -> dict[str, StateSpec]:
-    """Both moments per element, in the rotated basis; per axis a factor (symmetric) and a basis; if there is one yet."""
+    """Both moments per element, in the rotated basis; per axis a factor (symmetric) and a basis, if there is one."""
     state: dict[str, StateSpec] = {
         "momentum": (shape, settings["state_dtype"]),
         "second_moment": (shape, settings["state_dtype"]),
