@@ -134,6 +134,7 @@ RECIPES = {
     "NorMuon": Recipe((5e-4, 1e-3, 2e-3), 0.1),
     "SOAP": Recipe((1e-3, 2e-3, 4e-3), 0.1, {"max_preconditioner_dim": 256}),
 }
+COLORS = ("black", *(f"tab:{one}" for one in ("green", "orange", "purple", "blue", "red", "brown", "pink", "olive")))
 AXES = ("in", "out", "long")
 
 
@@ -605,7 +606,7 @@ def draw(records: dict[Run, Record], path: Path) -> None:
     target = best(tables[BASE]).final_loss
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     curves, rates = figure.subplots(1, 2, width_ratios=(3, 2))
-    colors = dict(zip(RECIPES, ("black", "tab:green", "tab:orange", "tab:purple", "tab:blue", "tab:red"), strict=True))
+    colors = dict(zip(RECIPES, COLORS, strict=True))
     lowest = min(record.final_loss for runs in tables.values() for record in runs)
     highest = target
     for name, runs in tables.items():
