@@ -109,7 +109,7 @@ def matrices(model: nn.Module) -> list[str]:
 
 
 def published() -> dict[str, Tensor]:
-    """Weights of matrices after these steps in one process, as the equations have them: clip first, then the momentum."""
+    """Weights of matrices after these steps in one process, as the equations have them: clipped, then averaged."""
     from reference.adamw import adamw
     from reference.muon import muon
 
@@ -189,7 +189,7 @@ def table(pools: Pools, ranks: Sequence[int]) -> list[str]:
     """One line for each number of ranks, stage and optimizer."""
     wanted, begin = published(), {name: one.detach() for name, one in llama().named_parameters()}
     lines = [
-        "| ranks | ZeRO | Muon | sent by a rank, MB, mean | GFLOP of a rank, mean | GFLOP of all | memory, MB, most | off |",
+        "| ranks | ZeRO | Muon | sent by a rank, MB, mean | GFLOP of a rank, mean | of all | memory, MB, most | off |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for count in ranks:
