@@ -57,7 +57,7 @@ def of_bases(device: Any, step: int) -> None:
     """
     if step == 0:
         assert any(line.startswith("_linalg_eigh") for line in device.waits)
-        first = ("linalg/eigenbases.py", "optimizers/soap.py", "sharding/exchange.py")  # bases, and whose they are
+        first = ("linalg/eigenbases.py", "linalg/packed.py", "sharding/exchange.py", "stepping/")
         assert all(any(where in line for where in first) for line in device.waits), device.waits
         device.waits.clear()
         device.copies.clear()
@@ -303,7 +303,7 @@ def test_a_matrix_of_shampoo_is_so_many_launches(
     assert (few["update_all"], many["update_all"]) == (4, 16)
     subtracted = {name: many[name] - few[name] for name in ("_foreach_mul_", "_foreach_sub_", "descend_rows")}
     assert sum(subtracted.values()) == of_an_update * 4 * 12  # of four blocks of 32 by 32 in each of twelve matrices
-    assert (many.total() - few.total()) / 12 <= 46
+    assert (many.total() - few.total()) / 12 <= 50
 
 
 @pytest.mark.parametrize("is_waited_for", [True, False])

@@ -66,9 +66,10 @@ def add_gram_(
         beta: of what is kept.
         weight: of what is new.
     """
-    if precision != "ieee" or kept.device.type != "cpu":
-        new = pack(gram(stack, axis, precision)).mul_(weight)
-        return (kept if beta == 1 else kept.mul_(beta)).add_(new)
+    if kept.device.type != "cpu":
+        return (kept if beta == 1 else kept.mul_(beta)).add_(pack(gram(stack, axis, precision)), alpha=weight)
+    if precision != "ieee":  # on a CPU every operation rounds once: fused ones round otherwise where registers end
+        return kept.mul_(beta).add_(pack(gram(stack, axis, precision)).mul_(weight))
 
     def product(one: Tensor, *, out: Tensor) -> None:
         _add_own_product_(out[0], one[0], beta, weight)

@@ -130,13 +130,12 @@ def _give_bases(stack: Stack) -> Stepwise[None]:
     if not without:
         return
     is_new = stack.good & (based == 0) & (stack.grads.flatten(1) != 0).any(1)
-    which = torch.tensor(without, device="cpu").to(stack.grads.device)
+    which = slice(without[0], without[-1] + 1)  # those between that have one keep it
     computed = yield from side_by_side(
         first_bases(unfolded(stack.grads[which], axis)) for axis in range(len(stack.shape))
     )
     for axis, bases in enumerate(computed):
-        kept = stack.state[f"basis_{axis}"]
-        kept[which] = torch.where(is_new[which].view(-1, 1, 1), bases, kept[which])
+        replace_(stack.state[f"basis_{axis}"][which], bases, is_new[which])
     based |= is_new.to(based.dtype)
     stack.memory["based"] = HostCopy(based)
 
