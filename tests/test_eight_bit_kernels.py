@@ -112,11 +112,13 @@ class Coded:
         table: Callable[[list[Tensor]], Tensor] | None = None,
     ) -> None:
         runs = table(self.params) if table is not None else whole_runs(self.params)
-        operands = Operands(
+        kernels.coded(backend, formula, self.operands(formula, grads, runs))
+
+    def operands(self, formula: Formula, grads: list[Tensor | None], runs: Tensor) -> Operands:
+        return Operands(
             self.params, grads, self.states, [], Tables(code_runs=runs), SCALARS[formula.name], None,
             torch.zeros(0, dtype=torch.float64), self.scales, torch.zeros(0, len(formula.codes), dtype=torch.int32),
         )  # fmt: skip
-        kernels.coded(backend, formula, operands)
 
     def kept(self) -> list[Tensor]:
         return [one for of_state in (*self.states, *self.scales) for one in of_state]
