@@ -23,7 +23,7 @@ from ds_optim.kernels.tables import table_of
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.rule import WholeMatrix
 from reference.eight_bits import dynamic_code, kept
-from test_kernels import FORMULAS, SCALARS, same_bits
+from test_kernels import ADAM_MINI, FORMULAS, SCALARS, Blocks, same_bits
 
 BACKENDS: list[kernels.Backend] = ["native", "eager", "triton"]
 CODES: list[codes.Code] = ["signed", "unsigned"]
@@ -135,6 +135,18 @@ def whole_runs(params: list[Tensor]) -> Tensor:
     return table_of(rows, 8)
 
 
+def code_rows(start: int, stop: int, numel: int, cut_blocks: list[int]) -> list[tuple[int, ...]]:
+    """The table of elements [start, stop) of a parameter, as `ds_optim.kernels.tables` describes it."""
+    rows, tail, first = [], numel // 256 * 256, start // 256
+    for low, high, begin, width in ((start, min(stop, tail), 0, 256), (max(start, tail), stop, tail, numel - tail)):
+        if low < high:
+            known = [
+                cut_blocks.index(block) if block in cut_blocks else -1 for block in (low // 256, (high - 1) // 256)
+            ]
+            rows.append((0, low - start, high - low, (low - begin) % width, width, low // 256 - first, *known))
+    return rows
+
+
 def assert_kept_alike(left: list[Tensor], right: list[Tensor]) -> None:
     for a, b in zip(left, right, strict=True):
         same = a == b if a.dtype == torch.uint8 else (a.view(torch.int32) == b.view(torch.int32))
@@ -237,14 +249,8 @@ def test_a_parameter_that_is_cut_anywhere_keeps_the_same_bits(
     for grad in grads:
         whole.step(backend, formula, [grad])
         calls = []
-        for piece, start, stop, first in pieces:
-            rows = []
-            tail = numel // 256 * 256
-            for low, high, width in ((start, min(stop, tail), 256), (max(start, tail), stop, numel - tail)):
-                if low < high:
-                    phase = (low - (0 if width == 256 and low < tail else tail)) % width
-                    known = [cut_blocks.index(b) if b in cut_blocks else -1 for b in (low // 256, (high - 1) // 256)]
-                    rows.append((0, low - start, high - low, phase, width, low // 256 - first, *known))
+        for piece, start, stop, _ in pieces:
+            rows = code_rows(start, stop, numel, cut_blocks)
             maxima = torch.zeros(len(cut_blocks), len(formula.codes), dtype=torch.int32)
             tables = Tables(code_runs=table_of(rows, 8), num_code_cuts=len(cut_blocks))
             operands = Operands(
@@ -266,6 +272,56 @@ def test_a_parameter_that_is_cut_anywhere_keeps_the_same_bits(
         for piece, _, _, first in pieces:
             its = piece.scales[state][0]
             assert torch.equal(its, whole.scales[state][0][first : first + len(its)])
+
+
+PARTS: list[tuple[list[tuple[int, int]], int | None, int]] = [
+    ([(40, 1), (3, 12), (2, 2500), (5, 700)], None, 1),
+    ([(7, 300)], None, 1),
+    ([(3, 64), (700, 3)], 3 * 64 + 2100, 5),
+    ([(2, 40), (10, 1)], 90, 33),
+]
+
+
+@pytest.mark.parametrize("share", [0, 1, 2])
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize(("parts", "row_length", "rows"), PARTS)
+def test_adam_minis_blocks_and_blocks_of_codes_need_not_agree(
+    parts: list[tuple[int, int]], row_length: int | None, rows: int, backend: kernels.Backend, share: int
+) -> None:
+    """Over one, two and three ranks; cuts fall into blocks of both kinds."""
+    blocks, formula = Blocks(parts, row_length, rows, 3), replace(ADAM_MINI, codes=("signed",))
+    numel = blocks.labels.numel()
+    cuts = [[], [numel // 2 + 3], [numel // 3 + 1, numel // 2 + 3]][share]
+    edges = [0, *cuts, numel]
+    cut_blocks = sorted({cut // 256 for cut in cuts})
+    known, scales = codes.encode_rows(blocks.average[None], "signed")
+    blocks.average = codes.decode_rows(known, scales, "signed")[0]
+    made = blocks.shards(cuts, 0)
+    sums = torch.zeros(made.num_cuts, dtype=torch.float64)
+    calls = []
+    for rank, (start, stop) in enumerate(itertools.pairwise(edges)):
+        its = scales[0, start // 256 : -(-stop // 256)].clone()
+        operands = made._operands(rank, sums)
+        operands.states, operands.scales = [[known[0, start:stop].clone()]], [[its]]
+        operands.tables.code_runs = table_of(code_rows(start, stop, numel, cut_blocks), 8)
+        operands.tables.num_code_cuts = len(cut_blocks)
+        operands.cut_maxima = torch.zeros(len(cut_blocks), 1, dtype=torch.int32)
+        kernels.partial_sums(backend, operands)
+        kernels.partial_maxima(backend, formula, operands)
+        calls.append(operands)
+    everyones = torch.stack([call.cut_maxima for call in calls]).amax(0)
+    for call in calls:
+        call.cut_maxima = everyones
+        kernels.coded(backend, formula, call)
+    param, _, square = blocks.expected()
+    new = blocks.average + (blocks.grad - blocks.average) * torch.tensor(SCALARS["adamw"]["one_minus_beta1"])
+    wanted, its_scales = codes.encode_rows(new[None], "signed")
+    torch.testing.assert_close(torch.cat([call.params[0] for call in calls]).double(), param, rtol=1e-6, atol=1e-6)
+    assert torch.equal(torch.cat([call.states[0][0] for call in calls]), wanted[0])
+    for call, (start, stop), squares in zip(calls, itertools.pairwise(edges), made.squares, strict=True):
+        assert torch.equal(call.scales[0][0], its_scales[0, start // 256 : -(-stop // 256)])
+        held = blocks.labels[start:stop].unique() if row_length is None else slice(None)
+        torch.testing.assert_close(squares.double(), square[held], rtol=1e-6, atol=0)
 
 
 def test_threads_do_not_matter() -> None:
