@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import ds_optim
 import resumption
 import test_checkpoint_convert
+import test_engine_checkpoints
 import test_mesh_checkpoints
 from ds_optim import checkpoint
 from ds_optim.checkpoint.convert import convert
@@ -96,6 +97,22 @@ def test_deepspeeds_own_directory_is_converted(pool: Pools, name: str, tmp_path:
     assert same_bits(stored(tmp_path / "ours" / made.name), stored(made))
     with pytest.raises(CheckpointError, match="give the model"):
         with_small_ones(convert, tmp_path / "theirs", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of("ds_optim.AdamW", stage=2, precision="bf16"),
+        case_of("AdamMini", stage=3, zero=SMALL),
+        case_of("Adan", stage=0, precision="bf16"),
+        case_of("Shampoo", stage=1),
+    ],
+    ids=lambda case: f"{case.optimizer}-{case.stage}",
+)
+def test_deepspeeds_own_directory_goes_on_with_the_same_bits(pool: Pools, case: Case, tmp_path: Path) -> None:
+    for same, dtypes, _, _ in pool(2).run(with_small_ones, test_engine_checkpoints.interrupted, case, str(tmp_path)):
+        assert same
+        assert any(one.endswith("_codes torch.uint8") for one in dtypes)
 
 
 # -- one process ------------------------------------------------------------------------------------------------------

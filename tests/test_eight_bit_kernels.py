@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_optim import kernels
-from ds_optim.kernels import Formula, Operands, Tables, codes
+from ds_optim.kernels import Formula, Operands, Place, Places, Rounding, Tables, codes
 from ds_optim.kernels.tables import table_of
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.rule import WholeMatrix
@@ -272,6 +272,25 @@ def test_a_parameter_that_is_cut_anywhere_keeps_the_same_bits(
         for piece, _, _, first in pieces:
             its = piece.scales[state][0]
             assert torch.equal(its, whole.scales[state][0][first : first + len(its)])
+
+
+def test_bf16_weights_are_rounded_by_the_same_noise_as_without_codes() -> None:
+    """That is: by what element of the parameter they are, on every backend."""
+    formula, numel = CODED["lion"], 3000
+    whole = Coded.zero(formula, [numel], 20, torch.bfloat16)
+    places, ends = Places([Place(0, 0, numel, 77, (1 << 32) - 700)]), []
+    for backend in ("native", "eager"):
+        mine = Coded.zero(formula, [numel], 20, torch.bfloat16)
+        for key in (1, 2):
+            operands = mine.operands(formula, [normal(numel, key).bfloat16()], whole_runs(mine.params))
+            operands.rounding = Rounding(key, places)
+            kernels.coded(backend, formula, operands)  # type: ignore[arg-type]
+        ends.append(mine)
+    assert torch.equal(ends[0].params[0].view(torch.int16), ends[1].params[0].view(torch.int16))
+    assert_kept_alike(ends[0].kept(), ends[1].kept())
+    for key in (1, 2):
+        whole.step("native", formula, [normal(numel, key).bfloat16()])
+    assert not torch.equal(whole.params[0], ends[0].params[0])
 
 
 PARTS: list[tuple[list[tuple[int, int]], int | None, int]] = [

@@ -323,8 +323,11 @@ def _part(
     others = frozenset(range(len(layout.parameters))) - parameters
     spans = held_spans(layout, bound.rank, others)
     is_all = not others if isinstance(tensor, DTensor) else sum(length for _, length in spans) == tensor.numel()
-    grids = {layout.parameters[index].name: code_grid(layout.parameters[index].numel) for index in parameters}
-    return KeptPart(parameters, spans, has_room or is_all, block_runs(layout, bound.rank, grids) if in_codes else None)
+    codes = None
+    if in_codes:
+        grids = {layout.parameters[index].name: code_grid(layout.parameters[index].numel) for index in parameters}
+        codes = block_runs(layout, bound.rank, grids)
+    return KeptPart(parameters, spans, has_room or is_all, codes)
 
 
 def _is_understood(role: Role) -> bool:
