@@ -19,6 +19,9 @@ from torch import Tensor, nn
 import ds_optim
 import meshes
 from ds_optim.optimizers.registry import optimizers
+from ds_optim.sharding import dtensor
+from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding.layout import ParameterSpec, Scattered
 from ds_optim.stepping import eight_bits
 from engines import Case, assembled, run
 from expected import by_one_process, distance
@@ -179,3 +182,13 @@ def test_bad_settings_are_named_all_at_once(name: str) -> None:
     if "exchange_dtype" in cls.__init__.__annotations__:
         with pytest.raises(ValueError, match="exchange_dtype must be fp32 or bf16"):
             cls(parameter, exchange_dtype="int8")
+
+
+def test_what_is_scattered_over_ranks_is_refused_with_the_remedy() -> None:
+    """Tensor parallelism along dimension 1: 256 neighbouring elements lie on several ranks."""
+    layout = Scattered(ParameterSpec("wide.weight", (8, 4)), placements="(Shard(dim=1),)")
+    settings = {"is_elementwise": True, "stochastic": False}
+    assert dtensor.problems(torch.ones(8, 4), BoundTensor(layout), **settings, in_codes=False) == []
+    (said,) = dtensor.problems(torch.ones(8, 4), BoundTensor(layout), **settings, in_codes=True)
+    assert said.startswith("wide.weight lies as")
+    assert said.endswith('or set state_dtype="fp32"')
