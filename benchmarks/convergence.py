@@ -4,6 +4,7 @@
     python benchmarks/convergence.py report             # docs/results/convergence.{json,md,png}
     python benchmarks/convergence.py axis               # SWAN with each norm_axis: how its default was chosen
     python benchmarks/convergence.py repeat --seed 1    # each optimizer's best learning rate again
+    python benchmarks/convergence.py int8               # state in eight bits against fp32: final losses within 1 %
 
 Every optimizer trains the same model from the same weights on the same batches, under the same schedule (linear
 warm-up, cosine to a tenth) and gradient clipping; each has its own three learning rates, AdamW too, and where the best
@@ -674,6 +675,28 @@ def axis(
     rates = learning_rate or [RECIPES["SWAN"].learning_rates[1]]
     runs = [Run("SWAN", lr, (("norm_axis", name),)) for lr in rates for name in norm_axis or AXES]
     train_all(lambda _: runs, out, jobs, replace(Setting(), compile=compile_model))
+
+
+@app.command("int8")
+def in_eight_bits(
+    optimizer: Annotated[list[str] | None, typer.Option(help="Of these (may be given several times).")] = None,
+    out: Out = DEFAULT_OUT,
+    jobs: Jobs = 1,
+    compile_model: Compiled = True,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each run.")] = Setting.tokens,
+) -> None:
+    """Train with state in fp32 and in eight bits at the recipe's middle learning rate, and compare the ends."""
+    names = _known(optimizer or ["AdamW", "AdamMini", "Lion"])
+    bits: tuple[tuple[str, Any], ...] = (("state_dtype", "int8"), ("int8_embeddings", True))
+    pairs = [(Run(name, rate := RECIPES[name].learning_rates[1]), Run(name, rate, bits)) for name in names]
+    train_all(
+        lambda _: [run for pair in pairs for run in pair], out, jobs, Setting(compile=compile_model, tokens=tokens)
+    )
+    records = finished(out)
+    for plain, coded in pairs:
+        wanted, found = records[plain].final_loss, records[coded].final_loss
+        verdict = "PASS" if found <= wanted * 1.01 else "FAIL"
+        Console().print(f"{plain.optimizer}: {wanted:.4f} fp32, {found:.4f} int8, {found / wanted - 1:+.2%}: {verdict}")
 
 
 @app.command()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_optim.kernels import Formula
 from ds_optim.kernels import Scalars as Scalars
+from ds_optim.kernels.codes import Code
 from ds_optim.linalg.packed import order_of, packed_size
 from ds_optim.linalg.workers import Stepwise
 from ds_optim.roles.role import Role
@@ -196,6 +197,11 @@ class BatchScaling(NamedTuple):
     source: str
 
 
+def codes_of(element_state: Sequence[str], non_negative: Sequence[str]) -> tuple[Code, ...]:
+    """How state with one value per element is kept in eight bits."""
+    return tuple("unsigned" if name in non_negative else "signed" for name in element_state)
+
+
 # -- the three kinds --------------------------------------------------------------------------------------------------
 
 
@@ -236,17 +242,24 @@ class _FusedRule(Rule):
         update: the formula, a pure function on fp32 tensors, see `ds_optim.kernels`.
         scalars: its constants for a group at its ``step``-th step (from 1), in the order of its arguments.
         element_state: state with one value per element, in ``state_dtype``.
+        non_negative: which of it is never below zero, in its order; kept in eight bits, that needs no sign.
     """
 
     name: str
     update: Callable[..., tuple[Tensor, ...]]
     scalars: Callable[[Settings, int], Scalars]
     element_state: tuple[str, ...]
+    non_negative: tuple[str, ...]
 
     @property
     def streams(self) -> int:
         """Tensors of the parameter's size that a step reads or writes: what its time is bound by."""
         return 3 + 2 * len(self.element_state)  # the parameter both ways, the gradient, state both ways
+
+    @property
+    def codes(self) -> tuple[Code, ...]:
+        """Of what is kept per element, where that is kept in eight bits."""
+        return codes_of(self.element_state, self.non_negative)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +273,11 @@ class Elementwise(_FusedRule):
     def formula(self) -> Formula:
         """As the kernels take it."""
         return Formula(self.name, self.update, len(self.element_state), 0)
+
+    @cached_property
+    def coded_formula(self) -> Formula:
+        """The same over state in eight bits."""
+        return replace(self.formula, codes=self.codes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +296,11 @@ class Blockwise(_FusedRule):
     def formula(self) -> Formula:
         """As the kernels take it."""
         return Formula(self.name, self.update, len(self.element_state), len(self.block_state))
+
+    @cached_property
+    def coded_formula(self) -> Formula:
+        """The same over state in eight bits."""
+        return replace(self.formula, codes=self.codes)
 
 
 class Refresh(NamedTuple):
@@ -304,6 +327,8 @@ class WholeMatrix(Rule):
         tiles: the blocks of a parameter of a role and a logical shape; none if the other rule steps it. ValueError if
             the settings ask for what the role does not know.
         state_of_block: what is kept for a block of a shape, by key.
+        element_state: which of that has one value per element of the block, in ``state_dtype``.
+        non_negative: which of this is never below zero, see `Elementwise`.
         work: what a block of a shape costs its owner.
         refresh: when blocks are refreshed.
         update: turns a `Stack`'s gradients into updates, in place, and advances its state. Returns flags (B,) of the
@@ -319,6 +344,8 @@ class WholeMatrix(Rule):
     structure: tuple[str, ...]
     tiles: Callable[[Settings, Role, tuple[int, ...]], list[Tile]]
     state_of_block: Callable[[Settings, tuple[int, ...]], Mapping[str, StateSpec]]
+    element_state: tuple[str, ...]
+    non_negative: tuple[str, ...]
     work: Callable[[Settings, tuple[int, ...]], Work]
     refresh: Callable[[Settings], Refresh]
     update: Callable[[Settings, Stack], Mapping[str, Tensor] | Stepwise[Mapping[str, Tensor]]]

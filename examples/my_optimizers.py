@@ -58,6 +58,7 @@ class Signum(ShardedOptimizer):
         update=signum_update,
         scalars=signum_scalars,
         element_state=("exp_avg",),
+        non_negative=(),
     )
 
     def __init__(
@@ -69,6 +70,7 @@ class Signum(ShardedOptimizer):
         *,
         roles: Any = None,
         state_dtype: Any = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -77,6 +79,7 @@ class Signum(ShardedOptimizer):
             {"lr": lr, "betas": betas, "weight_decay": weight_decay},
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
         )
@@ -130,6 +133,8 @@ class Spectral(ShardedOptimizer):
         structure=(),
         tiles=spectral_tiles,
         state_of_block=spectral_state,
+        element_state=("momentum",),
+        non_negative=(),
         work=spectral_work,
         refresh=lambda settings: Refresh(1, is_staggered=False),
         update=spectral_update,
@@ -151,6 +156,7 @@ class Spectral(ShardedOptimizer):
         exchange_dtype: Any = torch.float32,
         roles: Any = None,
         state_dtype: Any = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -159,6 +165,7 @@ class Spectral(ShardedOptimizer):
             {"lr": lr, "betas": betas, "weight_decay": weight_decay, "ns_steps": ns_steps},
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             exchange_bucket_size=exchange_bucket_size,

@@ -21,8 +21,10 @@ from triton.backends.compiler import GPUTarget
 from ds_optim import kernels, known_torch
 from ds_optim.kernels import Operands, Place, Places, Rounding
 from ds_optim.kernels import triton as by_triton
-from ds_optim.kernels.triton import blocks, elements
+from ds_optim.kernels.tables import table_of
+from ds_optim.kernels.triton import blocks, code_blocks, elements
 from ds_optim.linalg import triangle
+from test_eight_bit_kernels import CODED, Coded, normal
 from test_kernels import ADAM_MINI, FORMULAS, SCALARS, Blocks, Tensors
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -66,6 +68,7 @@ SHARED = {
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROGRAMS = {
     elements: ("update_rows", "update_all", "descend_rows"),
+    code_blocks: ("update_codes",),
     blocks: (
         *("update_wide_blocks", "update_narrow_blocks", "sum_rows", "sum_columns"),
         *("add_up", "advance_known", "update_cut_rows", "update_columns"),
@@ -229,6 +232,28 @@ def reports() -> list[dict[str, Any]]:
     return found
 
 
+def coded() -> list[dict[str, Any]]:
+    """Of the programs over state in eight bits: whole blocks, cut ones, and the largest magnitudes of these."""
+    found = []
+    for target, rule, dtype in itertools.product(CASES_OF, CODED, (FP32, BF16)):
+        if dtype == BF16 and target.arch == 75:
+            continue
+        drive(target)
+        Warmed.made.clear()
+        numel = 2000
+        call = Coded.zero(CODED[rule], [numel], 0, dtype)
+        runs = table_of([(0, 0, numel, 0, 256, 0, -1, 0)], 8)
+        operands = call.operands(CODED[rule], [normal(numel, 1).to(dtype)], runs)
+        operands.cut_maxima = torch.zeros(1, len(CODED[rule].codes), dtype=torch.int32)
+        kernels.partial_maxima("triton", CODED[rule], operands)
+        kernels.coded("triton", CODED[rule], operands)
+        made = {code.hash: code for _, code in Warmed.made}
+        assert len(made) == 3
+        streams = (dtype, dtype, *[torch.uint8] * len(CODED[rule].codes))
+        found += [{"rule": rule, **report("update_codes", code, streams, target)} for code in made.values()]
+    return found
+
+
 def triangles() -> list[dict[str, Any]]:
     """Of the program for X X^T, in TF32 and bf16, for every GPU with tensor cores; of rows, and of columns."""
     found = []
@@ -293,4 +318,14 @@ if __name__ == "__main__":
             setattr(module, name, Warmed(getattr(module, name)))
     lower_triangle = Warmed(triangle.program())
     triangle.program = lambda: lower_triangle
-    print(json.dumps({"programs": reports(), "variants": variants(), "triangles": triangles(), "problems": problems()}))
+    print(
+        json.dumps(
+            {
+                "programs": reports(),
+                "coded": coded(),
+                "variants": variants(),
+                "triangles": triangles(),
+                "problems": problems(),
+            }
+        )
+    )

@@ -40,6 +40,7 @@ class MemoryCase:
             of this size, so they are small unless said otherwise.
         checkpointing: activations are recomputed.
         passes: micro-batches per step.
+        options: further ones of the optimizer.
     """
 
     optimizer: str
@@ -50,6 +51,7 @@ class MemoryCase:
     micro_batch: int = 2
     seq_length: int = 64
     passes: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> dict[str, Any]:
         """The DeepSpeed JSON."""
@@ -59,7 +61,7 @@ class MemoryCase:
         found: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.passes,
-            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-3}},
+            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-3, **self.options}},
             "zero_optimization": {"stage": self.stage, **small, **self.zero},
         }
         if self.precision == "bf16":

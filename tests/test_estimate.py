@@ -27,6 +27,7 @@ from pool import Pools
 MODELS = Path(__file__).parents[1] / "configs" / "models"
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
+INT8 = {"state_dtype": "int8"}
 # Every optimizer, stage, precision and number of ranks at least once; all of it is in benchmarks/memory_accuracy.py.
 CASES = [
     (1, MemoryCase("ds_optim.AdamW", 0, "fp32")),
@@ -51,6 +52,9 @@ CASES = [
     (2, MemoryCase("AdamMini", 2, "bf16", passes=3)),
     (2, MemoryCase("AdamMini", 3, "bf16", passes=3)),
     (2, MemoryCase("ds_optim.AdamW", 2, "bf16", zero=OFFLOAD, passes=2 if DEEPSPEED.is_before("0.19.0") else 3)),
+    (2, MemoryCase("ds_optim.AdamW", 2, "bf16", options=INT8)),
+    (2, MemoryCase("AdamMini", 3, "fp32", options={**INT8, "int8_embeddings": True})),
+    (2, MemoryCase("Shampoo", 1, "bf16", options={**INT8, "max_preconditioner_dim": 128})),
     (2, MemoryCase("AdamMini", 3, zero={"stage3_allgather_sequential": True})),
     (2, MemoryCase("AdamMini", 3, zero={"stage3_max_live_parameters": 1_000_000})),
     (2, MemoryCase("AdamMini", 3, zero={"stage3_max_reuse_distance": 1_000_000, "sub_group_size": 500_000})),

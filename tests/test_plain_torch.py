@@ -239,7 +239,7 @@ def test_names_may_be_left_out_when_the_model_is_given(seed: int) -> None:
     [
         (ds_optim.AdamW, {"lr": -1, "betas": (0.9, 1.0), "eps": -1e-8}, ["lr must", "lie in [0, 1)", "eps must"]),
         (ds_optim.Adan, {"betas": (0.9, 0.999), "weight_decay": -0.1}, ["3 numbers", '"auto"', "weight_decay must"]),
-        (ds_optim.Lion, {"state_dtype": "int8"}, ["fp32 or bf16"]),
+        (ds_optim.Lion, {"state_dtype": "int4"}, ["fp32, bf16 or int8"]),
         (ds_optim.AdamMini, {"lr": "fast"}, ["lr must be a finite number"]),
         (ds_optim.AdamMini, {"lr": torch.tensor(-1.0), "weight_decay": None}, ["lr must", "weight_decay must"]),
     ],

@@ -481,6 +481,21 @@ def test_nothing_is_spilled_and_nothing_contracted(made: dict[str, Any]) -> None
         assert one["fused"] == 0, one
 
 
+def test_programs_of_codes_spill_and_contract_nothing_and_move_whole_blocks_wide(made: dict[str, Any]) -> None:
+    """Parameters and gradients, that is: of codes 128 bits would be sixteen. MI300 has no room for Adan's four."""
+    assert {one["target"] for one in made["coded"]} == {"sm_75", "sm_80", "sm_90", "sm_100", "gfx942"}
+    for one in made["coded"]:
+        assert one["fused"] == 0, one
+        assert one["spilled"] == 0 or (one["rule"], one["target"]) == ("adan", "gfx942"), one
+        assert one["shared"] <= machine_code.SHARED[one["target"]], one
+    for target, rule in {(one["target"], one["rule"]) for one in made["coded"]}:
+        for width in (4, 2):
+            its = [
+                one for one in made["coded"] if (one["target"], one["rule"], one["dtypes"][0]) == (target, rule, width)
+            ]
+            assert sorted((one["loads"], one["stores"]) for one in its) in ([], [(0, 0), (0, 0), (width, width // 2)])
+
+
 def test_subnormal_numbers_are_none_the_less(made: dict[str, Any]) -> None:
     """Before 3.6 Triton took them for zero in roots and quotients: docs/limits.md."""
     is_old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)

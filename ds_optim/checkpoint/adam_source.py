@@ -17,8 +17,10 @@ from ds_optim.checkpoint import ranges
 from ds_optim.checkpoint.directory import ABOUT, read_about, whole_checkpoint
 from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles
 from ds_optim.errors import CheckpointError, on_every_rank
+from ds_optim.kernels.codes import BLOCK, blocks_of, decode
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.exchange import Ranks
+from ds_optim.stepping.eight_bits import coded_keys
 from ds_optim.stepping.names import saved_names
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
@@ -54,24 +56,43 @@ class AdamSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CanonicalSource:
-    """A checkpoint of `ds_optim.AdamW`, as `ds_optim.checkpoint.save` stores it, for ranks that read it together."""
+    """A checkpoint of `ds_optim.AdamW`, as `ds_optim.checkpoint.save` stores it, for ranks that read it together.
+
+    Attributes:
+        coded: the parameters whose moments it has in eight bits.
+    """
 
     ranks: Ranks
     folder: Path
     entries: dict[str, Entry]
+    coded: frozenset[str]
 
     def read(self, wants: Iterable[Want]) -> None:
-        parts: dict[str, list[tuple[int, Tensor]]] = {}
-        numel: dict[str, int] = {}
+        parts: dict[tuple[str, int, torch.dtype], list[tuple[int, Tensor]]] = {}
+        coded: list[tuple[Want, Tensor, Tensor]] = []
         for want in wants:
-            stored = f"state.{want.name}.{want.key}"
-            parts.setdefault(stored, []).append((want.start, want.into))
-            numel[stored] = math.prod(self.entries[want.name].shape)
-        wanted = {stored: ranges.Ranges(numel[stored], torch.float32, held) for stored, held in parts.items()}
+            numel = math.prod(self.entries[want.name].shape)
+            if want.name not in self.coded:
+                stored = f"state.{want.name}.{want.key}", numel, torch.float32
+                parts.setdefault(stored, []).append((want.start, want.into))
+                continue
+            first, count = want.start // BLOCK, blocks_of(want.start % BLOCK + want.into.numel())
+            codes = torch.empty(want.into.numel(), dtype=torch.uint8, device="cpu")
+            scales = torch.empty(count, dtype=torch.float32, device="cpu")
+            coded.append((want, codes, scales))
+            names = coded_keys(want.key)
+            of_codes = f"state.{want.name}.{names.codes}", numel, torch.uint8
+            of_scales = f"state.{want.name}.{names.scales}", blocks_of(numel), torch.float32
+            parts.setdefault(of_codes, []).append((want.start, codes))
+            parts.setdefault(of_scales, []).append((first, scales))
+        wanted = {name: ranges.Ranges(numel, dtype, held) for (name, numel, dtype), held in parts.items()}
         try:
             ranges.read(self.folder, wanted, self.ranks.group)
         except OSError as error:  # raised on every rank alike
             raise CheckpointError(f"reading {self.folder} failed half-way, start warm again:\n- {error}") from error
+        for want, codes, scales in coded:
+            of_elements = scales.repeat_interleave(BLOCK)[want.start % BLOCK :][: codes.numel()]
+            want.into.copy_(decode(codes, of_elements, "signed" if want.key == FIRST else "unsigned"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +156,8 @@ def _canonical_source(ranks: Ranks, directory: Path, tag: str | None) -> Canonic
     entries = {
         name: Entry(tuple(entry["shape"]), entry["step"], betas[name]) for name, entry in about["parameters"].items()
     }
-    return CanonicalSource(ranks, folder, entries)
+    coded = {name for name, entry in about["parameters"].items() if coded_keys(FIRST).codes in entry["state"]}
+    return CanonicalSource(ranks, folder, entries, frozenset(coded))
 
 
 def _deepspeed_source(directory: Path, tag: str | None) -> DeepSpeedSource:

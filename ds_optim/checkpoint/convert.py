@@ -29,6 +29,7 @@ from ds_optim.roles.role import Role
 from ds_optim.rule import WholeMatrix
 from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated
+from ds_optim.stepping.eight_bits import EIGHT_BITS, coded_keys
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.owned_blocks import OwnedBlocks
 from ds_optim.stepping.sharded import ShardedOptimizer
@@ -69,14 +70,14 @@ def convert(
     """
     files = DeepSpeedFiles(Path(source), tag, trust=trust)
     config = deepspeed_config if deepspeed_config is not None else files.config
-    cls, given = _optimizer_of(config)
-    shapes, roles = shapes_and_roles(model, given) if model is not None else ({}, {})
+    cls, options = _optimizer_of(config)
+    shapes, roles = shapes_and_roles(model, options.get("roles")) if model is not None else ({}, {})
     groups = _groups_at_zero_0(files, model, config or {}, shapes, roles)
     layouts = files.layouts(groups)
     _require_fit(files, cls, model, shapes, layouts)
 
     states = files.rank(0, [[spec.name for spec in group] for group in groups])
-    optimizer = _made(files, cls, layouts, states)
+    optimizer = _made(files, cls, layouts, states, options if model is not None else None)
     first = optimizer.predicted(layouts, 0, roles)
     trained = {spec.name for layout in layouts for spec in layout.parameters}
     missing = sorted(set(shapes) - trained - set(files.untrained(0, trained)))
@@ -97,8 +98,8 @@ def convert(
     return Path(directory) / files.tag
 
 
-def _optimizer_of(config: Mapping[str, Any] | None) -> tuple[type[ShardedOptimizer], Any]:
-    """The optimizer's class and the ``roles`` that it was given."""
+def _optimizer_of(config: Mapping[str, Any] | None) -> tuple[type[ShardedOptimizer], Mapping[str, Any]]:
+    """The optimizer's class and the options that it was given."""
     name = str(((config or {}).get("optimizer") or {}).get("type"))
     if name not in names():
         if config is None or "optimizer" not in config:
@@ -106,7 +107,7 @@ def _optimizer_of(config: Mapping[str, Any] | None) -> tuple[type[ShardedOptimiz
         else:
             found = f"the optimizer was {name}, which is none of {', '.join(names())}"
         raise CheckpointError(f'{found}: give a DeepSpeed JSON whose "optimizer" names it (--deepspeed)')
-    return names()[name], DsOptimObject.of(config or {}).all_options(config or {}).get("roles")
+    return names()[name], DsOptimObject.of(config or {}).all_options(config or {})
 
 
 def _groups_at_zero_0(
@@ -183,8 +184,13 @@ def _made(
     cls: type[ShardedOptimizer],
     layouts: Sequence[Layout],
     states: RankStates,
+    given: Mapping[str, Any] | None,
 ) -> ShardedOptimizer:
-    """The optimizer that was saved, over tensors of no size that stand for those of any rank."""
+    """The optimizer that was saved, over tensors of no size that stand for those of any rank.
+
+    Args:
+        given: its options; None if the model is not known.
+    """
     saved = states.optimizer["param_groups"]
     sizes = [len(group["params"]) for group in saved]
     if sum(sizes) != len(layouts) or len(states.masters) != len(layouts):
@@ -192,9 +198,19 @@ def _made(
             f"{files.folder}: the optimizer stepped {sum(sizes)} tensors, {len(states.masters)} were saved, its "
             f"parameters make {len(layouts)}: no DeepSpeed that is known here wrote it"
         )
-    options = {key: saved[0][key] for key in inspect.signature(cls).parameters if key in saved[0] and key != "params"}
+    options: dict[str, Any] = {
+        key: saved[0][key] for key in inspect.signature(cls).parameters if key in saved[0] and key != "params"
+    }
     elements = (cls.rule.others if isinstance(cls.rule, WholeMatrix) else cls.rule).element_state
-    kept = [state[key].dtype for state in states.optimizer["state"].values() for key in elements if key in state]
+    every = list(states.optimizer["state"].values())
+    kept = [state[key].dtype for state in every for key in elements if key in state]
+    if any(key.endswith(coded_keys("").codes) for state in every for key in state):
+        if given is None:
+            raise CheckpointError(
+                "which state is in eight bits depends on what each parameter is, which DeepSpeed does not save: give "
+                "the model (--model config.json)"
+            )
+        kept, options["int8_embeddings"] = [EIGHT_BITS], bool(given.get("int8_embeddings", False))
     groups = [{"params": [torch.empty(0, device="meta") for _ in range(size)]} for size in sizes]
     try:
         optimizer = cls(groups, state_dtype=kept[0] if kept else torch.float32, **options)

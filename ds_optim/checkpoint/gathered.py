@@ -9,7 +9,10 @@ from torch import Tensor
 
 from ds_optim.checkpoint import content
 from ds_optim.errors import raise_everywhere
+from ds_optim.kernels.codes import decode_rows
 from ds_optim.ranks import ranks_of
+from ds_optim.rule import WholeMatrix
+from ds_optim.stepping.eight_bits import coded_keys
 from ds_optim.stepping.state_moves import StateMoves
 
 
@@ -24,8 +27,8 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
         optimizer: of a plain model.
 
     Returns:
-        By key, on the CPU: state per element in the parameter's shape; state of blocks flat, block behind block in the
-        order of their index. Empty before the first step.
+        By key, on the CPU: state per element in the parameter's shape, fp32 where it is kept in eight bits; state of
+        blocks flat, block behind block in the order of their index. Empty before the first step.
 
     Raises:
         CheckpointError: on every rank: no such parameter is trained, or the optimizer is none of ours.
@@ -49,5 +52,12 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
             have = content.held_parts(logical.written, state.get(key)) if state else []
             moves.add([(start, part.to("cpu", logical.dtype)) for start, part in have], [(0, gathered[key])])
     moves.run(ranks.group, torch.device("cpu"))
+    rule = training.optimizer.rule
+    fused = rule.others if isinstance(rule, WholeMatrix) else rule
+    for key, code in zip(fused.element_state, fused.codes, strict=True):
+        names = coded_keys(key)
+        if names.codes in gathered:
+            codes, scales = gathered.pop(names.codes), gathered.pop(names.scales)
+            gathered[key] = decode_rows(codes[None], scales[None], code)[0]
     per_element = training.optimizer.stepper.element_state
     return {key: values.view(one.shape) if key in per_element else values for key, values in gathered.items()}

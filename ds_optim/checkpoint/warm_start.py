@@ -57,12 +57,14 @@ from ds_optim.checkpoint.adam_source import (
 )
 from ds_optim.checkpoint.save_load import load
 from ds_optim.errors import raise_everywhere
+from ds_optim.kernels.codes import BLOCK, Code, encode_rows
 from ds_optim.ranks import ranks_of
 from ds_optim.roles import canonical_name
 from ds_optim.rule import AdamMoments, Blockwise, Elementwise
 from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box, strides_of
+from ds_optim.stepping.eight_bits import coded_keys
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.logical_tensors import LogicalParameter, LogicalRange
 from ds_optim.stepping.owned_blocks import OwnedBlocks
@@ -176,29 +178,66 @@ class _Filling:
             target[offset : offset + stop - start] = values[begin : begin + stop - start]
             begin += stop - start
 
+    def _held(self, rule: Elementwise | Blockwise) -> tuple[Sequence[LogicalRange], int]:
+        """The elements that are here, and what the ends of what is read for them must be multiples of."""
+        key = rule.element_state[0]
+        codes = coded_keys(key).codes
+        return (self.one.state[codes].read, BLOCK) if codes in self.one.state else (self.one.state[key].read, 1)
+
+    def _keep(self, key: str, code: Code, its: LogicalRange, values: Tensor, start: int) -> None:
+        """Put state per element where it is kept: one range of elements.
+
+        Args:
+            values: those from element ``start`` on; in eight bits, whole blocks of codes.
+        """
+        names, stop = coded_keys(key), its.stop - start
+        if names.codes not in self.one.state:
+            self._put(key, [its], values[its.start - start : stop])
+            return
+        begin = (its.start - start) // BLOCK * BLOCK  # others may hold the rest of the first block, and of the last
+        codes, scales = encode_rows(values[None, begin : -(-stop // BLOCK) * BLOCK], code)
+        self._put(names.codes, [its], codes[0, its.start - start - begin :])
+        first, last = (start + begin) // BLOCK, (start + begin) // BLOCK + scales.shape[1]
+        for of_blocks in self.one.state[names.scales].read:
+            low, high = max(of_blocks.start, first), min(of_blocks.stop, last)
+            if low < high:
+                place = LogicalRange(low, high, of_blocks.offset + low - of_blocks.start)
+                self._put(names.scales, [place], scales[0, low - first : high - first])
+
     def _fill_elements(self, rule: Elementwise | Blockwise) -> Iterator[list[Want]]:
-        ranges = self.one.state[rule.element_state[0]].read
-        first, second, wants = self._room(ranges)
+        ranges, step = self._held(rule)
+        numel = math.prod(self.one.shape)
+        read = [LogicalRange(its.start // step * step, min(-(-its.stop // step) * step, numel), 0) for its in ranges]
+        first, second, wants = self._room(read)
         yield wants
-        for key, values in rule.from_adam.state(self._moments(first, second), self.group).items():
-            self._put(key, ranges, values)
+        found = rule.from_adam.state(self._moments(first, second), self.group)
+        begin = 0
+        for its, (start, stop, _) in zip(ranges, read, strict=True):
+            for key, code in zip(rule.element_state, rule.codes, strict=True):
+                self._keep(key, code, its, found[key][begin : begin + stop - start], start)
+            begin += stop - start
 
     def _fill_blocks(self, rule: Blockwise, stepper: InPlace) -> Iterator[list[Want]]:
         """Elements from moments, blocks from their means over whole blocks, of which others may hold a part."""
-        elements, blocks = (self.one.state[keys[0]].read for keys in (rule.element_state, rule.block_state))
+        (elements, step), blocks = self._held(rule), self.one.state[rule.block_state[0]].read
         layout = stepper.shards.of(self.tensor).layout
         grid = stepper.grids_of(layout)[layout.parameters[self.index].name]
         first_block = min((its.start for its in blocks), default=0)
         last_block = max((its.stop for its in blocks), default=0)
         start, stop, first_block = block_range(grid, first_block, last_block)
-        first, second, wants = self._room([LogicalRange(start, stop, 0)])
+        begin, end = start // step * step, min(-(-stop // step) * step, grid.numel)
+        first, second, wants = self._room([LogicalRange(begin, end, 0)])
         yield wants
         for its in elements:
-            held = slice(its.start - start, its.stop - start)
+            low = its.start // step * step
+            held = slice(low - begin, min(-(-its.stop // step) * step, grid.numel) - begin)
             found = rule.from_adam.state(self._moments(first[held], second[held]), self.group)
-            for key in rule.element_state:
-                self._put(key, [its], found[key])
-        means = self._moments(block_means(grid, first_block, first), block_means(grid, first_block, second))
+            for key, code in zip(rule.element_state, rule.codes, strict=True):
+                self._keep(key, code, its, found[key], low)
+        whole = slice(start - begin, stop - begin)
+        means = self._moments(
+            block_means(grid, first_block, first[whole]), block_means(grid, first_block, second[whole])
+        )
         found = rule.from_adam.state(means, self.group)
         for its in blocks:
             for key in rule.block_state:
@@ -217,7 +256,8 @@ class _Filling:
         for block, (first, second, _) in rooms.items():
             shape = plan.blocks[block].tile.shape
             moments = self._moments(first.view(shape), second.view(shape))
-            for key, values in stepper.rule.from_adam.state(moments, self.group).items():
+            found = {key: one[None] for key, one in stepper.rule.from_adam.state(moments, self.group).items()}
+            for key, values in stepper.coded.encoded(found, begins[block]).items():
                 self._put(key, [LogicalRange(0, values.numel(), begins[block][key])], values.view(-1))
 
 

@@ -18,7 +18,8 @@ Three backends run a formula on `Operands` (`backend_for` chooses by formula and
 - ``triton``: Triton's programs, for accelerators: one launch for all tensors, the C++ kernels' arithmetic.
 - ``eager``: the formula as it is, piece by piece: the oracle, and the fallback, also of formulas without a kernel.
 
-Parameters, gradients and element states may be fp32, bf16 or fp16, block states are fp32. What is written is rounded to
+Parameters, gradients and element states may be fp32, bf16 or fp16, block states are fp32. Element states may also be
+kept in eight bits (`coded`, `partial_maxima`; `ds_optim.kernels.codes` says how). What is written is rounded to
 nearest, bf16 parameters stochastically if a `Rounding` is given. Only elements that a table covers are touched
 (`ds_optim.kernels.tables` says how tables read). Gradients are never written to. Nothing synchronises with an
 accelerator.
@@ -33,7 +34,7 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from ds_optim.kernels import eager, native, triton
+from ds_optim.kernels import codes, eager, native, triton
 from ds_optim.kernels.build import UnavailableError
 from ds_optim.kernels.operands import Formula, FormulaKind, Operands, Scalars
 from ds_optim.kernels.rounding import Place, Places, Rounding, Words
@@ -53,11 +54,13 @@ __all__ = [
     "Words",
     "backend_for",
     "blockwise",
+    "coded",
     "descend",
     "device_backend",
     "elementwise",
     "kept_for",
     "one_pass",
+    "partial_maxima",
     "partial_sums",
 ]
 
@@ -76,6 +79,10 @@ class _Driver(Protocol):
     def partial_sums(self, operands: Operands) -> None: ...
 
     def blockwise(self, formula: Formula, operands: Operands, select: Select) -> None: ...
+
+    def partial_maxima(self, formula: Formula, operands: Operands) -> None: ...
+
+    def coded(self, formula: Formula, operands: Operands, select: Select) -> None: ...
 
     def descend(self, target: Tensor, update: Tensor, decay: float | Tensor, words: Words) -> None: ...
 
@@ -115,7 +122,8 @@ def backend_for(formula: Formula | None, device: torch.device) -> Backend:
         chosen = device_backend(device.type)
     if formula is not None and not _DRIVERS[chosen].has(formula):
         of = _LANGUAGES[chosen]
-        _warn_without_kernel(of, formula.name, formula.kind, formula.states, formula.block_states, device.type)
+        states = f"{formula.states} per element{' in eight bits' if formula.codes else ''}"
+        _warn_without_kernel(of, formula.name, formula.kind, states, formula.block_states, device.type)
         return "eager"
     return chosen
 
@@ -145,21 +153,21 @@ def device_backend(device_type: str) -> Backend:
 
 @cache
 def _warn_without_kernel(
-    of: str, name: str, kind: FormulaKind, states: int, block_states: int, device_type: str
+    of: str, name: str, kind: FormulaKind, states: str, block_states: int, device_type: str
 ) -> None:
     """Once per formula, of which there may be many objects, and kind of device."""
     warnings.warn(
-        f"ds_optim: there is no {of} kernel for the {kind} formula {name!r} (states: {states} per element, "
-        f"{block_states} per block), so plain torch operations are used on {device_type} tensors, which compute the "
-        "same several times slower",
+        f"ds_optim: there is no {of} kernel for the {kind} formula {name!r} (states: {states}, {block_states} per "
+        f"block), so plain torch operations are used on {device_type} tensors, which compute the same several times "
+        "slower",
         stacklevel=3,
     )
 
 
 def kept_for(tables: Tables) -> list[Tensor]:
     """The tensors that calls over these tables keep from step to step: them, and what lies on devices for them."""
-    listed = (tables.spans, tables.row_runs, tables.column_runs)
-    return [*listed, *triton.kept(listed)]
+    listed = (tables.spans, tables.row_runs, tables.column_runs, tables.code_runs)
+    return [*listed, *triton.kept(listed), *(codes.kept() if len(tables.code_runs) else ())]
 
 
 def elementwise(backend: Backend, formula: Formula, operands: Operands) -> None:
@@ -221,6 +229,37 @@ def blockwise(backend: Backend, formula: Formula, operands: Operands, select: Se
         ValueError: as for `elementwise`.
     """
     _DRIVERS[backend].blockwise(formula, operands, select)
+
+
+def partial_maxima(backend: Backend, formula: Formula, operands: Operands) -> None:
+    """Enter the largest magnitudes of the new states of every block of codes that is cut into ``cut_maxima``.
+
+    New states are what `coded` will find, of the elements that are here; nothing of a block's sum enters them.
+
+    Args:
+        backend: what `backend_for` chose for the formula.
+        formula: one with ``codes``.
+        operands: of the `coded` call that will follow; nothing but ``cut_maxima`` is written to.
+
+    Raises:
+        ValueError: as for `elementwise`.
+    """
+    _DRIVERS[backend].partial_maxima(formula, operands)
+
+
+def coded(backend: Backend, formula: Formula, operands: Operands, select: Select = "all") -> None:
+    """As `elementwise` or `blockwise`, where states are kept in eight bits, over the tables' ``code_runs``.
+
+    Args:
+        backend: what `backend_for` chose for the formula.
+        formula: one with ``codes``. A blockwise one's new element states must not depend on what a block shares.
+        operands: see there; sums and maxima of cut blocks must be those of the whole group.
+        select: which blocks of codes an elementwise formula updates; a blockwise one updates all of them.
+
+    Raises:
+        ValueError: as for `elementwise`.
+    """
+    _DRIVERS[backend].coded(formula, operands, select)
 
 
 def descend(backend: Backend, target: Tensor, update: Tensor, decay: float | Tensor, words: Words) -> None:

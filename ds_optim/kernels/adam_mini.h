@@ -80,6 +80,44 @@ class AdamMiniStep {
     run_columns();
   }
 
+  // Advances every block, and nothing else: what each one's momentum is to be multiplied by, by tensor and slot.
+  std::vector<std::vector<float>> advance_blocks(const int64_t* slots) {
+    std::vector<std::vector<float>> factors;
+    for (int64_t tensor = 0; tensor < streams_.tensors; ++tensor) factors.emplace_back(size_t(slots[tensor]));
+    plan();
+    run_tasks(int64_t(parts_.size()), threads_, [&](int64_t task) {
+      Part& part = parts_[size_t(task)];
+      part.sum = sum_part(grad(*part.piece), part.start, part.length);
+    });
+    finish_known();
+    for (const Known& known : known_) factors[size_t(known.piece->tensor)][size_t(known.slot)] = known.factor;
+    run_tasks(int64_t(tasks_.size()), threads_, [&](int64_t task) {
+      const Task& one = tasks_[size_t(task)];
+      if (one.known >= 0) return;
+      const Piece& piece = *one.piece;
+      const Element element(streams_, piece.tensor);
+      const int64_t step = piece.length < kTinyBlock ? kBuffer / piece.length : std::max(int64_t(1), kGroup / piece.length);
+      for (int64_t block = one.first; block < one.last; block += step) {
+        const int64_t count = std::min(step, one.last - block);
+        float* into = factors[size_t(piece.tensor)].data() + piece.slot + block;
+        mean_squares(element, piece, piece.start + block * piece.length, count, into);
+        for (int64_t b = 0; b < count; ++b) {
+          into[b] = rule_.advance(squares(piece.tensor, piece.slot + block + b), into[b]);
+        }
+      }
+    });
+    ColumnBatch batch(streams_, kGrad, blocks_.columns, false, threads_);
+    while (batch.next()) {
+      run_tasks(int64_t(batch.stripes.size()), threads_, [&](int64_t task) {
+        const ColumnBatch::Stripe& stripe = batch.stripes[size_t(task)];
+        advance_stripe(batch, stripe, [&](int64_t block, float factor) {
+          factors[size_t(stripe.run->tensor)][size_t(stripe.run->slot + block)] = factor;
+        });
+      });
+    }
+    return factors;
+  }
+
  private:
   // A part of a huge block, summed ahead of the updates so that all threads share the work.
   struct Part {
@@ -227,6 +265,18 @@ class AdamMiniStep {
     }
   }
 
+  // Advances the blocks of a stripe; take(block, factor) of each.
+  template <class Take>
+  void advance_stripe(const ColumnBatch& batch, const ColumnBatch::Stripe& stripe, const Take& take) const {
+    const ColumnRun& run = *stripe.run;
+    const std::vector<double> sums = run.cut < 0 ? batch.block_sums(stripe) : std::vector<double>();
+    for (int64_t block = stripe.first; block < stripe.last; ++block) {
+      const double sum = run.cut < 0 ? sums[size_t(block - stripe.first)] : cut_sums_[run.cut + block];
+      const float mean_square = float(sum / double(run.block_numel));
+      take(block, rule_.advance(squares(run.tensor, run.slot + block), mean_square));
+    }
+  }
+
   // Column runs, batch by batch: sums, block states, elements.
   void run_columns() {
     ColumnBatch batch(streams_, kGrad, blocks_.columns, false, threads_);
@@ -235,14 +285,11 @@ class AdamMiniStep {
       factors.resize(size_t(batch.columns));
       run_tasks(int64_t(batch.stripes.size()), threads_, [&](int64_t task) {
         const ColumnBatch::Stripe& stripe = batch.stripes[size_t(task)];
-        const ColumnRun& run = *stripe.run;
-        const std::vector<double> sums = run.cut < 0 ? batch.block_sums(stripe) : std::vector<double>();
-        for (int64_t block = stripe.first; block < stripe.last; ++block) {
-          const double sum = run.cut < 0 ? sums[size_t(block - stripe.first)] : cut_sums_[run.cut + block];
-          const float mean_square = float(sum / double(run.block_numel));
-          const auto spread = factors.begin() + stripe.column + (block - stripe.first) * run.width;
-          std::fill(spread, spread + run.width, rule_.advance(squares(run.tensor, run.slot + block), mean_square));
-        }
+        const int64_t width = stripe.run->width;
+        advance_stripe(batch, stripe, [&](int64_t block, float factor) {
+          const auto spread = factors.begin() + stripe.column + (block - stripe.first) * width;
+          std::fill(spread, spread + width, factor);
+        });
       });
       run_tasks(int64_t(batch.parts.size()), threads_, [&](int64_t task) {
         const ColumnBatch::Part& part = batch.parts[size_t(task)];

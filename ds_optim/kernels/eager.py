@@ -3,6 +3,8 @@
 Works on any device. Nothing of the tensor's size is allocated: the formula sees at most `CHUNK` elements at a time.
 """
 
+from __future__ import annotations
+
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ds_optim.kernels import codes
 from ds_optim.kernels.operands import Arithmetic, Formula, Operands, Scalars
 from ds_optim.kernels.rounding import Rounding, Words, store
 from ds_optim.kernels.tables import (
@@ -17,6 +20,7 @@ from ds_optim.kernels.tables import (
     ColumnRun,
     RowPiece,
     Select,
+    Tables,
     iterate_column_runs,
     iterate_row_runs,
     iterate_spans,
@@ -101,6 +105,116 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
         else:
             sums = cut_sums[run.cut : run.cut + run.blocks]
         _update_columns(formula, operands, run, (sums / run.block_numel).float())
+
+
+@torch.no_grad()
+def partial_maxima(formula: Formula, operands: Operands) -> None:
+    """`ds_optim.kernels.partial_maxima`."""
+    operands = _flat(operands)
+    for piece in iterate_row_runs(operands.tables.code_runs, "cut"):
+        nothing = torch.zeros(1, dtype=torch.float32, device=operands.params[piece.tensor].device)
+        new = _new_values(formula, operands, piece, [nothing] * (1 + formula.block_states), None)
+        for state, values in enumerate(new[1 : 1 + formula.states]):
+            found = codes.maxima(values)[0]
+            operands.cut_maxima[piece.cut, state] = torch.maximum(operands.cut_maxima[piece.cut, state], found)
+
+
+@torch.no_grad()
+def coded(formula: Formula, operands: Operands, select: Select) -> None:
+    """`ds_optim.kernels.coded`."""
+    operands = _flat(operands)
+    shared, owners = _mean_squares(operands) if formula.block_states else [], _BlockOwners(operands.tables)
+    for piece in iterate_row_runs(operands.tables.code_runs, "all" if formula.block_states else select):
+        for part in _parts(piece, chunk_of(operands.params[piece.tensor].device)):
+            tensor = part.tensor
+            here = slice(part.start, part.start + part.blocks * part.length)
+            of_blocks = [shared[tensor], *(state[tensor] for state in operands.block_states)] if shared else []
+            param, *new = _new_values(formula, operands, part, of_blocks, owners)
+            target = operands.params[tensor][here].view(param.shape)
+            store(target, param, words_at(operands.rounding, target, tensor, part.start))
+            for state, values in enumerate(new[: formula.states]):
+                known = part.cut >= 0
+                scales = codes.scales_of(operands.cut_maxima[part.cut, state, None] if known else codes.maxima(values))
+                operands.scales[state][tensor][part.slot : part.slot + part.blocks] = scales
+                operands.states[state][tensor][here] = codes.encode(values, scales, formula.codes[state]).view(-1)
+    for tensor, mean_squares in enumerate(shared):
+        of_tensor = [state[tensor] for state in operands.block_states]
+        advance_blocks(formula.update, formula.states, of_tensor, mean_squares, operands.scalars)
+
+
+def _new_values(
+    formula: Formula, operands: Operands, piece: RowPiece, of_blocks: Sequence[Tensor], owners: _BlockOwners | None
+) -> tuple[Tensor, ...]:
+    """What a formula makes of some blocks of codes: parameter and states, (blocks, length) each.
+
+    Args:
+        of_blocks: the mean square and block states of all blocks of the tensor; none of an elementwise formula.
+        owners: which of them an element has; None: there is one, for all.
+    """
+    tensor, shape = piece.tensor, (piece.blocks, piece.length)
+    here = slice(piece.start, piece.start + piece.blocks * piece.length)
+    param_BE = operands.params[tensor][here].view(shape)
+    grad_BE = gradient(operands.grads[tensor], here, param_BE.view(-1)).view(shape)
+    states = [
+        codes.decode(
+            state[tensor][here].view(shape), scales[tensor][piece.slot : piece.slot + piece.blocks, None], code
+        )
+        for state, scales, code in zip(operands.states, operands.scales, formula.codes, strict=True)
+    ]
+    if not formula.block_states:
+        return formula.update(param_BE.float(), grad_BE, *states, **operands.scalars)
+    slots = None if owners is None else owners.of(piece, param_BE.device)
+    mean_square, *block_states = of_blocks if slots is None else (values[slots].view(shape) for values in of_blocks)
+    return formula.update(param_BE.float(), grad_BE, mean_square, *states, *block_states, **operands.scalars)
+
+
+def _mean_squares(operands: Operands) -> list[Tensor]:
+    """Of all blocks of a blockwise rule, by tensor, in the order of their state."""
+    cut_sums = operands.cut_sums
+    found = [torch.zeros_like(state) for state in operands.block_states[0]]
+    for piece in iterate_row_runs(operands.tables.row_runs, "all"):
+        param, grad = operands.params[piece.tensor], operands.grads[piece.tensor]
+        for part in _parts(piece, chunk_of(param.device)):
+            sums = _row_sums(grad, part, cut_sums.dtype, like=param) if piece.cut < 0 else cut_sums[piece.cut, None]
+            found[piece.tensor][part.slot : part.slot + part.blocks] = sums / piece.numel
+    for run in iterate_column_runs(operands.tables.column_runs, "all"):
+        grad, param = operands.grads[run.tensor], operands.params[run.tensor]
+        is_whole = run.cut < 0
+        sums = _column_sums(grad, run, cut_sums.dtype, param) if is_whole else cut_sums[run.cut : run.cut + run.blocks]
+        found[run.tensor][run.slot : run.slot + run.blocks] = sums / run.block_numel
+    return found
+
+
+class _BlockOwners:
+    """Which of a blockwise rule's blocks an element is in."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._rows: dict[int, list[list[int]]] = {}
+        self._columns: dict[int, list[ColumnRun]] = {}
+        for row in tables.row_runs.tolist():
+            self._rows.setdefault(row[0], []).append(row)
+        for run in iterate_column_runs(tables.column_runs, "all"):
+            self._columns.setdefault(run.tensor, []).append(run)
+
+    def of(self, piece: RowPiece, device: torch.device) -> Tensor:
+        """The slots of a piece's elements, int64."""
+        begin, end = piece.start, piece.start + piece.blocks * piece.length
+        slots = torch.zeros(end - begin, dtype=torch.int64, device=device)
+        for _, start, length, phase, width, slot, _, _ in self._rows.get(piece.tensor, ()):
+            low, high = max(start, begin), min(start + length, end)
+            if low < high:
+                at = torch.arange(low - start + phase, high - start + phase, dtype=torch.int64, device=device)
+                slots[low - begin : high - begin] = slot + at // width
+        for run in self._columns.get(piece.tensor, ()):
+            low, high = max(run.start, begin), min(run.start + run.length, end)
+            if low < high:
+                skipped = run.phase - run.start
+                at = torch.arange(low + skipped, high + skipped, dtype=torch.int64, device=device)
+                column = at % run.row_length - run.column_start
+                is_inside = (column >= 0) & (column < run.column_stop - run.column_start)
+                target = slots[low - begin : high - begin]
+                target.copy_(torch.where(is_inside, run.slot + column // run.width, target))
+        return slots
 
 
 def _flat(operands: Operands) -> Operands:

@@ -12,7 +12,7 @@
 //
 // storage.h: tensors and their formats. rounding.h: stochastic rounding to bf16. threads.h: who works on what.
 // elementwise.h: AdamW, Lion, Adan, passes of whole-matrix rules. blocks.h: blocks and their sums. adam_mini.h: Adam-mini.
-// This file: the interface, and the step of whole-matrix rules, whose updates are known.
+// coded.h: state in eight bits. This file: the interface, and the step of whole-matrix rules, whose updates are known.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,6 +21,7 @@
 
 #include "adam_mini.h"
 #include "blocks.h"
+#include "coded.h"
 #include "elementwise.h"
 #include "storage.h"
 #include "threads.h"
@@ -56,6 +57,17 @@ void add_cut_sums(const Streams& streams, const Blocks& blocks, double* cut_sums
       for (const double sum : batch.block_sums(stripe)) *into++ += sum;
     }
   }
+}
+
+// Blocks of codes as pieces. Returns 0, or the number (from 1) of the first bad row.
+int64_t read_code_runs(const Streams& streams, const int64_t* code_runs, int64_t rows, const int64_t* numels,
+                       const int64_t* slots, int64_t cuts, int64_t select, Blocks* blocks) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t* run = code_runs + 8 * row;
+    if (run[4] > kCodeBlock) return row + 1;
+    if (run[0] >= 0 && run[0] < streams.tensors && !streams.placed(run[0], run[1], run[2])) return row + 1;
+  }
+  return read_blocks(code_runs, rows, nullptr, 0, streams.tensors, numels, slots, cuts, select, blocks);
 }
 
 void subtract(float* __restrict p, const float* __restrict u, float decay, int64_t n) {
@@ -120,6 +132,68 @@ int64_t ds_optim_adam_mini(int64_t tensors, const int64_t* const* streams, const
   AdamMini rule;
   std::memcpy(&rule, scalars, sizeof rule);
   AdamMiniStep(rule, all, blocks, cut_sums, threads).run();
+  return 0;
+}
+
+// Where state is kept in eight bits: streams are parameter, gradient, codes; `scales` and `tables` by state, `slots` and
+// `code_runs` of the blocks of codes. With only_maxima nothing is written but the largest magnitudes of cut blocks.
+#define DS_OPTIM_CODED(name, Rule)                                                                                    \
+  int64_t ds_optim_coded_##name(int64_t tensors, const int64_t* const* streams, const int64_t* numels,                \
+                                const int64_t* const* scales, const int64_t* slots, const int64_t* code_runs,         \
+                                int64_t rows, const CodeTable* tables, int32_t* cut_maxima, int64_t cuts,             \
+                                int64_t select, int64_t only_maxima, const float* scalars, const Rounding* rounding,  \
+                                int64_t threads) {                                                                    \
+    const Streams all{streams, tensors, rounding};                                                                    \
+    Blocks blocks;                                                                                                    \
+    const int64_t bad = read_code_runs(all, code_runs, rows, numels, slots, cuts, select, &blocks);                   \
+    if (bad != 0) return bad;                                                                                         \
+    Rule rule;                                                                                                        \
+    std::memcpy(&rule, scalars, sizeof rule);                                                                         \
+    const auto apply = [&](int64_t, int64_t, float* const* x, int64_t n) {                                            \
+      if (n == kCodeBlock) rule(x, 0, kCodeBlock);                                                                    \
+      else rule(x, 0, n);                                                                                             \
+    };                                                                                                                \
+    update_codes<Rule::kStreams - 2>(all, Codes{scales, tables, cut_maxima}, blocks.pieces, apply, only_maxima != 0,  \
+                                     threads);                                                                        \
+    return 0;                                                                                                         \
+  }
+
+DS_OPTIM_CODED(adamw, AdamW)
+DS_OPTIM_CODED(lion, Lion)
+DS_OPTIM_CODED(adan, Adan)
+
+// Streams as for ds_optim_adam_mini, code blocks as above; all elements are updated. Bad rows of code_runs are told by a
+// number beyond those of row_runs.
+int64_t ds_optim_coded_adam_mini(int64_t tensors, const int64_t* const* streams, const int64_t* numels,
+                                 const int64_t* const* scales, const int64_t* slots, const int64_t* code_runs,
+                                 int64_t code_rows, const CodeTable* tables, int32_t* cut_maxima, int64_t code_cuts,
+                                 int64_t only_maxima, const int64_t* block_slots, const int64_t* row_runs, int64_t rows,
+                                 const int64_t* column_runs, int64_t column_rows, const double* cut_sums, int64_t cuts,
+                                 const float* scalars, const Rounding* rounding, int64_t threads) {
+  const Streams all{streams, tensors, rounding};
+  Blocks coded, blocks;
+  const int64_t select = only_maxima != 0 ? kCut : kAll;
+  int64_t bad = read_code_runs(all, code_runs, code_rows, numels, slots, code_cuts, select, &coded);
+  if (bad != 0) return rows + bad;
+  bad = read_blocks(row_runs, rows, column_runs, column_rows, tensors, numels, block_slots, cuts, kAll, &blocks);
+  if (bad != 0) return bad;
+  AdamMini rule;
+  std::memcpy(&rule, scalars, sizeof rule);
+  const Codes codes{scales, tables, cut_maxima};
+  if (only_maxima != 0) {
+    const auto apply = [&](int64_t, int64_t, float* const* x, int64_t n) { rule.update(x[0], x[1], x[2], 0.0f, n); };
+    update_codes<1>(all, codes, coded.pieces, apply, true, threads);
+    return 0;
+  }
+  const std::vector<std::vector<float>> factors =
+      AdamMiniStep(rule, all, blocks, cut_sums, threads).advance_blocks(block_slots);
+  const BlockFactors known(row_runs, rows, column_runs, column_rows, factors);
+  const auto apply = [&](int64_t tensor, int64_t start, float* const* x, int64_t n) {
+    alignas(64) float spread[kCodeBlock];
+    known.spread(tensor, start, n, spread);
+    rule.update(x[0], x[1], x[2], static_cast<const float*>(spread), n);
+  };
+  update_codes<1>(all, codes, coded.pieces, apply, false, threads);
   return 0;
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
+from ds_optim.kernels.codes import Code
 from ds_optim.kernels.rounding import Rounding
 from ds_optim.kernels.tables import Tables
 
@@ -32,6 +34,8 @@ class Formula:
         block_states: how many have one value per block; 0 makes the formula elementwise.
         is_pass: whether it is elementwise, takes values for its parameter, and does not look at the gradient: see
             `ds_optim.kernels.one_pass`.
+        codes: of its states, in their order, where they are kept in eight bits: see `ds_optim.kernels.codes`. None are
+            where they are kept as they are.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Formula:
     states: int
     block_states: int
     is_pass: bool = False
+    codes: tuple[Code, ...] = ()
 
     @property
     def kind(self) -> FormulaKind:
@@ -64,6 +69,11 @@ class Operands:
         cut_sums: (C,) fp64 (fp32 where the device has no fp64), contiguous: the sums of squared gradients of the blocks
             that a shard boundary cuts. `partial_sums` adds this rank's share to what the caller zeroed; the caller
             all-reduces it over the shard group before `blockwise` updates cut blocks. Empty where no block is cut.
+        scales: for every state that is kept in eight bits the list of its T tensors of scales, 1-D, fp32, one for each
+            block of which something is here; ``states`` are uint8 then. Updated in place.
+        cut_maxima: (D, states) int32, contiguous: the largest magnitudes of the new states, as bits, of the blocks of
+            codes that a shard boundary cuts. `partial_maxima` enters this rank's into what the caller zeroed; the
+            caller takes the largest over the shard group before cut blocks are updated.
     """
 
     params: Sequence[Tensor]
@@ -74,6 +84,8 @@ class Operands:
     scalars: Scalars
     rounding: Rounding | None
     cut_sums: Tensor
+    scales: Sequence[Sequence[Tensor]] = ()
+    cut_maxima: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32, device="cpu"))
 
 
 def merged(view: Tensor) -> list[tuple[int, int]]:

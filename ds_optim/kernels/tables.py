@@ -22,6 +22,11 @@ elements ``[k*width - phase, (k+1)*width - phase)`` clipped to ``[0, length)``, 
 ``slot`` is where a run's first block keeps its state in the tensor's block state; the others follow. A block that a
 shard boundary cuts has a place in ``cut_sums`` (``cut_first``, ``cut_last``; ``cut`` and following), all others say -1.
 
+``code_runs`` (n, 8): as ``row_runs``, of the blocks that share a scale where state is kept in eight bits
+(`ds_optim.kernels.codes`). Their ``slot`` is a place among the scales, their cuts are places in ``cut_maxima``. A call
+has them for all its tensors or for none; ``spans`` are not looked at then, and elements that are in no block of codes
+are not touched.
+
 This file knows how to read tables; what a row should say is the layout's business.
 """
 
@@ -43,19 +48,23 @@ def table_of(rows: Sequence[Sequence[int]], columns: int) -> Tensor:
 
 @dataclass(slots=True)
 class Tables:
-    """What a call walks: spans under an elementwise formula, runs of blocks under a blockwise one.
+    """What a call walks: spans under an elementwise formula, runs of blocks under a blockwise one; under codes, theirs.
 
     Attributes:
         spans: int64 (n, 3).
         row_runs: int64 (n, 8).
         column_runs: int64 (n, 11).
         num_cuts: blocks of these tensors' layouts that a shard boundary cuts, the same on every rank.
+        code_runs: int64 (n, 8).
+        num_code_cuts: likewise of the blocks that share a scale.
     """
 
     spans: Tensor = field(default_factory=lambda: table_of([], 3))
     row_runs: Tensor = field(default_factory=lambda: table_of([], 8))
     column_runs: Tensor = field(default_factory=lambda: table_of([], 11))
     num_cuts: int = 0
+    code_runs: Tensor = field(default_factory=lambda: table_of([], 8))
+    num_code_cuts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

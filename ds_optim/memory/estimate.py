@@ -294,7 +294,7 @@ def _entries(stepper: Stepper) -> list[StateEntry]:
             sizes[(key, dtype)] += math.prod(shape)
     entries = []
     for (key, dtype), elements in sorted(sizes.items(), key=lambda item: item[0][0]):
-        is_count = key == "step" or not dtype.is_floating_point
+        is_count = key == "step" or dtype in (torch.int32, torch.int64)
         kept_for = "count" if is_count else stepper.shape_rule(key)
         name = str(dtype).removeprefix("torch.")
         entry = StateEntry(key=key, dtype=name, shape_rule=kept_for, elements=elements, bytes=elements * dtype.itemsize)

@@ -123,8 +123,8 @@ class StateEntry(StrictModel):
     Attributes:
         key: as in ``optimizer.state`` (``exp_avg``).
         dtype: without ``torch.`` (``float32``).
-        shape_rule: one of ``element`` (a value per parameter element), ``block`` (a value per Adam-mini block), ``owned
-            block`` (per block at its owner), ``count``.
+        shape_rule: one of ``element`` (a value per parameter element), ``block`` (a value per Adam-mini block, or
+            per block of codes), ``owned block`` (per block at its owner), ``count``.
         elements: values on this rank.
         bytes: on this rank.
     """

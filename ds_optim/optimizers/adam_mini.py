@@ -113,7 +113,8 @@ class AdamMini(ShardedOptimizer):
         roles: what each parameter is, and so which blocks it has: the model itself, the result of `infer_roles`, or
             ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Outside,
             without roles, names decide what they can and every other parameter has one block per output row.
-        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; ``exp_avg_sq`` is fp32 always.
+        state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; ``exp_avg_sq`` is fp32
+            always.
 
     Raises:
         ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
@@ -134,6 +135,7 @@ class AdamMini(ShardedOptimizer):
         update=adam_mini_update,
         scalars=adam_scalars,
         element_state=("exp_avg",),
+        non_negative=(),
         block_state=("exp_avg_sq",),
         blocks=adam_mini_blocks,
     )
@@ -148,6 +150,7 @@ class AdamMini(ShardedOptimizer):
         *,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -156,6 +159,7 @@ class AdamMini(ShardedOptimizer):
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
         )

@@ -98,6 +98,7 @@ def adam_rule(settings_of: Callable[[Settings], Settings]) -> Elementwise:
         update=adamw_update,
         scalars=lambda group, step: adam_scalars(settings_of(group), step),
         element_state=("exp_avg", "exp_avg_sq"),
+        non_negative=("exp_avg_sq",),
     )
 
 
@@ -112,7 +113,7 @@ class AdamW(ShardedOptimizer):
         betas: decay of the first and second moment. LLM practice (0.9, 0.95).
         eps: added to the root of the bias-corrected second moment.
         weight_decay: decoupled, multiplied by the learning rate. LLM practice 0.1, not on norms and biases.
-        roles, state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed.
+        roles, state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -130,6 +131,7 @@ class AdamW(ShardedOptimizer):
         *,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -138,6 +140,7 @@ class AdamW(ShardedOptimizer):
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
         )

@@ -126,7 +126,7 @@ class Adan(ShardedOptimizer):
         eps: added to the root of the bias-corrected second moment.
         weight_decay: proximal (divides by ``1 + lr * weight_decay``) unless ``no_prox``; 0.02 in the official recipes.
         no_prox: decoupled weight decay, before the update, instead of proximal.
-        roles, state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed.
+        roles, state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -145,6 +145,7 @@ class Adan(ShardedOptimizer):
         update=adan_update,
         scalars=adan_scalars,
         element_state=("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad"),
+        non_negative=("exp_avg_sq",),
     )
 
     def __init__(
@@ -158,6 +159,7 @@ class Adan(ShardedOptimizer):
         no_prox: bool = False,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -166,6 +168,7 @@ class Adan(ShardedOptimizer):
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "no_prox": no_prox},
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
         )

@@ -82,8 +82,8 @@ class Lion(ShardedOptimizer):
         eps: accepted and ignored with one warning (configurations written for Adam carry it).
         weight_decay: decoupled, multiplied by the learning rate; 3 to 10 times larger than AdamW's, so that
             ``lr * weight_decay`` stays the same.
-        roles, state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed, and
-            ``torch.bfloat16`` halves the state.
+        roles, state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not
+            needed, and ``torch.bfloat16`` halves the state.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -102,6 +102,7 @@ class Lion(ShardedOptimizer):
         update=lion_update,
         scalars=lion_scalars,
         element_state=("exp_avg",),
+        non_negative=(),
     )
 
     def __init__(
@@ -114,6 +115,7 @@ class Lion(ShardedOptimizer):
         *,
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -124,6 +126,7 @@ class Lion(ShardedOptimizer):
             {"lr": lr, "betas": betas, "weight_decay": weight_decay},
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
         )

@@ -182,7 +182,8 @@ class Muon(ShardedOptimizer):
         roles: what each parameter is, and so whether it is a matrix: the model itself, the result of `infer_roles`, or
             ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Stacked
             experts and the parts of a fused weight are orthogonalised one by one.
-        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is ``momentum`` and that Adam's.
+        state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is ``momentum`` and
+            that Adam's.
         exchange_bucket_size, exchange_dtype, matmul_precision: see `ShardedOptimizer`. Others run the iteration in
             "bf16", whose results differ by about 1e-2.
 
@@ -205,6 +206,8 @@ class Muon(ShardedOptimizer):
         structure=("per_head",),
         tiles=lambda settings, role, shape: matrix_tiles(role, shape, settings["per_head"]),
         state_of_block=muon_state,
+        element_state=("momentum",),
+        non_negative=(),
         work=muon_work,
         refresh=lambda settings: Refresh(1, is_staggered=False),
         update=muon_update,
@@ -233,6 +236,7 @@ class Muon(ShardedOptimizer):
         matmul_precision: str = "ieee",
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -252,6 +256,7 @@ class Muon(ShardedOptimizer):
             },
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             exchange_bucket_size=exchange_bucket_size,

@@ -101,7 +101,8 @@ class NorMuon(ShardedOptimizer):
         weight_decay: decoupled, multiplied by the learning rate.
         roles: what each parameter is, and so whether it is a matrix, and which of its dimensions are neurons; see
             `Muon`.
-        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is ``momentum`` and that Adam's.
+        state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is ``momentum`` and
+            that Adam's.
         exchange_bucket_size, exchange_dtype, matmul_precision: see `ShardedOptimizer`.
 
     Raises:
@@ -123,6 +124,8 @@ class NorMuon(ShardedOptimizer):
         structure=("per_head",),
         tiles=lambda settings, role, shape: matrix_tiles(role, shape, settings["per_head"]),
         state_of_block=normuon_state,
+        element_state=("momentum",),
+        non_negative=(),
         work=normuon_work,
         refresh=lambda settings: Refresh(1, is_staggered=False),
         update=normuon_update,
@@ -152,6 +155,7 @@ class NorMuon(ShardedOptimizer):
         matmul_precision: str = "ieee",
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -172,6 +176,7 @@ class NorMuon(ShardedOptimizer):
             },
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             exchange_bucket_size=exchange_bucket_size,

@@ -72,10 +72,6 @@ def _frequency(settings: Settings) -> int:
     return int(settings["precondition_frequency"])
 
 
-def _is_staggered(settings: Settings) -> bool:
-    return bool(settings["refresh"] == "staggered")
-
-
 def _start(settings: Settings) -> int:
     """The first step at which roots may be taken."""
     stated = settings["start_preconditioning_step"]
@@ -211,7 +207,7 @@ def _due(group: Settings, stack: Stack) -> slice:
     everything, nothing = slice(0, len(stack)), slice(0, 0)
     if stack.step < _start(group):
         return nothing
-    if stack.step == _start(group) and not (_is_staggered(group) and group["graft"]):
+    if stack.step == _start(group) and not (group["refresh"] == "staggered" and group["graft"]):
         return everything  # without a graft every block needs a root from the start
     due = [index for index, offset in enumerate(stack.offsets) if (stack.step + offset) % _frequency(group) == 0]
     return slice(due[0], due[-1] + 1) if due else nothing
@@ -283,8 +279,8 @@ class Shampoo(ShardedOptimizer):
         roles: what each parameter is: the model itself, the result of `infer_roles`, or ``{pattern: role}``. Inside a
             DeepSpeed engine the model is known and patterns only override. Stacked experts and the parts of a fused
             weight never share a block.
-        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is ``momentum``, ``graft`` and that
-            Adam's.
+        state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is
+            ``momentum``, ``graft`` and that Adam's.
 
     Raises:
         ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
@@ -320,8 +316,10 @@ class Shampoo(ShardedOptimizer):
         ),
         tiles=lambda settings, role, shape: grid_tiles(role, shape, settings["max_preconditioner_dim"]),
         state_of_block=shampoo_state,
+        element_state=("momentum", "graft"),
+        non_negative=("graft",),
         work=shampoo_work,
-        refresh=lambda settings: Refresh(_frequency(settings), _is_staggered(settings)),
+        refresh=lambda settings: Refresh(_frequency(settings), settings["refresh"] == "staggered"),
         update=shampoo_update,
         step_size=lambda group: group["lr"],
         first_step=1,
@@ -351,6 +349,7 @@ class Shampoo(ShardedOptimizer):
         matmul_precision: str = "ieee",
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -373,6 +372,7 @@ class Shampoo(ShardedOptimizer):
             },
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             exchange_bucket_size=exchange_bucket_size,

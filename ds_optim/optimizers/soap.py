@@ -193,8 +193,8 @@ class SOAP(ShardedOptimizer):
         roles: what each parameter is: the model itself, the result of `infer_roles`, or ``{pattern: role}``. Inside a
             DeepSpeed engine the model is known and patterns only override. Stacked experts and the parts of a fused
             weight never share a block.
-        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is ``momentum``, ``second_moment``
-            and that Adam's.
+        state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is ``momentum``,
+            ``second_moment`` and that Adam's.
 
     Raises:
         ValueError: every setting out of range, all in one message; roles that match nothing or contradict shapes.
@@ -218,6 +218,8 @@ class SOAP(ShardedOptimizer):
             grid_tiles(role, shape, settings["max_preconditioner_dim"]) if is_matrix(role, shape) else []
         ),
         state_of_block=soap_state,
+        element_state=("momentum", "second_moment"),
+        non_negative=("second_moment",),
         work=soap_work,
         refresh=lambda settings: Refresh(settings["precondition_frequency"], settings["refresh"] == "staggered"),
         update=soap_update,
@@ -243,6 +245,7 @@ class SOAP(ShardedOptimizer):
         matmul_precision: str = "ieee",
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -259,6 +262,7 @@ class SOAP(ShardedOptimizer):
             },
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             exchange_bucket_size=exchange_bucket_size,

@@ -140,7 +140,7 @@ class SWAN(ShardedOptimizer):
         roles: what each parameter is, and so whether it is a matrix: the model itself, the result of `infer_roles`, or
             ``{pattern: role}``. Inside a DeepSpeed engine the model is known and patterns only override. Stacked
             experts and the parts of a fused weight are whitened one by one.
-        state_dtype, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is that Adam's.
+        state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; the state is that Adam's.
         alpha: multiplies the updates of matrices.
         ns_steps: Newton-Schulz steps, at 4 s^2 l floating-point operations each for a matrix of sides s <= l.
         ns_beta: their step size; see the module.
@@ -172,6 +172,8 @@ class SWAN(ShardedOptimizer):
         structure=("norm_axis",),
         tiles=lambda settings, role, shape: matrix_tiles(role, shape),
         state_of_block=no_state,
+        element_state=(),
+        non_negative=(),
         work=swan_work,
         refresh=lambda settings: Refresh(1, is_staggered=False),
         update=swan_update,
@@ -198,6 +200,7 @@ class SWAN(ShardedOptimizer):
         matmul_precision: str = "ieee",
         roles: Any = None,
         state_dtype: torch.dtype | str = torch.float32,
+        int8_embeddings: bool = False,
         bf16_stochastic_round: bool = False,
         seed: int = 0,
     ) -> None:
@@ -215,6 +218,7 @@ class SWAN(ShardedOptimizer):
             },
             roles=roles,
             state_dtype=state_dtype,
+            int8_embeddings=int8_embeddings,
             bf16_stochastic_round=bf16_stochastic_round,
             seed=seed,
             exchange_bucket_size=exchange_bucket_size,

@@ -5,6 +5,8 @@ block that a shard boundary cuts gets an index that is the same on every rank of
 meet in one small all-reduce. Pure arithmetic; the columns are those of `ds_optim.kernels`.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_right
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -30,6 +32,11 @@ class BlockRuns:
     columns: tuple[tuple[int, ...], ...]
     num_slots: int
     num_cuts: int
+
+    def of(self, parameters: Set[int]) -> BlockRuns:
+        """Those of some parameters alone; places in state and among cuts are as they were."""
+        rows, columns = (tuple(row for row in table if row[-1] in parameters) for table in (self.rows, self.columns))
+        return BlockRuns(rows, columns, self.num_slots, self.num_cuts)
 
 
 def held_spans(layout: Layout, rank: int, left_out: Set[int] = frozenset()) -> list[tuple[int, int]]:
@@ -83,12 +90,12 @@ class _Grid:
 
 
 def block_runs(layout: Layout, rank: int, grids: Mapping[str, BlockGrid]) -> BlockRuns:
-    """The runs of ``rank``'s local tensor, given the block grid of every parameter by name."""
-    arithmetic = [_Grid(grids[spec.name]) for spec in layout.parameters]
+    """The runs of ``rank``'s local tensor, given grids of parameters by name; those without one have no blocks."""
+    arithmetic = [_Grid(grids[spec.name]) if spec.name in grids else None for spec in layout.parameters]
     cut_index: list[dict[int, int]] = []
     num_cuts = 0
     for parameter, grid in enumerate(arithmetic):
-        blocks = grid.cut_blocks(layout.cuts(parameter))
+        blocks = grid.cut_blocks(layout.cuts(parameter)) if grid is not None else []
         cut_index.append({block: num_cuts + position for position, block in enumerate(blocks)})
         num_cuts += len(blocks)
 
@@ -97,6 +104,8 @@ def block_runs(layout: Layout, rank: int, grids: Mapping[str, BlockGrid]) -> Blo
     slots = 0
     for fragment in layout.fragments(rank):
         grid, cuts = arithmetic[fragment.parameter], cut_index[fragment.parameter]
+        if grid is None:
+            continue
         if grid.grid.reduce == 1:
             slots = _append_rows(rows, fragment, grid, cuts, slots)
         else:

@@ -58,7 +58,9 @@ def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -
     )
 
 
-def problems(tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stochastic: bool) -> list[str]:
+def problems(
+    tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stochastic: bool, in_codes: bool
+) -> list[str]:
     """Why a parameter cannot be stepped exactly, each with its remedy.
 
     Args:
@@ -66,6 +68,7 @@ def problems(tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stocha
         bound: what `read` made of it.
         is_elementwise: otherwise the rule needs whole rows, heads or matrices.
         stochastic: bf16 parameters are rounded stochastically, by the number of each element in the whole parameter.
+        in_codes: state is kept in eight bits, with a scale for every 256 neighbouring elements.
     """
     name, found = bound.layout.parameters[0].name, []
     if getattr(tensor, "_fsdp_flattened", False) or getattr(tensor, "_is_flat_param", False):
@@ -79,6 +82,11 @@ def problems(tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stocha
         found.append(
             f"{name} lies as {bound.layout.placements} over its mesh: an optimizer of blocks needs contiguous rows, "
             "sharded along dimension 0 of one mesh dimension; use AdamW, Lion or Adan, or shard it that way"
+        )
+    if isinstance(bound.layout, Scattered) and in_codes and is_elementwise:
+        found.append(
+            f"{name} lies as {bound.layout.placements} over its mesh, where the blocks of state in eight bits would "
+            'depend on the number of ranks: shard it along dimension 0 of one mesh dimension, or set state_dtype="fp32"'
         )
     if isinstance(bound.layout, Scattered) and stochastic and tensor.dtype == torch.bfloat16:
         found.append(

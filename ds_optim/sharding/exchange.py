@@ -103,14 +103,14 @@ def group_over(ranks: Iterable[int]) -> dist.ProcessGroup:
 
 
 class PendingSum:
-    """An all-reduce under way; `wait` puts the sums into the tensor that was given."""
+    """An all-reduce under way; `wait` puts the sums, or the largest values, into the tensor that was given."""
 
-    def __init__(self, tensor: Tensor, group: dist.ProcessGroup) -> None:
+    def __init__(self, tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType | None = None) -> None:
         self._target = tensor
         carrier = carrier_of(tensor.device, group)
         # CPU offload under a backend that only moves accelerator memory: stage the few bytes through the accelerator.
         self._sent = tensor if carrier == tensor.device else tensor.to(carrier)
-        self._work = dist.all_reduce(self._sent, group=group, async_op=True)
+        self._work = dist.all_reduce(self._sent, op or dist.ReduceOp.SUM, group, async_op=True)
 
     def wait(self) -> None:
         self._work.wait()

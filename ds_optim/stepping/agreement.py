@@ -17,7 +17,8 @@ from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, locals_of, verify
 from ds_optim.sharding.exchange import Ranks, from_all_ranks
 from ds_optim.sharding.layout import Replicated
-from ds_optim.stepping.options import kind_problems
+from ds_optim.stepping.eight_bits import EIGHT_BITS
+from ds_optim.stepping.options import Options, kind_problems
 from ds_optim.stepping.shards import Shards
 from ds_optim.stepping.stepper import Stepper
 
@@ -28,18 +29,23 @@ class Agreement:
     Args:
         owner: the optimizer's name, for messages.
         is_elementwise: otherwise its rule needs whole rows, heads or matrices.
-        stochastic: whether bf16 parameters are rounded stochastically.
+        options: its options.
     """
 
-    def __init__(self, owner: str, is_elementwise: bool, stochastic: bool) -> None:
-        self._owner, self._is_elementwise, self._stochastic = owner, is_elementwise, stochastic
+    def __init__(self, owner: str, is_elementwise: bool, options: Options) -> None:
+        self._owner, self._is_elementwise, self._options = owner, is_elementwise, options
         self._seen: set[Tensor] = set()
 
     def problems_of(self, name: str, tensor: Tensor, bound: BoundTensor) -> list[str]:
         """Why a parameter cannot be stepped exactly."""
         kind = kind_problems(name, tensor)
-        is_elementwise, stochastic = self._is_elementwise, self._stochastic
-        return kind + dtensor.problems(tensor, bound, is_elementwise=is_elementwise, stochastic=stochastic)
+        return kind + dtensor.problems(
+            tensor,
+            bound,
+            is_elementwise=self._is_elementwise,
+            stochastic=self._options.bf16_stochastic_round,
+            in_codes=self._options.state_dtype == EIGHT_BITS,
+        )
 
     def check(self, tensors: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], stepper: Stepper) -> None:
         """Compare the layouts of parameters that were not seen before over the ranks that they lie on.

@@ -24,6 +24,7 @@ from ds_optim.sharding.exchange import DeviceCopy, HostCopy
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.schedule import Bucket, Owned, Piece
 from ds_optim.stack import Stack, withhold
+from ds_optim.stepping.eight_bits import CodedBlocks
 from ds_optim.stepping.owner_state import StateOfBlock
 
 _STACK_ELEMENTS = {"cpu": 1 << 20}
@@ -64,6 +65,7 @@ class BlockStep:
         state: the optimizer's state of each tensor.
         begins: where each owned block's state begins there.
         state_of_block: what the rule keeps for a block.
+        coded: its state in eight bits, where it has any.
         update: the rule, see `ds_optim.rule.WholeMatrix`.
         matmul_precision: of its products.
         step: count, from 1.
@@ -82,6 +84,7 @@ class BlockStep:
     state: Mapping[int, dict[str, Any]]
     begins: Mapping[int, Mapping[int, Mapping[str, int]]]
     state_of_block: StateOfBlock
+    coded: CodedBlocks
     update: Callable[[Stack], Mapping[str, Tensor] | Stepwise[Mapping[str, Tensor]]]
     matmul_precision: MatmulPrecision
     step: int
@@ -147,15 +150,19 @@ class BlockStep:
         working = {name: _working(one) for name, one in coming.items()}
         offsets = tuple(self.plan.blocks[block].offset for block in blocks)
         memory = self.memories.get(blocks, {})
+        in_codes = self.coded.has(working)
+        state = self.coded.decoded(working) if in_codes else working
         update = self.update(
-            Stack(first.tile.shape, grads, working, good, self.step, offsets, memory, self.matmul_precision)
+            Stack(first.tile.shape, grads, state, good, self.step, offsets, memory, self.matmul_precision)
         )
         if isinstance(update, Mapping):
             failed = update
-        elif all(working[name] is kept for name, kept in stored.items()):
+        elif not in_codes and all(working[name] is kept for name, kept in stored.items()):
             failed = yield from update
         else:  # copies of state: not those of many stacks
             failed = finish(update)
+        if in_codes:
+            self.coded.keep_(working, state, good)
         if memory:
             self.memories[blocks] = memory
         self.returning.append([])

@@ -7,12 +7,14 @@ shard group. A whole-matrix rule has one of these for what is no matrix, whose s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ds_optim import kernels
 from ds_optim.kernels.rounding import key_of
@@ -20,11 +22,13 @@ from ds_optim.kernels.tables import table_of
 from ds_optim.roles import warn_unclaimed
 from ds_optim.roles.role import Role
 from ds_optim.rule import Blockwise, Elementwise, Settings, StateSpec
+from ds_optim.sharding.binding import BoundTensor, local_of
 from ds_optim.sharding.block_runs import BlockRuns, block_runs, held_spans
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import Layout
-from ds_optim.stepping.kernel_calls import Call, TensorStretch, Walk, block_tables, places, run
-from ds_optim.stepping.logical_tensors import Logical, block_ranges, element_ranges
+from ds_optim.stepping.eight_bits import EIGHT_BITS, code_grid, coded_keys, is_coded, plain_dtype
+from ds_optim.stepping.kernel_calls import Call, Stretches, Walk, block_tables, places, run
+from ds_optim.stepping.logical_tensors import Logical, block_ranges, element_ranges, packed
 from ds_optim.stepping.options import Options
 from ds_optim.stepping.shards import Shards
 from ds_optim.stepping.stepper import HeldState, ShapeRule, States, Together
@@ -32,16 +36,20 @@ from ds_optim.stepping.stepper import HeldState, ShapeRule, States, Together
 _KEPT = 64  # lists of tensors whose tables are remembered: a training run has a few
 
 
-class Covered(NamedTuple):
-    """What is stepped of a local tensor.
+class KeptPart(NamedTuple):
+    """What is stepped of a local tensor whose state is kept in one way.
 
     Attributes:
+        parameters: of the layout, by index.
         spans: ``(start, length)``, ascending.
         is_whole: whether state has the tensor's shape; otherwise it has room for the spans alone, one behind the other.
+        codes: the blocks of codes of which something is here; None: state is kept as it is.
     """
 
+    parameters: frozenset[int]
     spans: list[tuple[int, int]]
     is_whole: bool
+    codes: BlockRuns | None
 
 
 class InPlace:
@@ -52,7 +60,7 @@ class InPlace:
         options: of the whole optimizer.
         shards: whose tensors.
         owner: the optimizer's name, for messages.
-        covers: what is stepped of each tensor; None: all of it.
+        left_out: the parameters of each tensor that somebody else steps, by their index in its layout; None: none are.
     """
 
     def __init__(
@@ -61,20 +69,22 @@ class InPlace:
         options: Options,
         shards: Shards,
         owner: str,
-        covers: Callable[[Tensor], Covered] | None = None,
+        left_out: Callable[[Tensor], Set[int]] | None = None,
     ) -> None:
-        self.rule, self.options, self.shards, self._owner, self._covers = rule, options, shards, owner, covers
+        self.rule, self.options, self.shards, self._owner, self._left_out = rule, options, shards, owner, left_out
         self.kept = HeldState()
+        self._is_coded = options.state_dtype == EIGHT_BITS
         self._generation = shards.generation
         self._grids: dict[str, BlockGrid] = {}
         self._runs: dict[Tensor, BlockRuns] = {}
-        self._walks: dict[tuple[int, ...], tuple[list[Tensor], Walk]] = {}  # the tensors too, or another gets their ids
+        self._parts: dict[Tensor, list[KeptPart]] = {}
+        self._walks: dict[tuple[int, ...], tuple[list[Tensor], list[Walk]]] = {}  # tensors too, or others get their ids
         self._places: dict[tuple[int, ...], tuple[list[Tensor], kernels.Places]] = {}
         self._warned_of_bf16 = False
 
     def at_rank(self, rank: int) -> InPlace:
         """The same on another rank, of shards that are predicted."""
-        other = InPlace(self.rule, self.options, self.shards.at_rank(rank), self._owner, self._covers)
+        other = InPlace(self.rule, self.options, self.shards.at_rank(rank), self._owner, self._left_out)
         other._grids = self._grids
         return other
 
@@ -87,12 +97,14 @@ class InPlace:
         return ""
 
     def backends(self, device: torch.device) -> set[str]:
-        return {kernels.backend_for(self.rule.formula, device)}
+        formulas = [self.rule.formula, *([self.rule.coded_formula] if self._is_coded else [])]
+        return {kernels.backend_for(formula, device) for formula in formulas}
 
     def forget(self) -> None:
         """Drop what was derived from tensors and roles."""
         self._grids.clear()
         self._runs.clear()
+        self._parts.clear()
         self._walks.clear()
         self._places.clear()
 
@@ -101,12 +113,26 @@ class InPlace:
             self._generation = self.shards.generation
             self.forget()
 
-    def covered(self, tensor: Tensor) -> Covered:
-        """What is stepped of a local tensor."""
-        if self._covers is not None:
-            return self._covers(tensor)
-        bound = self.shards.of(tensor)
-        return Covered(held_spans(bound.layout, bound.rank), is_whole=True)
+    def parts_of(self, tensor: Tensor) -> list[KeptPart]:
+        """What is stepped of a local tensor: what is kept as it is, and what is in eight bits, where there is any."""
+        self._follow()
+        if tensor not in self._parts:
+            layout = self.shards.of(tensor).layout
+            coded = frozenset(
+                index
+                for index, spec in enumerate(layout.parameters if self._is_coded else ())
+                if is_coded(self.options, self.shards.roles[spec.name], spec)
+            )
+            left_out = frozenset(self._left_out(tensor) if self._left_out is not None else ())
+            everything = frozenset(range(len(layout.parameters))) - left_out
+            found = [(everything - coded, False), (everything & coded, True)]
+            has_room = self._left_out is None and not self._is_coded
+            self._parts[tensor] = [
+                _part(tensor, self.shards.of(tensor), parameters, has_room=has_room, in_codes=codes)
+                for parameters, codes in found
+                if parameters or not (coded or codes)
+            ]
+        return self._parts[tensor]
 
     def grids_of(self, layout: Layout) -> dict[str, BlockGrid]:
         """The block grid of every parameter of a layout, by name."""
@@ -134,33 +160,57 @@ class InPlace:
 
     @property
     def element_state(self) -> tuple[str, ...]:
-        return self.rule.element_state
+        codes = [coded_keys(key).codes for key in self.rule.element_state] if self._is_coded else []
+        return (*self.rule.element_state, *codes)
 
     @property
     def element_keys(self) -> tuple[str, ...]:
-        return self.rule.element_state
+        return () if self._is_coded else self.rule.element_state  # what is in eight bits is elsewhere
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of all that is kept."""
+        scales = [coded_keys(key).scales for key in self.rule.element_state] if self._is_coded else []
+        return (*self.element_state, *scales, *self.rule.block_state)
 
     def spec(self, tensor: Tensor) -> dict[str, StateSpec]:
-        shape = tuple(tensor.shape)
-        if self._covers is not None:
-            covered = self.covered(tensor)
-            shape = shape if covered.is_whole else (sum(length for _, length in covered.spans),)
-        spec: dict[str, StateSpec] = dict.fromkeys(self.rule.element_state, (shape, self.options.state_dtype))
+        spec: dict[str, StateSpec] = {}
+        for part in self.parts_of(tensor):
+            shape = tuple(tensor.shape) if part.is_whole else (sum(length for _, length in part.spans),)
+            for key in self.rule.element_state:
+                if part.codes is None:
+                    spec[key] = shape, plain_dtype(self.options)
+                else:
+                    spec[coded_keys(key).codes] = shape, torch.uint8
+                    spec[coded_keys(key).scales] = (part.codes.num_slots,), torch.float32
         for name in self.rule.block_state:
             spec[name] = ((self.runs_of(tensor).num_slots,), torch.float32)
         return spec
 
     def shape_rule(self, key: str) -> ShapeRule:
-        return "element" if key in self.rule.element_state else "block"
+        return "element" if key in self.element_state else "block"
 
     def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
         bound = self.shards.of(tensor)
-        found: list[dict[str, Logical]] = [
-            {key: Logical(spec.numel, self.options.state_dtype, held, held) for key in self.rule.element_state}
-            for spec, held in zip(bound.layout.parameters, element_ranges(bound.layout, bound.rank), strict=True)
-        ]
+        layout, held = bound.layout, element_ranges(bound.layout, bound.rank)
+        found: list[dict[str, Logical]] = [{} for _ in layout.parameters]
+        for part in self.parts_of(tensor):
+            its = [pieces if index in part.parameters else [] for index, pieces in enumerate(held)]
+            pieces_of = its if part.is_whole else packed(its)
+            scales = []
+            if part.codes is not None:
+                grids = {layout.parameters[i].name: code_grid(layout.parameters[i].numel) for i in part.parameters}
+                scales = block_ranges(layout, bound.rank, grids, part.codes)
+            for index in part.parameters:
+                numel, pieces = layout.parameters[index].numel, pieces_of[index]
+                for key in self.rule.element_state:
+                    if part.codes is None:
+                        found[index][key] = Logical(numel, plain_dtype(self.options), pieces, pieces)
+                    else:
+                        found[index][coded_keys(key).codes] = Logical(numel, torch.uint8, pieces, pieces)
+                        found[index][coded_keys(key).scales] = scales[index]
         if self.rule.block_state:
-            blocks = block_ranges(bound.layout, bound.rank, self.grids_of(bound.layout), self.runs_of(tensor))
+            blocks = block_ranges(layout, bound.rank, self.grids_of(layout), self.runs_of(tensor))
             for state, of_blocks in zip(found, blocks, strict=True):
                 state.update(dict.fromkeys(self.rule.block_state, of_blocks))
         return found
@@ -172,7 +222,8 @@ class InPlace:
         return [str(grid) for grid in self.grids_of(layout).values()]
 
     def structure(self) -> dict[str, Any]:
-        return {"state_dtype": str(self.options.state_dtype).removeprefix("torch.")}
+        found: dict[str, Any] = {"state_dtype": str(self.options.state_dtype).removeprefix("torch.")}
+        return {**found, "int8_embeddings": self.options.int8_embeddings} if self._is_coded else found
 
     def forget_past(self) -> None:
         """Nothing is remembered."""
@@ -181,7 +232,7 @@ class InPlace:
         return []
 
     def buffers(self) -> list[Tensor]:
-        return [one for _, walk in self._walks.values() for one in kernels.kept_for(walk.tables)]
+        return [one for _, walks in self._walks.values() for walk in walks for one in kernels.kept_for(walk.tables)]
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -189,43 +240,55 @@ class InPlace:
         self, together: Mapping[Together, list[Tensor]], groups: Mapping[int, dict[str, Any]], states: States
     ) -> list[Callable[[], None]]:
         self._follow()
-        calls = [self._call(tensors, groups[key.group_id], key.step, states) for key, tensors in together.items()]
+        calls = [
+            call
+            for key, tensors in together.items()
+            for call in self._calls(tensors, groups[key.group_id], key, states)
+        ]
         return [partial(run, calls)]
 
-    def _call(self, tensors: list[Tensor], group: Settings, step: int, states: States) -> Call:
-        return Call(
-            self.rule,
-            tensors,
-            [states[tensor] for tensor in tensors],
-            self._walk(tensors),
-            self.rule.scalars(group, step),
-            self.shards.of(tensors[0]).group,
-            self.rounding(tensors, step),
-        )
+    def _calls(self, tensors: list[Tensor], group: Settings, key: Together, states: States) -> list[Call]:
+        scalars, ranks = self.rule.scalars(group, key.step), self.shards.of(tensors[0]).group
+        calls = []
+        for walk in self._walks_of(tensors):
+            its = tensors if len(walk.members) == len(tensors) else [tensors[index] for index in walk.members]
+            of_tensors = [states[tensor] for tensor in its]
+            calls.append(Call(self.rule, its, of_tensors, walk, scalars, ranks, self.rounding(its, key.step)))
+        return calls
 
-    def _walk(self, tensors: list[Tensor]) -> Walk:
+    def _walks_of(self, tensors: list[Tensor]) -> list[Walk]:
         key = tuple(map(id, tensors))
         if key not in self._walks:
             if len(self._walks) >= _KEPT:
                 self._walks.clear()
-            self._walks[key] = tensors, self._new_walk(tensors)
+            self._walks[key] = tensors, [walk for coded in (False, True) if (walk := self._walk(tensors, coded))]
         return self._walks[key][1]
 
-    def _new_walk(self, tensors: Sequence[Tensor]) -> Walk:
+    def _walk(self, tensors: Sequence[Tensor], coded: bool) -> Walk | None:
+        """What is walked of those tensors that have something that is kept in eight bits, or something that is not."""
+        parts = {
+            index: part
+            for index, tensor in enumerate(tensors)
+            for part in self.parts_of(tensor)
+            if (part.codes is not None) == coded
+        }
+        if not parts:
+            return None
+        listed, sizes = list(parts.values()), [local_of(tensors[index]).numel() for index in parts]
+        # State that has a tensor's shape may have elements, padding, that no table covers.
+        covered = [[(0, size)] if one.is_whole else one.spans for one, size in zip(listed, sizes, strict=True)]
+        stretches = Stretches(covered, has_all=all(part.is_whole for part in listed))
+        tables = kernels.Tables()
         if self.rule.block_state:
-            return Walk(block_tables([self.runs_of(tensor) for tensor in tensors]), None)
-        covered = [self.covered(tensor) for tensor in tensors]
-        if self._covers is None:
-            spans = [(index, *span) for index, one in enumerate(covered) for span in one.spans]
-            return Walk(kernels.Tables(spans=table_of(spans, 3)), None)
-        stretches = []
-        for index, one in enumerate(covered):
-            begin = 0
-            for start, length in one.spans:
-                stretches.append(TensorStretch(index, start, length, begin))
-                begin += length
-        spans = [(index, 0, stretch.length) for index, stretch in enumerate(stretches)]
-        return Walk(kernels.Tables(spans=table_of(spans, 3)), stretches)
+            runs = [self.runs_of(tensors[index]).of(part.parameters) for index, part in parts.items()]
+            tables = block_tables(runs, stretches)
+        elif not coded:
+            spans = [(place, *span) for place, part in enumerate(listed) for span in part.spans]
+            tables = kernels.Tables(spans=table_of([stretches.moved(row) for row in spans], 3))
+        if coded:
+            codes = block_tables([part.codes for part in listed if part.codes is not None], stretches)
+            tables = replace(tables, code_runs=codes.row_runs, num_code_cuts=codes.num_cuts)
+        return Walk(list(parts), tables, stretches.listed, coded)
 
     def rounding(self, tensors: list[Tensor], step: int) -> kernels.Rounding | None:
         """How the bf16 ones among tensors are rounded at a step; None if all are rounded to nearest."""
@@ -246,6 +309,25 @@ class InPlace:
                 self._places.clear()
             self._places[together] = tensors, places(tensors, [self.shards.of(tensor) for tensor in tensors])
         return kernels.Rounding(key_of(self.options.seed, step), self._places[together][1])
+
+
+def _part(
+    tensor: Tensor, bound: BoundTensor, parameters: frozenset[int], *, has_room: bool, in_codes: bool
+) -> KeptPart:
+    """The part of a tensor that some parameters are.
+
+    Args:
+        has_room: whether state has room for all of the tensor, padding too.
+    """
+    layout = bound.layout
+    others = frozenset(range(len(layout.parameters))) - parameters
+    spans = held_spans(layout, bound.rank, others)
+    is_all = not others if isinstance(tensor, DTensor) else sum(length for _, length in spans) == tensor.numel()
+    codes = None
+    if in_codes:
+        grids = {layout.parameters[index].name: code_grid(layout.parameters[index].numel) for index in parameters}
+        codes = block_runs(layout, bound.rank, grids)
+    return KeptPart(parameters, spans, has_room or is_all, codes)
 
 
 def _is_understood(role: Role) -> bool:

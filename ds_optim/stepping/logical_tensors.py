@@ -116,10 +116,12 @@ def block_ranges(layout: Layout, rank: int, grids: Mapping[str, BlockGrid], runs
     stores it.
 
     Args:
+        grids: by name; parameters without one have no blocks, and an empty logical tensor.
         runs: of ``rank``, see `ds_optim.sharding.block_runs.block_runs`; they say where a block's value lies.
     """
-    its_grids = [grids[spec.name] for spec in layout.parameters]
-    found = [Logical(grid.num_blocks, torch.float32) for grid in its_grids]
+    listed = [grids.get(spec.name) for spec in layout.parameters]
+    its_grids = {index: grid for index, grid in enumerate(listed) if grid is not None}
+    found = [Logical(0 if grid is None else grid.num_blocks, torch.float32) for grid in listed]
     starts = {fragment.parameter: fragment.start - fragment.offset for fragment in layout.fragments(rank)}
     for start, length, phase, width, slot, _, _, parameter in runs.rows:
         first = block_at(its_grids[parameter], starts[parameter] + start)

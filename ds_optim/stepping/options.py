@@ -15,8 +15,9 @@ from ds_optim.rule import Betas, Rule, SettingCheck, WholeMatrix, flag, one_of, 
 from ds_optim.sharding.schedule import BUCKET_SIZE
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+_STATE_DTYPES = {**_DTYPES, "int8": torch.int8}
 
-COMMON = ("roles", "state_dtype", "bf16_stochastic_round", "seed")
+COMMON = ("roles", "state_dtype", "int8_embeddings", "bf16_stochastic_round", "seed")
 """Options that every optimizer's constructor takes."""
 
 EXCHANGE = ("exchange_bucket_size", "exchange_dtype")
@@ -27,22 +28,26 @@ PRODUCTS = ("matmul_precision",)
 
 
 def dtype_of(value: Any) -> torch.dtype | None:
-    """A dtype that state can be kept in, also from its name in a JSON (``"bf16"``, ``"torch.float32"``)."""
-    return _DTYPES.get(str(value).removeprefix("torch."))
+    """A dtype that state can be kept in, also from its name in a JSON (``"bf16"``, ``"torch.float32"``).
+
+    ``torch.int8`` stands for eight bits, see `ds_optim.stepping.eight_bits`.
+    """
+    return _STATE_DTYPES.get(str(value).removeprefix("torch."))
 
 
-def _dtype() -> SettingCheck:
-    return SettingCheck(lambda value: dtype_of(value) is not None, "be fp32 or bf16", is_optional=False)
+def _dtype(allowed: Mapping[str, torch.dtype], wanted: str) -> SettingCheck:
+    return SettingCheck(lambda value: dtype_of(value) in allowed.values(), wanted, is_optional=False)
 
 
 _CHECKS: Mapping[str, SettingCheck] = {
-    "state_dtype": _dtype(),
+    "state_dtype": _dtype(_STATE_DTYPES, "be fp32, bf16 or int8"),
+    "int8_embeddings": flag(),
     "bf16_stochastic_round": flag(),
     "seed": whole_number(0),
 }
 _CHECKS_OF_MATRICES: Mapping[str, SettingCheck] = {
     "exchange_bucket_size": whole_number(1, "of elements "),
-    "exchange_dtype": _dtype(),
+    "exchange_dtype": _dtype(_DTYPES, "be fp32 or bf16"),
     "matmul_precision": one_of(PRECISIONS),
 }
 
@@ -52,6 +57,7 @@ class Options:
     """Settings of a whole optimizer, see `ShardedOptimizer`."""
 
     state_dtype: torch.dtype = torch.float32
+    int8_embeddings: bool = False
     bf16_stochastic_round: bool = False
     seed: int = 0
     exchange_bucket_size: int = BUCKET_SIZE
@@ -71,12 +77,20 @@ def setting_problems(rule: Rule, settings: Mapping[str, Any]) -> list[str]:
     for key in ("lr", "eps", "weight_decay"):
         if key in settings:
             problems += _number_problems(key, settings[key])
-    problems += _judged(_CHECKS, settings)
+    problems += [*_judged(_CHECKS, settings), *_contradictions(settings)]
     if settings.get("betas") is not None:
         problems += _betas_problems(rule.betas, settings["betas"])
     if isinstance(rule, WholeMatrix):
         problems += _judged(_CHECKS_OF_MATRICES, settings)
     return [*problems, *_judged(rule.checks, settings), *rule.contradictions(settings)]
+
+
+def _contradictions(settings: Mapping[str, Any]) -> list[str]:
+    """What is wrong with common settings that are each good by themselves."""
+    asked, dtype = settings.get("int8_embeddings"), settings.get("state_dtype")
+    if asked is True and dtype is not None and dtype_of(dtype) != torch.int8:
+        return ['int8_embeddings is of state in eight bits: give state_dtype="int8" too, or leave it out']
+    return []
 
 
 def _judged(checks: Mapping[str, SettingCheck], settings: Mapping[str, Any]) -> list[str]:

@@ -13,22 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ds_optim import kernels
 from ds_optim.errors import raise_all
 from ds_optim.linalg import packed as packed_matrices
-from ds_optim.rule import Settings, StateSpec, WholeMatrix
+from ds_optim.rule import Settings, StateSpec, WholeMatrix, codes_of
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.binding import local_grad, local_of
-from ds_optim.sharding.block_runs import held_spans
 from ds_optim.sharding.exchange import worker_of
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.schedule import Bucket
 from ds_optim.stepping.block_step import BlockStep, stack_size
-from ds_optim.stepping.in_place import Covered, InPlace
+from ds_optim.stepping.eight_bits import EIGHT_BITS, CodedBlocks
+from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.kernel_calls import row_major
-from ds_optim.stepping.logical_tensors import Logical, element_ranges, packed
+from ds_optim.stepping.logical_tensors import Logical
 from ds_optim.stepping.options import PRODUCTS, Options
 from ds_optim.stepping.owned_state import OwnedState
 from ds_optim.stepping.owner_state import state_begins
@@ -55,21 +54,21 @@ class OwnedBlocks:
         owner: as given.
         plans: who owns which block.
         kept: what is kept for them.
+        coded: their state in eight bits, where it has any.
         traffic: what this rank sent and received.
     """
 
     def __init__(self, rule: WholeMatrix, settings: Settings, options: Options, shards: Shards, owner: str) -> None:
         self.rule, self.options, self.shards, self.owner = rule, options, shards, owner
         self._settings = {**settings, **{key: getattr(options, key) for key in ("state_dtype", *PRODUCTS)}}
+        self.coded = CodedBlocks.of(rule.element_state, codes_of(rule.element_state, rule.non_negative))
         self._set_plans(Plans(rule, self._settings, shards))
         self.traffic = pipeline.Traffic()
 
     def _set_plans(self, plans: Plans) -> None:
         self.plans = plans
-        self.kept = OwnedState(plans, self.shards, self.rule.others.element_state)
-        self._others = InPlace(
-            self.rule.others, self.options, self.shards, self.owner, partial(_covered_by_others, self.shards, plans)
-        )
+        self._others = InPlace(self.rule.others, self.options, self.shards, self.owner, plans.matrices_of)
+        self.kept = OwnedState(plans, self.shards, self._others.keys)
         self._withheld = Withheld(self.owner)
         self._forget_derived()
 
@@ -99,7 +98,7 @@ class OwnedBlocks:
 
     @property
     def element_state(self) -> tuple[str, ...]:
-        return self.rule.others.element_state
+        return self._others.element_state
 
     @property
     def element_keys(self) -> tuple[str, ...]:
@@ -109,21 +108,11 @@ class OwnedBlocks:
         return {**self._others.spec(tensor), **self.kept.spec(tensor)}
 
     def shape_rule(self, key: str) -> ShapeRule:
-        return "element" if key in self.element_state else "owned block"
+        return self._others.shape_rule(key) if key in self._others.keys else "owned block"
 
     def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
-        bound, matrices = self.shards.of(tensor), self.plans.matrices_of(tensor)
-        held = element_ranges(bound.layout, bound.rank)
-        others = packed([[] if parameter in matrices else its for parameter, its in enumerate(held)])
-        found = self.kept.logical(tensor)
-        for parameter, spec in enumerate(bound.layout.parameters):
-            if parameter not in matrices:
-                its = others[parameter]
-                found[parameter] = {
-                    key: Logical(spec.numel, self.options.state_dtype, its, its)
-                    for key in self.rule.others.element_state
-                }
-        return found
+        others = self._others.logical_state(tensor)
+        return [owned or its for owned, its in zip(self.kept.logical(tensor), others, strict=True)]
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         return self.plans.in_words(tensor)
@@ -158,7 +147,10 @@ class OwnedBlocks:
                 together = min(count, stack_size(device_type, shape, bucket.numel))
                 largest = max(largest, 4 * together * max(math.prod(shape), max(shape) ** 2))
         computing, any_moment = pipeline.buffer_bytes(buckets, self.options.exchange_dtype.itemsize)
-        return [(computing, self.rule.stack_temporaries * largest), (any_moment, 0)]
+        temporaries = self.rule.stack_temporaries
+        if self.options.state_dtype == EIGHT_BITS:  # a stack's state as fp32, and once more in the making
+            temporaries += 1 + len(self.rule.element_state)
+        return [(computing, temporaries * largest), (any_moment, 0)]
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -202,6 +194,7 @@ class OwnedBlocks:
             state={index: states[tensor] for index, tensor in by_index.items()},
             begins={index: self._begins_of(tensor) for index, tensor in by_index.items()},
             state_of_block=self.plans.state_of_block,
+            coded=self.coded,
             update=partial(self.rule.update, group),
             matmul_precision=self.options.matmul_precision,
             step=key.step,
@@ -244,14 +237,6 @@ class OwnedBlocks:
             plan, _ = self.plans.place_of(tensor)
             self._begins[tensor] = state_begins(plan, self.plans.owned(tensor), self.plans.state_of_block)
         return self._begins[tensor]
-
-
-def _covered_by_others(shards: Shards, plans: Plans, tensor: Tensor) -> Covered:
-    """What of a tensor is in no block. No method, so that no circle of references keeps a model alive."""
-    bound, matrices = shards.of(tensor), plans.matrices_of(tensor)
-    spans = held_spans(bound.layout, bound.rank, matrices)
-    is_all = sum(length for _, length in spans) == tensor.numel()
-    return Covered(spans, not matrices if isinstance(tensor, DTensor) else is_all)
 
 
 def _number(value: Any, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from ds_optim.rule import Settings, WholeMatrix
 from ds_optim.sharding.assignment import Tile
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan, make_plans
+from ds_optim.stepping.eight_bits import kept_of_block
 from ds_optim.stepping.shards import Shards
 
 
@@ -43,7 +44,7 @@ class Plans:
         self._generation_of_shards = shards.generation
         self._warned_of = -1
         self._plans: _Made | None = None
-        self.state_of_block = partial(rule.state_of_block, settings)
+        self.state_of_block = partial(kept_of_block, partial(rule.state_of_block, settings))
         self.generation = 0
 
     def at_rank(self, shards: Shards) -> Plans:

@@ -28,7 +28,7 @@ from ds_optim.stepping.deferred import is_deferred
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.logical_tensors import LogicalParameter
 from ds_optim.stepping.names import NAMES, ParameterNames
-from ds_optim.stepping.options import EXCHANGE, PRODUCTS, Options, setting_problems
+from ds_optim.stepping.options import COMMON, EXCHANGE, PRODUCTS, Options, setting_problems
 from ds_optim.stepping.owned_blocks import OwnedBlocks
 from ds_optim.stepping.shards import ParameterShards, Shards
 from ds_optim.stepping.state_dict import StateDictForm, release
@@ -47,16 +47,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         defaults: per-group settings; those in a whole-matrix rule's ``structure`` hold for all groups.
         roles: what each parameter is: the result of `infer_roles`, the model, or ``{pattern: role}``. Inside a
             DeepSpeed engine the model is known and patterns only override. Elementwise rules do not need them.
-        state_dtype: dtype of the state per element (fp32 or bf16); state per block is always fp32.
+        state_dtype: of the state per element: fp32, bf16 or "int8", see `ds_optim.stepping.eight_bits`; state per block
+            is always fp32.
+        int8_embeddings: whether embeddings' state is kept in eight bits too.
         bf16_stochastic_round: round parameters in bf16 up or down at random, so that on average no update is lost, see
             `ds_optim.kernels.rounding`: for training without an fp32 master copy. Parameters of other dtypes are
             rounded to nearest.
         seed: of that, a whole number >= 0. The same seed, steps and parameter names give the same bits.
-        of_matrices: of a whole-matrix rule. ``exchange_bucket_size``: elements that travel at a time; no rank has more
-            than four such buckets in flight or in work, unless a single block is larger. ``exchange_dtype``: of
-            gradients and updates between holders and owners, fp32, or bf16 to halve what travels; it rounds what an
-            owner holds itself as well, so that the result does not depend on who holds what. ``matmul_precision``: of
-            its products, "ieee", "tf32" or "bf16", see `ds_optim.linalg.precision`.
+        options: the last four, and of a whole-matrix rule ``exchange_bucket_size``: elements that travel at a time; no
+            rank has more than four such buckets in flight or in work, unless a single block is larger;
+            ``exchange_dtype``: of gradients and updates between holders and owners, fp32, or bf16 to halve what
+            travels; it rounds what an owner holds itself as well, so that the result does not depend on who holds what;
+            ``matmul_precision``: of its products, "ieee", "tf32" or "bf16", see `ds_optim.linalg.precision`.
 
     Raises:
         ValueError: every setting out of range, all in one message.
@@ -78,22 +80,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         roles: Any,
-        state_dtype: torch.dtype | str,
-        bf16_stochastic_round: bool,
-        seed: int,
-        **of_matrices: Any,
+        **options: Any,
     ) -> None:
-        given = {
-            "state_dtype": state_dtype,
-            "bf16_stochastic_round": bf16_stochastic_round,
-            "seed": seed,
-            **of_matrices,
-        }
-        unknown = of_matrices.keys() - ((*EXCHANGE, *PRODUCTS) if isinstance(self.rule, WholeMatrix) else ())
+        unknown = options.keys() - (*COMMON, *((*EXCHANGE, *PRODUCTS) if isinstance(self.rule, WholeMatrix) else ()))
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
-        raise_all(self.setting_problems({**defaults, **given}), type(self).__name__)
-        self._set_up(roles, Options.of(given), defaults)
+        raise_all(self.setting_problems({**defaults, **options}), type(self).__name__)
+        self._set_up(roles, Options.of(options), defaults)
         super().__init__(params, defaults)
 
     def _set_up(self, roles: Any, options: Options, defaults: dict[str, Any]) -> None:
@@ -103,7 +96,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.roles_given = roles
         self.ranks = ALONE
         self._names = ParameterNames(roles)
-        self._agreement = Agreement(owner, self.rule.is_elementwise, options.bf16_stochastic_round)
+        self._agreement = Agreement(owner, self.rule.is_elementwise, options)
         self._freezing = Freezing({})
         self._settle_gradients: Callable[[], None] | None = None
         self._joined: Joined | None = None
@@ -160,7 +153,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise_all(self.setting_problems(group), f"{owner}: a parameter group")
         problems = [
             f"{key} is a setting of the whole optimizer, not of one group"
-            for key in ("bf16_stochastic_round", "seed")
+            for key in ("int8_embeddings", "bf16_stochastic_round", "seed")
             if key in group
         ]
         problems += self._names.enter(listed)

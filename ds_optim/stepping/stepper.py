@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ds_optim.rule import Settings, StateSpec
 from ds_optim.stepping.logical_tensors import Logical, LogicalParameter, element_ranges
+from ds_optim.stepping.options import COMMON
 from ds_optim.stepping.shards import Shards
 
 States = Mapping[Tensor, dict[str, Any]]
@@ -152,7 +153,7 @@ def fresh_state(stepper: Stepper, tensor: Tensor) -> dict[str, Any]:
 
 def other_structure(stepper: Stepper, settings: Settings) -> list[str]:
     """The names of the settings that decide what state there is and that a group's settings state otherwise."""
-    fixed = {key: value for key, value in stepper.structure().items() if key != "state_dtype"}  # no group's
+    fixed = {key: value for key, value in stepper.structure().items() if key not in COMMON}  # no group's
     return [key for key, value in fixed.items() if settings.get(key, value) != value]
 
 

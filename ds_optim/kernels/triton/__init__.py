@@ -1,9 +1,10 @@
 """The drivers on Triton: as many launches per call as there are programs in it, whatever the number of tensors.
 
-AdamW, Lion and Adan have one, as has a pass of a whole-matrix rule; Adam-mini has one for wide blocks, one for each
-width of narrow ones, four for those that a shard boundary cuts, and four for whole ones that are columns or huge, six
-where there are both columns and others. Tensors of other dtypes are other launches. Nothing is filled beforehand: the
-sums of cut blocks come here as zeros, from whoever adds them up over the ranks.
+AdamW, Lion and Adan have one, and over state in eight bits two more where blocks are cut; a pass of a whole-matrix rule
+has one; Adam-mini has one for wide blocks, one for each width of narrow ones, four for those that a shard boundary
+cuts, and four for whole ones that are columns or huge, six where there are both columns and others. Tensors of other
+dtypes are other launches. Nothing is filled beforehand: the sums of cut blocks come here as zeros, from whoever adds
+them up over the ranks.
 Nothing waits, and nothing is copied while tensors stay where they are.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.kernels import native
+from ds_optim.kernels import codes, native
 from ds_optim.kernels.operands import Formula, Operands, Scalars, merged
 from ds_optim.kernels.rounding import Words
 from ds_optim.kernels.tables import Select
@@ -35,7 +36,8 @@ _FUSION = {"enable_fp_fusion": False}
 
 def has(formula: Formula) -> bool:
     """Whether there is a program for a formula: one of its name, kind and numbers of states."""
-    return formula.name in PROGRAMS and native.has(formula)
+    is_known = formula.name in PROGRAMS and native.has(formula)
+    return is_known and not (formula.codes and formula.block_states)
 
 
 def serves(device_type: str) -> bool:
@@ -121,6 +123,53 @@ def blockwise(formula: Formula, operands: Operands, select: Select) -> None:
             if select != "uncut" and "cut" in group.rows:
                 _update("cut", dtypes, group, operands.cut_sums, how)
     torch.autograd.graph.increment_version(operands.params)
+
+
+@torch.no_grad()
+def partial_maxima(formula: Formula, operands: Operands) -> None:
+    """`ds_optim.kernels.partial_maxima`."""
+    _run_coded(formula, operands, "cut", only_maxima=True)
+
+
+@torch.no_grad()
+def coded(formula: Formula, operands: Operands, select: Select) -> None:
+    """`ds_optim.kernels.coded`."""
+    _run_coded(formula, operands, select, only_maxima=False)
+    torch.autograd.graph.increment_version(operands.params)
+
+
+def _run_coded(formula: Formula, operands: Operands, select: Select, *, only_maxima: bool) -> None:
+    if not operands.params:
+        return
+    from ds_optim.kernels.triton import code_blocks, elements
+
+    device = operands.params[0].device
+    with current(device):
+        scalars = _scalars(formula, operands.scalars, device)
+        tables = [tuple(codes.table(of, code, device) for code in formula.codes) for of in (codes.values, codes.places)]
+        first = tuple(codes.first_place(code) for code in formula.codes)
+        signed = tuple(code == "signed" for code in formula.codes)
+        layout = (operands.tables.code_runs,)
+        for dtypes, group in launches.together(operands, layout, launches.code_blocks).items():
+            for name, excluded in (("whole codes", "cut"), ("cut codes", "uncut")):
+                rows = group.rows.get(name)
+                if rows is None or select == excluded:
+                    continue
+                code_blocks.update_codes[(len(rows),)](
+                    elements.ARITHMETIC[formula.name],
+                    *_tensors(dtypes, group),
+                    rows,
+                    operands.cut_maxima,
+                    *_rounding(dtypes, operands),
+                    *tables,
+                    first,
+                    signed,
+                    *scalars,
+                    name == "cut codes",
+                    only_maxima,
+                    launches.CODE_BLOCKS if name == "whole codes" else 1,
+                    **_options(),
+                )
 
 
 @torch.no_grad()
@@ -241,4 +290,6 @@ def _language(dtype: torch.dtype) -> Any:
     """Triton's word for a dtype."""
     import triton.language as tl
 
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.uint8: tl.uint8}[
+        dtype
+    ]

@@ -27,6 +27,8 @@ Rows = npt.NDArray[np.int64]
 
 ROW = 4096  # elements of an elementwise program
 PART = 16384  # elements of a cut block that one program takes
+CODE_BLOCKS = 4  # blocks of codes of one program
+_CODE_ROWS: dict[str, Select] = {"whole codes": "uncut", "cut codes": "cut"}
 NARROW = {1: 1024, 16: 64, 128: 8, 512: 2}
 """{elements of a block, at most: how many blocks a program takes}. Wider ones have a program each."""
 HUGE = 1 << 20  # elements of a block beyond which its sum comes first, in parts: one program would take milliseconds
@@ -111,7 +113,8 @@ def _built(operands: Operands, members: list[int], build: Build) -> LaunchGroup:
 
 
 def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
-    streams = (operands.params, operands.grads, *operands.states, *operands.block_states)
+    of_blocks = (*operands.block_states, *operands.scales)
+    streams = (operands.params, operands.grads, *operands.states, *of_blocks)
     words = [_addresses([stream[index] for index in group.members]) for stream in streams]
     moved = [row for row, now in enumerate(words) if row >= len(group.words) or now != group.words[row]]
     if not moved:
@@ -119,7 +122,7 @@ def _send_addresses(group: LaunchGroup, operands: Operands) -> None:
     used = [streams[row][index] for row in moved for index in group.members]
     if not all(tensor is None or tensor.is_contiguous() for tensor in used):
         raise ValueError("Triton's programs work on contiguous tensors: one of these is not")
-    elements, squares = np.split(np.array(words, dtype=np.int64), [len(words) - len(operands.block_states)])
+    elements, squares = np.split(np.array(words, dtype=np.int64), [len(words) - len(of_blocks)])
     aligned = ((elements != 0) & (elements % 16 == 0)).all(axis=0)
     group.words, group.addresses = words, sent(np.vstack([elements, aligned, squares]), operands.params[0].device)
 
@@ -160,6 +163,22 @@ def spans(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
                 for begin, end in _stretches(start, start + length, ROW)
             ]
     return {"update_rows": _table(rows, 5)}
+
+
+def code_blocks(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:
+    """Of a call over state in eight bits: ``whole codes`` and ``cut codes`` (n, 8), see `update_codes`."""
+    found: dict[str, Rows] = {}
+    for name, select in _CODE_ROWS.items():
+        rows = []
+        for piece in iterate_row_runs(operands.tables.code_runs, select):
+            if piece.tensor in members:
+                identity, first = _place(operands, piece.tensor, piece.start)
+                for block in range(0, piece.blocks, CODE_BLOCKS):
+                    start, count = piece.start + block * piece.length, min(CODE_BLOCKS, piece.blocks - block)
+                    here = piece.tensor, start, piece.length, count, piece.slot + block, piece.cut
+                    rows.append((*here, identity, first + start - piece.start))
+        found[name] = _table(rows, 8)
+    return found
 
 
 def blocks(operands: Operands, members: frozenset[int]) -> dict[str, Rows]:

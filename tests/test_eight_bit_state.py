@@ -1,0 +1,194 @@
+"""State in eight bits, on ranks: the same bits under every strategy, bytes as predicted, and what cannot be is refused.
+
+The tests' model is small: here parameters of 300 elements have their state in eight bits, blocks of which are cut by
+every boundary of these shapes. `test_eight_bit_kernels` compares one process with the textbook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from allpairspy import AllPairs
+from torch import Tensor, nn
+
+import ds_optim
+import meshes
+from ds_optim.optimizers.registry import optimizers
+from ds_optim.sharding import dtensor
+from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding.layout import ParameterSpec, Scattered
+from ds_optim.stepping import eight_bits
+from engines import Case, assembled, run
+from expected import by_one_process, distance
+from meshes import MeshCase
+from pool import Pools
+from test_invariance import OPTIONS, possible
+
+SMALL = 300
+IN_CODES = {
+    name: {**options, "state_dtype": "int8", "int8_embeddings": name in ("ds_optim.Lion", "SWAN")}
+    for name, options in OPTIONS.items()
+}
+IN_CODES["Shampoo"]["max_preconditioner_dim"] = 18  # whole tiles of 324 elements, ragged ones without codes
+FACTORS: dict[str, list[Any]] = {
+    "optimizer": list(IN_CODES),
+    "strategy": ["0 bf16", "1 fp32", "1 bf16_optimizer", "2 bf16", "3 fp32"],
+    "ranks": [1, 2, 3, 4],
+    "variant": ["plain", "offload", "sub-groups"],
+    "route": ["json", "client"],
+    "groups": ["flat", "user's"],
+    "tied": [False, True],
+    "frozen": [(), ("embed_tokens", "k_proj")],
+    "accumulation": [1, 4],
+    "clipping": [0.0],
+    "unused": [None, 4],
+}
+ROWS = [list(row) for row in AllPairs(list(FACTORS.values()), filter_func=possible)]
+
+
+def with_small_ones(job: Callable[..., Any], *arguments: Any) -> Any:
+    """A job of a worker in which parameters of `SMALL` elements are enough."""
+    before, eight_bits.LEAST = eight_bits.LEAST, SMALL
+    try:
+        return job(*arguments)
+    finally:
+        eight_bits.LEAST = before
+
+
+@pytest.fixture
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eight_bits, "LEAST", SMALL)
+
+
+def case_of(row: list[Any]) -> tuple[Case, int]:
+    """The case of one row of the array, and its number of ranks."""
+    import test_invariance
+
+    case, ranks = test_invariance.case_of(row)
+    return replace(case, options=IN_CODES[case.optimizer]), ranks
+
+
+def assert_the_same(case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    if case.optimizer == "AdamMini":  # the sums of its cut blocks are added up in another order
+        assert distance(found, wanted) <= 1e-6
+    else:
+        assert not [name for name, values in wanted.items() if not torch.equal(values, found[name])]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
+def test_every_strategy_ends_with_the_bits_of_one_process(pool: Pools, row: list[Any]) -> None:
+    case, ranks = case_of(row)
+    found = assembled(pool(ranks).run(with_small_ones, run, case))
+    assert_the_same(case, found, with_small_ones(by_one_process, case))
+
+
+@cache
+def alone(name: str) -> dict[str, Tensor]:
+    return with_small_ones(by_one_process, Case(name, IN_CODES[name]))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "strategy", "flag"),
+    [
+        (1, "AdamMini", "fsdp", ""),
+        (2, "ds_optim.AdamW", "fsdp", ""),
+        (2, "ds_optim.Lion", "ddp", ""),
+        (3, "Adan", "fsdp", "offload"),
+        (3, "AdamMini", "fsdp", "late"),
+        (3, "ds_optim.Lion", "fsdp", "mixed"),
+        (4, "ds_optim.AdamW", "hsdp", "late"),
+        (4, "Shampoo", "fsdp", ""),
+        (4, "SWAN", "hsdp", ""),
+    ],
+)
+def test_meshes_end_with_the_bits_of_one_process(pool: Pools, ranks: int, name: str, strategy: str, flag: str) -> None:
+    case = Case(name, IN_CODES[name])
+    mesh_case = MeshCase(case, strategy, **({flag: True} if flag else {}))
+    for report in pool(ranks).run(with_small_ones, meshes.run, mesh_case):
+        assert_the_same(case, report["weights"], alone(name))
+
+
+def test_a_run_in_eight_bits_is_no_run_in_fp32() -> None:
+    """Or nothing here would be tested."""
+    for name, options in IN_CODES.items():
+        fp32 = {key: value for key, value in options.items() if key not in ("state_dtype", "int8_embeddings")}
+        assert 1e-6 < distance(alone(name), by_one_process(Case(name, fp32))) < 0.1
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def model_of(numel: int) -> nn.Module:
+    """An embedding, a norm and two matrices, of which one is small."""
+    model = nn.Module()
+    model.embed_tokens = nn.Embedding(numel // 64, 64)
+    model.norm = nn.LayerNorm(5000)
+    model.wide = nn.Linear(64, numel // 64)
+    model.small = nn.Linear(63, 65, bias=False)
+    return model
+
+
+BYTES = {"AdamW": 2.04, "Lion": 1.02, "Adan": 4.07, "AdamMini": 1.08, "Shampoo": None, "SWAN": 0}
+"""Per element of a large matrix of 64 columns, one row a block of Adam-mini's."""
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_what_is_kept_has_the_stated_size(name: str) -> None:
+    model = model_of(64 * 512)
+    cls = optimizers()[name]
+    optimizer = cls(model.named_parameters(), roles=model, state_dtype="int8", int8_embeddings=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+    def kept(parameter: Tensor) -> set[torch.dtype]:
+        state = optimizer.state[parameter]
+        return {value.dtype for key, value in state.items() if key != "step" and value.numel() >= 4000}
+
+    weight = model.wide.weight
+    size = sum(value.nbytes for key, value in optimizer.state[weight].items() if key != "step")
+    if BYTES[name] is not None:
+        assert size <= BYTES[name] * weight.numel()
+    if name != "SWAN":
+        assert torch.uint8 in kept(weight)
+    for parameter in (model.embed_tokens.weight, model.norm.weight, model.small.weight):
+        assert kept(parameter) <= {torch.float32}
+
+
+def test_embeddings_are_kept_in_eight_bits_if_asked_for() -> None:
+    model = model_of(64 * 512)
+    optimizer = ds_optim.AdamW(model.named_parameters(), roles=model, state_dtype="int8", int8_embeddings=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert "exp_avg_codes" in optimizer.state[model.embed_tokens.weight]
+    assert "exp_avg_codes" not in optimizer.state[model.norm.weight]
+
+
+@pytest.mark.parametrize("name", list(optimizers()))
+def test_bad_settings_are_named_all_at_once(name: str) -> None:
+    cls, parameter = optimizers()[name], [("weight", nn.Parameter(torch.ones(4, 4)))]
+    with pytest.raises(ValueError, match="fp32, bf16 or int8"):
+        cls(parameter, state_dtype="int4")
+    with pytest.raises(ValueError, match=r"(?s)lr must.*int8_embeddings is of state in eight bits"):
+        cls(parameter, lr=-1.0, int8_embeddings=True)
+    with pytest.raises(ValueError, match="int8_embeddings is a setting of the whole optimizer"):
+        cls([{"params": parameter, "int8_embeddings": True}], state_dtype="int8")
+    if "exchange_dtype" in cls.__init__.__annotations__:
+        with pytest.raises(ValueError, match="exchange_dtype must be fp32 or bf16"):
+            cls(parameter, exchange_dtype="int8")
+
+
+def test_what_is_scattered_over_ranks_is_refused_with_the_remedy() -> None:
+    """Tensor parallelism along dimension 1: 256 neighbouring elements lie on several ranks."""
+    layout = Scattered(ParameterSpec("wide.weight", (8, 4)), placements="(Shard(dim=1),)")
+    settings = {"is_elementwise": True, "stochastic": False}
+    assert dtensor.problems(torch.ones(8, 4), BoundTensor(layout), **settings, in_codes=False) == []
+    (said,) = dtensor.problems(torch.ones(8, 4), BoundTensor(layout), **settings, in_codes=True)
+    assert said.startswith("wide.weight lies as")
+    assert said.endswith('or set state_dtype="fp32"')
