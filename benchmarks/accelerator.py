@@ -1,4 +1,4 @@
-"""One accelerator, ten minutes: rates, waits, bits, matrix algebra, and how six optimizers train a small Llama.
+"""One accelerator, ten minutes: rates, waits, bits, matrix algebra, and how all optimizers train a small Llama.
 
     python benchmarks/accelerator.py [--minutes 10] [--only SECTION...] [--small] [--out docs/results]
 

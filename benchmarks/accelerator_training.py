@@ -1,4 +1,4 @@
-"""The convergence study of benchmarks/accelerator.py: what six optimizers make of the minutes that are left.
+"""The convergence study of benchmarks/accelerator.py: what all optimizers make of the minutes that are left.
 
 Every optimizer trains the small Llama with its three learning rates, from the same weights on the same windows. All
 runs of a batch size have the same tokens: ten steps of each are timed first, and all together get what they can end

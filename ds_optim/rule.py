@@ -32,7 +32,7 @@ from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.stack import Stack as Stack
 
 Settings: TypeAlias = Mapping[str, Any]
-"""A parameter group's settings by name; where a rule asks for a whole optimizer's, its defaults and ``state_dtype``."""
+"""A parameter group's settings by name; of a whole optimizer, its defaults, ``state_dtype``, ``matmul_precision``."""
 
 StateSpec: TypeAlias = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of one kind of state."""

@@ -21,10 +21,11 @@ sys.path.insert(0, str(BENCHMARK.parent))
 import accelerator  # noqa: E402
 import accelerator_soundness  # noqa: E402
 import accelerator_training  # noqa: E402
+import convergence  # noqa: E402
 from accelerator_bench import Bench, Sizes, TimeIsUpError  # noqa: E402
 
 CPU = torch.device("cpu")
-OPTIMIZERS = ("AdamW", "Lion", "Adan", "AdamMini", "Shampoo", "SWAN")
+OPTIMIZERS = tuple(convergence.RECIPES)
 FOUND_BY = {  # findings of every section but the selftest, which has its own tests, and training
     "bandwidth": [
         f"{name}, 60,000 elements in {dtype}, state in {kept}"
@@ -89,7 +90,8 @@ def test_every_section_runs_at_toy_size(tmp_path: Path) -> None:
     assert "FAIL" not in {one["verdict"] for one in sound}, sound
     assert all(one["verdict"] == "PASS" for one in training), training
     ran = [one["check"].partition(",")[0] for one in training]
-    assert [sorted(ran[begin : begin + 6]) for begin in (0, 6, 12)] == [sorted(OPTIMIZERS)] * 3
+    every = len(OPTIMIZERS)
+    assert [sorted(ran[begin : begin + every]) for begin in range(0, 3 * every, every)] == [sorted(OPTIMIZERS)] * 3
     text = (out / "accelerator.md").read_text(encoding="utf-8")
     assert all(one["check"] in text for every in found.values() for one in every)
 
@@ -118,7 +120,9 @@ def test_a_run_that_time_overtakes_is_dropped_and_said(monkeypatch: pytest.Monke
     def look(self: Bench, done: str = "") -> None:
         nonlocal looks
         looks += 1
-        if looks > 1 + 6 * 20 + 10 + 4:  # the section's, steps that are timed, the first run's, some of the second's
+        if (
+            looks > 1 + len(OPTIMIZERS) * 20 + 10 + 4
+        ):  # the section's, steps that are timed, the first run's, some of the second's
             raise TimeIsUpError(f"time was up after {done}")
 
     monkeypatch.setattr(Bench, "look", look)
@@ -140,8 +144,9 @@ def test_runs_have_tokens_that_fit_into_the_time(left: float) -> None:
 
 @pytest.mark.parametrize("left", [400.0, 1.0])
 def test_the_slowest_begin_and_what_does_not_fit_is_said(left: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"AdamW": 0.01, "Lion": 0.011, "Adan": 0.012, "AdamMini": 0.013, "Shampoo": 0.3, "SWAN": 0.2}
-    slowest_first = ["Shampoo", "SWAN", "AdamMini", "Adan", "Lion", "AdamW"]
+    times = {name: 0.01 + 0.001 * index for index, name in enumerate(OPTIMIZERS)}
+    times |= {"Shampoo": 0.3, "SWAN": 0.2}
+    slowest_first = ["Shampoo", "SWAN", *(name for name in reversed(OPTIMIZERS) if name not in ("Shampoo", "SWAN"))]
     monkeypatch.setattr(accelerator_training, "seconds_per_step", lambda bench, text, name, setting: times[name])
     monkeypatch.setattr(accelerator_training, "trained", lambda *_: 1.0)
     here = dataclasses.replace(Sizes.chosen(small=True), tokens_per_parameter=20)

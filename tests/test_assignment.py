@@ -92,7 +92,7 @@ RuleOf = tuple[WholeMatrix, Settings]
 
 
 def of(optimizer: Any) -> RuleOf:
-    return optimizer.rule, {**optimizer.defaults, "state_dtype": torch.float32}
+    return optimizer.rule, {**optimizer.defaults, "state_dtype": torch.float32, "matmul_precision": "ieee"}
 
 
 def shampoo(largest: int, **settings: Any) -> RuleOf:

@@ -68,9 +68,10 @@ def kept_of_block(
 ) -> dict[str, StateSpec]:
     """What is kept for a block of a whole-matrix rule, which says `EIGHT_BITS` of what has one value per element."""
     kept: dict[str, StateSpec] = {}
-    for key, (its, dtype) in state_of_block(shape).items():
+    for key, spec in state_of_block(shape).items():
+        its, dtype = spec
         if dtype != EIGHT_BITS:
-            kept[key] = its, dtype
+            kept[key] = spec
         elif math.prod(its) < LEAST:
             kept[key] = its, torch.float32
         else:
