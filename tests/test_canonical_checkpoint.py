@@ -363,7 +363,7 @@ def test_a_newer_format_is_refused(pool: Pools, tmp_path: Path) -> None:
     pool(2).run(twice_saved, case, str(tmp_path))
     _newer(tmp_path / "global_step2" / "manifest.json")
     for message, unchanged in pool(2).run(refused, case, str(tmp_path), {"fallback": True}):
-        assert "has format 99, this version of ds_optim knows 1" in message
+        assert "has format 99, this version of ds_optim knows 2" in message
         assert unchanged
 
 
