@@ -45,8 +45,11 @@ from pool import Pools
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "configs" / "models"
-OPTIONS: dict[str, dict[str, Any]] = {"Shampoo": {"refresh": "together", "start_preconditioning_step": 1}}
-"""For what is counted: no root falls into the counted step, all of them into one of every ten timed ones."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Shampoo": {"refresh": "together", "start_preconditioning_step": 1},
+    "SOAP": {"refresh": "together"},
+}
+"""For what is counted: no root or basis falls into the counted step, all of them into one of every ten timed ones."""
 CASES = ((1, 2), (2, 1), (2, 2), (2, 3), (4, 1), (4, 2), (4, 3))  # ranks, ZeRO stage
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PLANNED = ("llama2_7b", "llama2_70b")
