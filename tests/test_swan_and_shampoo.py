@@ -737,7 +737,7 @@ def test_one_error_names_the_blocks_of_all_groups_and_the_next_call_goes_on(seed
                 "exchange_bucket_size": 0,
                 "exchange_dtype": "fp8",
                 "matmul_precision": "fp16",
-                "state_dtype": "int8",
+                "state_dtype": "fp8",
             },
             "lr|every beta|matrix_eps|ridge|max_preconditioner_dim|precondition_frequency|start_preconditioning_step|"
             "graft must|graft_beta2|exponent|refresh|exchange_bucket_size|exchange_dtype|matmul_precision|state_dtype",
