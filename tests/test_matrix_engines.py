@@ -79,7 +79,7 @@ def by_one_process(case: Case, kind: str) -> dict[str, Tensor]:
 
 
 def plain(optimizer: str, **changes: Any) -> Case:
-    options = {key: value for key, value in OPTIONS[optimizer].items() if key != "weight_decay"}
+    options = {**OPTIONS[optimizer], "weight_decay": 0.0}
     return Case(optimizer, options, precision="fp32", **changes)
 
 
