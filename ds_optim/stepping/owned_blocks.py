@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_optim import kernels
 from ds_optim.errors import raise_all
 from ds_optim.linalg import packed as packed_matrices
-from ds_optim.rule import Settings, StateSpec, WholeMatrix, codes_of
+from ds_optim.rule import PackedSymmetric, Settings, StateSpec, WholeMatrix, codes_of
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.binding import local_grad, local_of
 from ds_optim.sharding.exchange import worker_of
@@ -125,7 +125,9 @@ class OwnedBlocks:
         self._memories.clear()
 
     def buffers(self) -> list[Tensor]:
-        return [*self._others.buffers(), *self._withheld.buffers(), *packed_matrices.tables()]
+        kept = self.plans.state_of_block((1, 1)).values()
+        tables = packed_matrices.tables() if any(isinstance(one, PackedSymmetric) for one in kept) else []
+        return [*self._others.buffers(), *self._withheld.buffers(), *tables]
 
     # -- prediction -------------------------------------------------------------------------------------------------
 
