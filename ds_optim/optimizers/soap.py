@@ -225,7 +225,7 @@ class SOAP(ShardedOptimizer):
         update=soap_update,
         step_size=lambda group: group["lr"] * (1 - group["lr"] * group["weight_decay"]),
         first_step=_FIRST,
-        stack_temporaries=3,
+        stack_temporaries=5,
         others=adam_rule(lambda group: group),
     )
 
