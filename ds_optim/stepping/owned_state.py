@@ -119,7 +119,8 @@ class OwnedState:
     def mine_of(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """A tensor's state in today's form, with this rank's blocks alone where every owner's were gathered."""
         plan, index = self._plans.place_of(tensor)
-        kept = by_identity(plan, plan.of_tensor(index), state[BLOCKS]) if BLOCKS in state else None
+        named = state.get(BLOCKS)  # of a mesh, a state dict has something else in its place
+        kept = by_identity(plan, plan.of_tensor(index), named) if isinstance(named, Tensor) else None
         if kept is not None:
             state = in_todays_form(plan, kept, self._state_of_block, state)
         if not isinstance(tensor, DTensor) and BLOCKS not in state and not plan.stateless and not plan.of_tensor(index):
