@@ -365,7 +365,7 @@ def train_odd(optimizer: str, options: dict[str, Any], stage: int) -> dict[str, 
         ("SWAN", {"exchange_bucket_size": 80}),
         ("SWAN", {"exchange_dtype": "bf16", "norm_axis": "out", "matmul_precision": "bf16"}),
         ("NorMuon", {"exchange_bucket_size": 80, "ns_coefficients": "polar_express"}),
-        ("Muon", {"exchange_dtype": "bf16", "matmul_precision": "bf16", "adjust_lr": "original"}),
+        ("ds_optim.Muon", {"exchange_dtype": "bf16", "matmul_precision": "bf16", "adjust_lr": "original"}),
         ("SOAP", {"max_preconditioner_dim": 4, "precondition_frequency": 3, "exchange_bucket_size": 80}),
     ],
     ids=["Shampoo", "Shampoo-paper", "Shampoo-bf16", "SWAN", "SWAN-bf16", "NorMuon", "Muon-bf16", "SOAP"],
@@ -376,7 +376,7 @@ def test_convolutions_experts_and_fused_weights_are_the_same_on_any_number_of_ra
 ) -> None:
     found = assembled(pool(ranks).run(train_odd, optimizer, options, stage))
     model = odd_model()
-    alone = getattr(ds_optim, optimizer)(
+    alone = getattr(ds_optim, optimizer.split(".")[-1])(
         model.named_parameters(), roles=override_roles(ds_optim.infer_roles(model), ROLES, shapes(model)), **options
     )
     for step in range(1, 10):
