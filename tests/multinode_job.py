@@ -1,4 +1,4 @@
-"""A training of all six optimizers, as a script for `deepspeed --hostfile` and as a function for the pool.
+"""A training of all optimizers, as a script for `deepspeed --hostfile` and as a function for the pool.
 
     deepspeed --hostfile FILE tests/multinode_job.py --output FILE [--first-stage N] [--optimizers NAME ...]
 
