@@ -61,10 +61,10 @@ def test_an_optimizer_that_is_registered_later_is_known_to_deepspeed(monkeypatch
     class LaterLion(optimizers()["Lion"]):  # type: ignore[misc]
         """A Lion from elsewhere."""
 
-    class Muon(LaterLion):
+    class Lamb(LaterLion):
         """One more, by a name that DeepSpeed keeps."""
 
-    later = [LaterLion, Muon]
+    later = [LaterLion, Lamb]
     monkeypatch.setattr(registry, "_registered", optimizers())
     monkeypatch.setattr("deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS", list(ZERO_SUPPORTED_OPTIMIZERS))
     try:
@@ -72,13 +72,13 @@ def test_an_optimizer_that_is_registered_later_is_known_to_deepspeed(monkeypatch
             for one in later:
                 registry.register(one)
             assert torch.optim.LaterLion is LaterLion  # type: ignore[attr-defined]
-            assert getattr(torch.optim, f"{__name__}.Muon") is Muon
-            assert getattr(torch.optim, "Muon", None) is not Muon  # DeepSpeed's own, and torch's
+            assert getattr(torch.optim, f"{__name__}.Lamb") is Lamb
+            assert getattr(torch.optim, "Lamb", None) is not Lamb  # DeepSpeed keeps it
             from deepspeed.runtime.zero import utils
 
             assert utils.ZERO_SUPPORTED_OPTIMIZERS.count(LaterLion) == 1
     finally:
-        for name in ("LaterLion", f"{__name__}.LaterLion", f"{__name__}.Muon"):
+        for name in ("LaterLion", f"{__name__}.LaterLion", f"{__name__}.Lamb"):
             delattr(torch.optim, name)
 
 
