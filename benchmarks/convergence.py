@@ -135,7 +135,6 @@ RECIPES = {
     "NorMuon": Recipe((5e-4, 1e-3, 2e-3), 0.1),
     "SOAP": Recipe((1e-3, 2e-3, 4e-3), 0.1, {"max_preconditioner_dim": 256}),
 }
-COLORS = ("black", *(f"tab:{one}" for one in ("green", "orange", "purple", "blue", "red", "brown", "pink", "olive")))
 AXES = ("in", "out", "long")
 
 
@@ -603,11 +602,12 @@ def draw(records: dict[Run, Record], path: Path) -> None:
     except ImportError:
         Console(stderr=True).print(f'{path} was not drawn: pip install "ds-optim\\[plot]" for matplotlib')
         raise typer.Exit(1) from None
+    from colors import COLORS
+
     tables = {name: runs for name, runs in by_optimizer(records).items() if runs}
     target = best(tables[BASE]).final_loss
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     curves, rates = figure.subplots(1, 2, width_ratios=(3, 2))
-    colors = dict(zip(RECIPES, COLORS, strict=True))
     lowest = min(record.final_loss for runs in tables.values() for record in runs)
     highest = target
     for name, runs in tables.items():
@@ -615,14 +615,14 @@ def draw(records: dict[Run, Record], path: Path) -> None:
         points = [(tokens / 1e6, loss) for tokens, _, loss in record.curve[1:]]
         highest = max(highest, points[len(points) // 6][1])
         curves.plot(
-            *zip(*points, strict=True), color=colors[name], label=f"{name}, lr {record.run.lr:g}", linewidth=1.8
+            *zip(*points, strict=True), color=COLORS[name], label=f"{name}, lr {record.run.lr:g}", linewidth=1.8
         )
         reached = record.tokens_to_reach(target)
         if reached is not None and name != BASE:
-            curves.plot(reached / 1e6, target, "o", color=colors[name], markersize=7)
+            curves.plot(reached / 1e6, target, "o", color=COLORS[name], markersize=7)
         ended = [(r.run.lr, r.final_loss) for r in runs if math.isfinite(r.final_loss)]
         if ended:
-            rates.plot(*zip(*ended, strict=True), "o-", color=colors[name], label=name, linewidth=1.8)
+            rates.plot(*zip(*ended, strict=True), "o-", color=COLORS[name], label=name, linewidth=1.8)
     for panel in (curves, rates):
         panel.axhline(target, color="black", linestyle="--", linewidth=1, label=f"{BASE}'s best, {target:.3f}")
         panel.grid(alpha=0.25)

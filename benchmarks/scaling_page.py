@@ -7,21 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from colors import COLORS
+
 from ds_optim.optimizers.registry import optimizers
 
 OPTIMIZERS = tuple(optimizers())
-_COLORS = (
-    "black",
-    "tab:green",
-    "tab:orange",
-    "tab:purple",
-    "tab:blue",
-    "tab:red",
-    "tab:brown",
-    "tab:pink",
-    "tab:olive",
-)
-COLORS = dict(zip(OPTIMIZERS, _COLORS, strict=True))
 _COMMAND = "python benchmarks/scaling.py"
 _MEASURED = """## Counted, and predicted
 

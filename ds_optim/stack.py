@@ -45,6 +45,11 @@ class Stack:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def due(self, step: int, frequency: int) -> slice:
+        """The blocks that are refreshed in a step; neighbours, since a stack is in the order of its refreshes."""
+        found = [index for index, offset in enumerate(self.offsets) if (step + offset) % frequency == 0]
+        return slice(found[0], found[-1] + 1) if found else slice(0, 0)
+
     def pass_(
         self,
         formula: Formula,

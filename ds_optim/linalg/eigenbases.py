@@ -13,14 +13,12 @@ take their places (`next_bases`).
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.products import stacked_matmul
-from ds_optim.linalg.workers import Job, Stepwise
+from ds_optim.linalg.workers import Stepwise, matrix_by_matrix
 
 NULL = 1e-12
 """Eigenvalues of a product in fp64 below this part of its largest are those of its null space."""
@@ -61,12 +59,7 @@ def first_bases(rows: Tensor) -> Stepwise[Tensor]:
     def compute(index: int) -> None:
         found[index] = first_basis(rows[index])
 
-    if rows.device.type == "cpu":
-        n = rows.shape[1]
-        yield [Job(n**3, 4 * n * n, functools.partial(compute, index)) for index in range(len(rows))]
-    else:
-        for index in range(len(rows)):
-            compute(index)
+    yield from matrix_by_matrix(rows, compute, kept=4)
     return found
 
 
@@ -95,8 +88,7 @@ def next_bases(matrices: Tensor, bases: Tensor) -> Stepwise[tuple[Tensor, Tensor
     def compute(index: int) -> None:
         found[index] = _orthonormal(products[index].clone(), kept[index], is_certain=True)
 
-    n = matrices.shape[-1]
-    yield [Job(n**3, 2 * n * n, functools.partial(compute, index)) for index in range(len(matrices))]
+    yield from matrix_by_matrix(matrices, compute, kept=2)
     return found, order
 
 

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.precision import MatmulPrecision, Product, product_for_roots
-from ds_optim.linalg.workers import Job, Stepwise, finish
+from ds_optim.linalg.workers import Stepwise, finish, matrix_by_matrix
 
 Method = Literal["eigh", "eigh32", "newton"]
 
@@ -150,12 +150,7 @@ def _eigh(
         if bool(trivial[index] | failed[index]):
             root.copy_(identity)
 
-    if stack.device.type == "cpu":
-        n = stack.shape[-1]
-        yield [Job(n**3, 2 * n * n, functools.partial(decompose, index)) for index in range(len(stack))]
-    else:
-        for index in range(len(stack)):
-            decompose(index)
+    yield from matrix_by_matrix(stack, decompose, kept=2)
     return roots, failed
 
 

@@ -90,6 +90,15 @@ def _parts(packed: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(first, first + most), room[: len(packed) - first]
 
 
+def _squares(matrices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A stack of square matrices, as it is; of packed ones some at a time."""
+    if matrices.dim() > 2:
+        yield slice(None), matrices
+        return
+    for part, room in _parts(matrices):
+        yield part, unpack(matrices[part], out=room)
+
+
 def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) -> None:
     """``kept <- beta kept + weight rows rows^T`` of one matrix: its lower triangle, whatever is above the diagonal."""
     count = len(rows)
@@ -115,18 +124,14 @@ def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPre
         precision: of the product.
     """
     is_last = stack.dim() > 2 and axis == stack.dim() - 2  # rows are multiplied from the right, nothing is moved
-    moved = stack if is_last else stack.movedim(axis + 1, 1)
-    if is_last:
-        operand = stack.flatten(1, -2)
-    else:
-        operand = moved.flatten(2) if moved.dim() > 2 else moved.unsqueeze(2)
+    operand = stack.flatten(1, -2) if is_last else unfolded(stack, axis)
     result = operand.new_empty(operand.shape)
-    for part, whole in _parts(matrices) if matrices.dim() == 2 else ((slice(None), matrices),):
-        if matrices.dim() == 2:
-            unpack(matrices[part], out=whole)
-        factors = (operand[part], whole) if is_last else (whole, operand[part])
+    for part, squares in _squares(matrices):
+        factors = (operand[part], squares) if is_last else (squares, operand[part])
         one_by_one(product_in(precision), result[part], *factors)
-    return result.view(moved.shape) if is_last else result.view(moved.shape).movedim(1, axis + 1)
+    if is_last:
+        return result.view(stack.shape)
+    return result.view(stack.movedim(axis + 1, 1).shape).movedim(1, axis + 1)
 
 
 def rotate_along(

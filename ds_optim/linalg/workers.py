@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 
 _T = TypeVar("_T")
 
@@ -39,6 +40,21 @@ Stepwise: TypeAlias = Generator[Sequence[Job], None, _T]
 _ELEMENTS = 1 << 22  # kept for jobs that wait, beyond which they are enough as well
 _JOBS_PER_THREAD = 8
 """Jobs that are enough to start: more of them fill threads better, and have more computations under way."""
+
+
+def matrix_by_matrix(stack: Tensor, compute: Callable[[int], object], kept: int) -> Stepwise[None]:
+    """``compute`` of the index of every matrix of a stack (B, n, ...): on a CPU as jobs, elsewhere one after the other.
+
+    Args:
+        compute: of cubic cost.
+        kept: elements for each until the computation goes on, in units of n^2.
+    """
+    count, n = stack.shape[:2]
+    if stack.device.type == "cpu":
+        yield [Job(n**3, kept * n * n, functools.partial(compute, index)) for index in range(count)]
+    else:
+        for index in range(count):
+            compute(index)
 
 
 def side_by_side(tasks: Iterable[Stepwise[_T]]) -> Stepwise[list[_T]]:

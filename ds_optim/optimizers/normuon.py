@@ -13,16 +13,16 @@ and orthogonalisation are `Muon`'s; the orthogonal :math:`O` of a matrix of A ou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_optim.linalg.products import block_norms
-from ds_optim.optimizers.adamw import adam_rule
-from ds_optim.optimizers.matrix_roles import matrix_tiles, update_matrices_
+from ds_optim.optimizers.matrix_roles import update_matrices_
 from ds_optim.optimizers.muon import (
-    CHECKS,
+    Muon,
     adjustment,
     iteration_flops,
     momentum_pass_,
@@ -32,17 +32,12 @@ from ds_optim.optimizers.muon import (
 )
 from ds_optim.rule import (
     AdamMoments,
-    BatchScaling,
-    Betas,
     FromAdam,
-    Refresh,
     Settings,
     Stack,
     StateSpec,
-    WholeMatrix,
     always,
     bytes_of,
-    no_contradictions,
     number,
 )
 from ds_optim.sharding.assignment import Work
@@ -110,29 +105,15 @@ class NorMuon(ShardedOptimizer):
             ``per_head`` where nobody knows the heads.
     """
 
-    rule = WholeMatrix(
+    rule = replace(
+        Muon.rule,
         summary="for Muon's tokens or fewer, neurons evened out",
         memory="4 for matrices and 4 per neuron, 8 for the rest",
-        learning_rate="1",
-        checks={**CHECKS, "beta2": number(lambda value: 0 <= value < 1, "be in [0, 1)")},
-        contradictions=no_contradictions,
-        betas=Betas(2, last_may_be_one=False),
+        checks={**Muon.rule.checks, "beta2": number(lambda value: 0 <= value < 1, "be in [0, 1)")},
         from_adam=FromAdam(normuon_from_adam, always),
-        batch_scaling=BatchScaling(
-            "sqrt", "judgement: orthogonalised, of fixed length: a sign of the whole matrix; the rest is Adam"
-        ),
-        structure=("per_head",),
-        tiles=lambda settings, role, shape: matrix_tiles(role, shape, settings["per_head"]),
         state_of_block=normuon_state,
-        element_state=("momentum",),
-        non_negative=(),
         work=normuon_work,
-        refresh=lambda settings: Refresh(1, is_staggered=False),
         update=normuon_update,
-        step_size=lambda group: group["lr"],
-        first_step=1,
-        stack_temporaries=2,
-        others=adam_rule(lambda group: group),
     )
 
     def __init__(

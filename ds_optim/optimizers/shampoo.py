@@ -203,14 +203,12 @@ def _refresh(group: Settings, stack: Stack) -> Stepwise[Tensor]:
 
 
 def _due(group: Settings, stack: Stack) -> slice:
-    """The blocks whose roots are taken in this step; neighbours, since a stack is in the order of its refreshes."""
-    everything, nothing = slice(0, len(stack)), slice(0, 0)
+    """The blocks whose roots are taken in this step."""
     if stack.step < _start(group):
-        return nothing
+        return slice(0, 0)
     if stack.step == _start(group) and not (group["refresh"] == "staggered" and group["graft"]):
-        return everything  # without a graft every block needs a root from the start
-    due = [index for index, offset in enumerate(stack.offsets) if (stack.step + offset) % _frequency(group) == 0]
-    return slice(due[0], due[-1] + 1) if due else nothing
+        return slice(0, len(stack))  # without a graft every block needs a root from the start
+    return stack.due(stack.step, _frequency(group))
 
 
 def _take_roots(group: Settings, stack: Stack, which: slice, exponent: float, method: Method) -> Stepwise[Tensor]:

@@ -143,11 +143,9 @@ def _give_bases(stack: Stack) -> Stepwise[None]:
 def _refresh(group: Settings, stack: Stack, based: Tensor) -> Stepwise[Tensor]:
     """Turn the bases of the blocks whose step it is, and what is kept in them; flags (B,) of those that cannot be."""
     failed = torch.zeros_like(stack.good)
-    update, frequency = stack.step - _FIRST + 1, group["precondition_frequency"]
-    due = [index for index, offset in enumerate(stack.offsets) if (update + offset) % frequency == 0]
-    if update < 1 or not due:
+    which = stack.due(stack.step - _FIRST + 1, group["precondition_frequency"])
+    if stack.step < _FIRST or which.start == which.stop:
         return failed
-    which = slice(due[0], due[-1] + 1)  # neighbours, since a stack is in the order of its refreshes
     momentum, square = stack.state["momentum"][which], stack.state["second_moment"][which]
     turned, sorted_square, good = momentum, square, (based & stack.good)[which]
     computed = yield from side_by_side(

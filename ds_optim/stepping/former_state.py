@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.packed import pack
+from ds_optim.linalg.packed import pack, packed_size
 from ds_optim.rule import PackedSymmetric
 from ds_optim.sharding.plan import Plan
 from ds_optim.stepping.logical_tensors import Logical, LogicalRange, slices
@@ -42,7 +42,7 @@ def room_for_stored(
         return slices(logical.read, values), lambda: None
     assert values is not None
     sizes = [order * order for order in logical.orders]
-    begins = accumulate((order * (order + 1) // 2 for order in logical.orders), initial=0)
+    begins = accumulate(map(packed_size, logical.orders), initial=0)
     places = dict(zip(begins, zip(accumulate(sizes, initial=0), logical.orders, strict=False), strict=False))
     former = [places[piece.start] for piece in logical.read]  # a piece is a matrix
     room = values.new_empty(_whole_numel([order for _, order in former]), device=device or values.device)
