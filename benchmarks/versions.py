@@ -108,6 +108,13 @@ AREAS: dict[str, list[str]] = {
         "tests/test_rebuilt_engines.py",
     ],
     "guards": ["tests/test_guards.py", "tests/test_refusals.py", "tests/test_precision.py"],
+    "Muon and SOAP": ["tests/test_muon.py"],
+    "packed and eight-bit state": [
+        "tests/test_packed.py",
+        "tests/test_eight_bit_kernels.py",
+        "tests/test_eight_bit_state.py",
+        "tests/test_eight_bit_checkpoints.py",
+    ],
 }
 SMOKE = {
     "smoke": [
