@@ -338,7 +338,8 @@ GRAFTED = {"precondition_frequency": 4, "max_preconditioner_dim": 3, "weight_dec
         {"ridge": "absolute", "matrix_eps": 1e-4},
         {"ridge": "relative", "matrix_eps": 1e-3},
         {"refresh": "together", "start_preconditioning_step": 6},
-        {"start_preconditioning_step": 1},
+        # A first gradient leaves null directions, whose root is all ridge: the default, 1e-6, is 17 roundings of fp32.
+        {"start_preconditioning_step": 1, "matrix_eps": 1e-4},
         {"betas": (0.0, 0.9)},
         {"betas": (0.9, 1.0), "graft_beta2": 0.99},
         {"exponent": -0.5},
