@@ -200,6 +200,16 @@ def test_heads_that_nobody_knows_are_one_error_that_names_them_all(cls: Any) -> 
     assert same(before, values(params))
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_heads_of_matrices_that_nobody_knows_at_all_are_an_error_too(named: bool) -> None:
+    weight = nn.Parameter(torch.ones(6, 6))
+    optimizer = ds_optim.Muon([("layers.0.weight", weight)] if named else [weight], per_head=True)
+    with pytest.raises(ValueError, match="per_head, and nothing says what this matrix is") as caught:
+        take(optimizer, {"w": weight}, {"w": torch.ones(6, 6)})
+    assert "roles=model" in str(caught.value)
+    assert torch.equal(weight, torch.ones(6, 6))
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 

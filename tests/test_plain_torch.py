@@ -173,6 +173,19 @@ def test_a_group_added_later_starts_its_own_step_count(seed: int) -> None:
     assert [int(optimizer.state[p]["step"]) for p in (*first, *late)] == [4, 4, 1, 1]
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"state_dtype": "int8"}, {"matmul_precision": "bf16"}, {"exchange_dtype": "bf16"}, {"exchange_bucket_size": 1}],
+    ids=str,
+)
+def test_a_group_cannot_have_what_is_the_whole_optimizers(setting: dict[str, Any], seed: int) -> None:
+    """It would be ignored without a word."""
+    model = small_model(seed)
+    groups = [{"params": [model[0].weight]}, {"params": [model[2].weight], **setting}]
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is a setting of the whole optimizer, not of one"):
+        ds_optim.Muon(groups, roles=model)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_parameter_without_gradient_is_left_alone(cls: Any, seed: int) -> None:
     model = small_model(seed)

@@ -44,7 +44,7 @@ def true_matrices(role: Role, shape: tuple[int, ...], per_head: bool = False) ->
         per_head: whether every head of queries, keys and values is a matrix of its own.
 
     Raises:
-        ValueError: the role does not say how many rows a head has.
+        ValueError: ``per_head``, and the role does not say what it is or how many rows a head has.
     """
     whole = Box((0,) * len(shape), shape)
     single = [1] * role.batch_dims + list(shape[role.batch_dims :])
@@ -69,9 +69,14 @@ def _sizes(role: Role, rows: int, per_head: bool) -> list[int]:
         return [part.size for part in parts]
     sizes = []
     for part in parts:
-        if part.kind not in (*WITH_HEADS, "fused"):
+        if part.kind not in (*WITH_HEADS, "fused", "other"):
             sizes.append(part.size)
             continue
+        if part.kind == "other":
+            raise ValueError(
+                "per_head, and nothing says what this matrix is, so whether it has heads: pass roles=model, say what "
+                'it is ({"kind": "linear"}), or leave per_head out'
+            )
         if role.head_dim is None:
             raise ValueError(
                 f"per_head, and nothing says how many rows a head of this {part.kind} has: pass roles=model, say so "

@@ -153,7 +153,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         raise_all(self.setting_problems(group), f"{owner}: a parameter group")
         problems = [
             f"{key} is a setting of the whole optimizer, not of one group"
-            for key in ("int8_embeddings", "bf16_stochastic_round", "seed")
+            for key in (*COMMON, *EXCHANGE, *PRODUCTS)
             if key in group
         ]
         problems += self._names.enter(listed)
