@@ -70,6 +70,17 @@ class Options:
         dtypes = {key: dtype_of(value) or torch.float32 for key, value in given.items() if key.endswith("_dtype")}
         return cls(**{**given, **dtypes})
 
+    def denied_by(self, group: Mapping[str, Any]) -> list[str]:
+        """What a parameter group would have otherwise, as sentences; other people's groups may repeat what is so."""
+        return [
+            f"{key} is a setting of the whole optimizer, not of one group"
+            for key in (*COMMON, *EXCHANGE, *PRODUCTS)
+            if key in group and not self._has(key, group[key])
+        ]
+
+    def _has(self, key: str, value: Any) -> bool:
+        return key != "roles" and bool(getattr(self, key) == (dtype_of(value) if key.endswith("_dtype") else value))
+
 
 def setting_problems(rule: Rule, settings: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with settings, as sentences; those that are absent are not judged."""

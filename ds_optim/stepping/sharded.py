@@ -151,12 +151,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             listed = list(zip(names, listed, strict=True))
         group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in listed]
         raise_all(self.setting_problems(group), f"{owner}: a parameter group")
-        problems = [
-            f"{key} is a setting of the whole optimizer, not of one group"
-            for key in (*COMMON, *EXCHANGE, *PRODUCTS)
-            if key in group
-        ]
-        problems += self._names.enter(listed)
+        problems = [*self.options.denied_by(group), *self._names.enter(listed)]
         for parameter in group["params"]:
             # What is frozen, a quantised base perhaps, is judged before its first step, if there is one.
             if isinstance(parameter, Tensor) and parameter.requires_grad:
