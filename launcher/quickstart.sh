@@ -2,7 +2,7 @@
 # Installs everything and trains a small Llama on two processes, with ZeRO-2, bf16 and Adam-mini:
 #
 #     bash launcher/quickstart.sh                                       about five minutes on two cores, after installation
-#     bash launcher/quickstart.sh --optimizer lion                      adamw, lion, adan, adam_mini, shampoo or swan
+#     bash launcher/quickstart.sh --optimizer lion                      or adamw, adan, adam_mini, shampoo, swan, muon, normuon, soap
 #     bash launcher/quickstart.sh --text my_notes/ --steps 500          anything else goes to launcher/train.py (see --help)
 #
 # It ends with a page about where the memory went (runs/quickstart/report.html; --memory-report DIR puts it elsewhere).

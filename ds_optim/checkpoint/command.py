@@ -36,7 +36,9 @@ def convert(
     model: Annotated[
         Path | None,
         typer.Option(
-            exists=True, dir_okay=False, help="The transformers config.json: AdamMini, Shampoo, SWAN, ZeRO-0."
+            exists=True,
+            dir_okay=False,
+            help="The transformers config.json: all but AdamW, Lion and Adan; int8; ZeRO-0.",
         ),
     ] = None,
     config: Annotated[

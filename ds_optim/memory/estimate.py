@@ -57,7 +57,7 @@ class Request:
         passes: micro-batches per step.
         device_memory: bytes of one device, if known.
         reserve: of that, what context, communication library and fragmentation take: an assumption.
-        accelerator: whether matrix algebra of Shampoo and SWAN runs in the large stacks of an accelerator.
+        accelerator: whether matrix algebra of whole-matrix rules runs in the large stacks of an accelerator.
         states_only: leave activations out, and with them forward and backward peaks.
         command: written into the record.
     """
