@@ -53,9 +53,8 @@ def convert(
     Args:
         source: the directory that was given to ``save_checkpoint``, or a checkpoint's folder in it.
         directory: of the canonical checkpoints; made if missing.
-        model: the model of the run; the meta device will do. Needed where the optimizer has blocks (all but AdamW,
-            Lion and Adan) or state in eight bits, which depend on what each parameter is, and at ZeRO-0, where
-            DeepSpeed saves no names.
+        model: the model of the run; the meta device will do. Needed where something depends on what each parameter
+            is (blocks: all but AdamW, Lion, Adan; state in eight bits), and at ZeRO-0, where DeepSpeed saves no names.
         deepspeed_config: the run's configuration: the optimizer's name, ``roles`` and ``no_decay``. Unset, the one that
             DeepSpeed saved; needed if that was a path or the optimizer was made by hand.
         tag: which checkpoint, and its name in ``directory``; unset, the one that ``latest`` names.

@@ -84,9 +84,7 @@ def estimate(
         str, typer.Option(help="Of that, what context, communication library and fragmentation take: an assumption.")
     ] = "2GiB",
     compare: Annotated[str | None, typer.Option(help="Another optimizer to hold it against (adamw).")] = None,
-    plan: Annotated[
-        bool, typer.Option(help="Also what each rank computes, keeps and sends (whole-matrix rules).")
-    ] = True,
+    plan: Annotated[bool, typer.Option(help="Also each rank's work, state and traffic (whole-matrix rules).")] = True,
     all_ranks: Annotated[bool, typer.Option(help="Every rank's line in that, however many there are.")] = False,
     accelerator: Annotated[
         bool, typer.Option(help="Whole-matrix rules stack as many blocks as an accelerator would.")
