@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -49,26 +49,50 @@ def convert(
     trust: Annotated[
         bool, typer.Option("--trust", help="Also read objects of unknown classes, which may run code.")
     ] = False,
+    state_dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or int8: IN is canonical, its state gets this precision.")
+    ] = None,
+    int8_embeddings: Annotated[bool, typer.Option("--int8-embeddings", help="With int8: embeddings too.")] = False,
 ) -> None:
     """Turn a checkpoint directory that DeepSpeed wrote with one of our optimizers into the canonical form.
 
-    One process, no engine, no accelerator. Exit status 1, and nothing is written, if it cannot be done exactly.
+    With --state-dtype: a canonical one into one with state in another precision, which needs --model. One process, no
+    engine, no accelerator. Exit status 1, and nothing is written, if it cannot be done.
     """
     from ds_optim.blueprint import meta_model
     from ds_optim.checkpoint.convert import convert as convert_files
 
     try:
-        made = convert_files(
-            source,
-            directory,
-            model=meta_model(read_object(model)) if model else None,
-            deepspeed_config=read_object(config) if config else None,
-            tag=tag,
-            trust=trust,
-        )
+        network = meta_model(read_object(model)) if model else None
+        settings = read_object(config) if config else None
+        if state_dtype is None:
+            made = convert_files(source, directory, model=network, deepspeed_config=settings, tag=tag, trust=trust)
+        else:
+            made = _restated(_folder(source, tag), directory, network, settings or {}, state_dtype, int8_embeddings)
     except (RuntimeError, ValueError) as error:  # a CheckpointError; a config or roles that are refused
         _stop(error)
     _say(f"written: {made}")
+
+
+def _restated(
+    folder: Path, directory: Path, model: Any, config: Mapping[str, Any], state_dtype: str, embeddings: bool
+) -> Path:
+    """The checkpoint with state of another precision."""
+    from ds_optim.checkpoint.restate import restate
+    from ds_optim.deepspeed.configuration import DsOptimObject
+    from ds_optim.errors import CheckpointError
+
+    if model is None:
+        raise CheckpointError("what is kept in which precision depends on what each parameter is: give --model")
+    return restate(
+        folder.parent,
+        directory,
+        model=model,
+        state_dtype=state_dtype,
+        int8_embeddings=embeddings,
+        roles=DsOptimObject.of(config).all_options(config).get("roles"),
+        tag=folder.name,
+    )
 
 
 @checkpoint_app.command("inspect")

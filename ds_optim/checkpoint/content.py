@@ -128,11 +128,7 @@ def described(training: TrainingState) -> dict[str, Any]:
                 "dtype": _dtype(one.weight.dtype),
                 "blocks": one.blocks,
                 "step": _step_of(optimizer, tensor),
-                "state": {
-                    key: {"numel": logical.numel, "dtype": _dtype(logical.dtype)}
-                    for key, logical in one.state.items()
-                    if _step_of(optimizer, tensor) is not None
-                },
+                "state": state_in_words(one) if _step_of(optimizer, tensor) is not None else {},
             }
             for tensor, one in training.listed()
         },
@@ -141,6 +137,11 @@ def described(training: TrainingState) -> dict[str, Any]:
             for name, (shape, _, values) in training.untrained.items()
         },
     }
+
+
+def state_in_words(one: LogicalParameter) -> dict[str, dict[str, Any]]:
+    """What a parameter's state is, in ``about.json``."""
+    return {key: {"numel": logical.numel, "dtype": _dtype(logical.dtype)} for key, logical in one.state.items()}
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,17 @@ class OwnedBlocks:
     def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
         others = self._others.logical_state(tensor)
         return [owned or its for owned, its in zip(self.kept.logical(tensor), others, strict=True)]
+
+    def units(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Iterator[tuple[CodedBlocks, dict[str, Tensor]]]:
+        """Views (1, *shape per block) of the state of every block of a tensor that is here, and how to read it."""
+        plan, _ = self.plans.place_of(tensor)
+        for block, begins in self._begins_of(tensor).items():
+            kept = self.plans.state_of_block(plan.blocks[block].tile.shape)
+            views = {
+                key: state[key].narrow(0, begins[key], math.prod(shape)).view(1, *shape)
+                for key, (shape, _) in kept.items()
+            }
+            yield self.coded, views
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         return self.plans.in_words(tensor)
