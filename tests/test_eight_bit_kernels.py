@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +220,49 @@ def test_tiny_state_becomes_zero_and_huge_state_is_kept(backend: kernels.Backend
         mine.step(backend, formula, [torch.full((512,), size)])
         square = codes.decode(mine.states[1][0], mine.scales[1][0].repeat_interleave(256), "unsigned")
         assert torch.allclose(square / (0.05 * size * size if wanted else 1.0), torch.full((512,), wanted), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_square_that_is_positive_stays_so_beside_any_other(backend: kernels.Backend) -> None:
+    """Its quotient may underflow; where nothing was, there is still nothing; a NaN is not counted, nor tiny blocks."""
+    formula, grad = CODED["adamw"], torch.zeros(1024)
+    grad[:4] = torch.tensor([1e19, 3e-22, -1e-20, 1e15])
+    grad[256:258] = torch.tensor([math.nan, 1.0])
+    grad[512:514] = torch.tensor([1e-20, -1e-22])
+    grad[768:771] = torch.tensor([1.0, 1e-4, -1e-4])
+    mine = Coded.zero(formula, [1024], 8)
+    mine.step(backend, formula, [grad])
+    found = mine.states[1][0].view(4, 256)
+    assert found[:, :4].tolist() == [[255, 1, 1, 1], [0] * 4, [0] * 4, [255, 1, 1, 0]]
+    assert not found[:, 4:].any()
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("rule", ["AdamW", "Adan", "Shampoo"])
+def test_rows_with_small_gradients_take_no_larger_steps_than_others(
+    rule: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours in a block of codes whose squares are 1e-6 of the others', and now and then far less."""
+    monkeypatch.setenv("DS_OPTIM_KERNELS", backend)
+    lr, generator = 1e-3, torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.zeros(512, 16))
+    settings: dict[str, Any] = {
+        "AdamW": {"betas": (0.9, 0.95)},
+        "Adan": {"betas": (0.98, 0.92, 0.95)},
+        "Shampoo": {"start_preconditioning_step": 100},  # until then its steps are the graft's
+    }
+    optimizer: Any = optimizers()[rule](
+        [("weight", weight)], lr=lr, weight_decay=0.0, state_dtype="int8", roles={"weight": "mlp"}, **settings[rule]
+    )
+    largest = 0.0
+    for _ in range(40):
+        grad = torch.randn(512, 16, generator=generator) * 1e-2
+        grad[1::2] *= 1e-3
+        before, weight.grad = weight.detach().clone(), grad
+        optimizer.step()
+        largest = max(largest, float((weight.detach() - before).abs().max()) / lr)
+    assert any(key.endswith("_codes") for key in optimizer.state[weight])
+    assert largest < 4
 
 
 @settings(max_examples=30, deadline=None)

@@ -63,7 +63,8 @@ __attribute__((noinline)) void encode_as(const float* __restrict x, float factor
   for (int64_t i = 0; i < n; ++i) {
     const int32_t magnitude = std::min(bits[i] & int32_t(kMagnitude), int32_t(kOne));
     const int32_t number = (found[i] >> 16) + int32_t((magnitude & 0xffff) > (found[i] & 0xffff));
-    bits[i] = kSigned && bits[i] < 0 ? 256 - std::min(number, 127) : number;
+    if (kSigned) bits[i] = bits[i] < 0 ? 256 - std::min(number, 127) : number;
+    else bits[i] = std::max(number, int32_t(int32_t(bits_of(x[i])) > 0));  // what is positive stays so
   }
   for (int64_t i = 0; i < n; ++i) to[i] = uint8_t(bits[i]);
 }
