@@ -387,6 +387,57 @@ def test_adam_minis_blocks_and_blocks_of_codes_need_not_agree(
         torch.testing.assert_close(squares.double(), square[held], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_by_block_has_no_choice_of_dtype(backend: kernels.Backend) -> None:
+    """Kernels would write four bytes where there are two."""
+    formula, row = CODED["adamw"], table_of([(0, 0, 200, 0, 256, 0, 0, -1)], 8)
+    mine, grad = Coded.zero(formula, [200], 12), normal(200, 13)
+    for maxima in (
+        torch.zeros(1, 2, dtype=torch.int64),
+        torch.zeros(1, 2, dtype=torch.bfloat16),
+        torch.zeros(2, 1, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(2, 2, dtype=torch.int32).t(),
+        torch.zeros(1, 2, dtype=torch.int32, device="meta"),
+    ):
+        operands = mine.operands(formula, [grad], row)
+        operands.cut_maxima = maxima
+        for call in (kernels.partial_maxima, kernels.coded):
+            with pytest.raises(ValueError, match="cut_maxima must be a contiguous"):
+                call(backend, formula, operands)
+    for state in (0, 1):
+        mine = Coded.zero(formula, [512], 12)
+        mine.scales[state][0] = mine.scales[state][0].bfloat16()
+        with pytest.raises(ValueError, match=r"scales must be torch\.float32"):
+            mine.step(backend, formula, [normal(512, 13)])
+    mine.scales.pop()
+    with pytest.raises(ValueError, match="scales must be 2 lists of 1 tensors"):
+        mine.step(backend, formula, [normal(512, 13)])
+    blocks, coded = Blocks([(4, 80)], None, 1, 3), replace(ADAM_MINI, codes=("signed",))
+    operands = blocks.shards([], 0)._operands(0, torch.zeros(0, dtype=torch.float64))
+    operands.block_states = [[one.bfloat16() for one in operands.block_states[0]]]
+    with pytest.raises(ValueError, match=r"block states must be torch\.float32"):
+        kernels.blockwise(backend, ADAM_MINI, operands)
+    with pytest.raises(ValueError, match=r"block states must be torch\.float32.*; scales must be 1 lists"):
+        kernels.coded(backend, coded, operands)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamMini"])
+def test_a_state_dict_whose_floats_were_cast_is_refused_before_anything_is_written(name: str) -> None:
+    weight = torch.nn.Parameter(normal(5000, 30).view(50, 100))
+    optimizer: Any = optimizers()[name]([("weight", weight)], state_dtype="int8", roles={"weight": "mlp"})
+    weight.grad = normal(5000, 31).view(50, 100)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    state = saved["state"][0]
+    saved["state"][0] = {key: one.bfloat16() if one.is_floating_point() else one for key, one in state.items()}
+    optimizer.load_state_dict(saved)
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match=r"scales must be torch\.float32"):
+        optimizer.step()
+    assert torch.equal(weight, before)
+
+
 def test_threads_do_not_matter() -> None:
     formula, found = CODED["adan"], []
     before = torch.get_num_threads()
