@@ -197,11 +197,6 @@ class BatchScaling(NamedTuple):
     source: str
 
 
-def codes_of(element_state: Sequence[str], non_negative: Sequence[str]) -> tuple[Code, ...]:
-    """How state with one value per element is kept in eight bits."""
-    return tuple("unsigned" if name in non_negative else "signed" for name in element_state)
-
-
 # -- the three kinds --------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +213,8 @@ class Rule:
         betas: how many, and of what kind.
         from_adam: how AdamW's state starts its own, or why it cannot.
         batch_scaling: of the learning rate.
+        element_state: state with one value per element, in ``state_dtype``; of a whole-matrix rule that of its blocks.
+        non_negative: which of it is never below zero, in its order; kept in eight bits, that needs no sign.
     """
 
     summary: str
@@ -228,9 +225,16 @@ class Rule:
     betas: Betas
     from_adam: FromAdam
     batch_scaling: BatchScaling
+    element_state: tuple[str, ...]
+    non_negative: tuple[str, ...]
 
     is_elementwise: ClassVar[bool] = False
     """Whether it needs no whole rows, heads or matrices."""
+
+    @property
+    def codes(self) -> tuple[Code, ...]:
+        """Of what is kept per element, where that is kept in eight bits."""
+        return tuple("unsigned" if name in self.non_negative else "signed" for name in self.element_state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,25 +245,16 @@ class _FusedRule(Rule):
         name: of the formula, among fused kernels; without one there it runs as written.
         update: the formula, a pure function on fp32 tensors, see `ds_optim.kernels`.
         scalars: its constants for a group at its ``step``-th step (from 1), in the order of its arguments.
-        element_state: state with one value per element, in ``state_dtype``.
-        non_negative: which of it is never below zero, in its order; kept in eight bits, that needs no sign.
     """
 
     name: str
     update: Callable[..., tuple[Tensor, ...]]
     scalars: Callable[[Settings, int], Scalars]
-    element_state: tuple[str, ...]
-    non_negative: tuple[str, ...]
 
     @property
     def streams(self) -> int:
         """Tensors of the parameter's size that a step reads or writes: what its time is bound by."""
         return 3 + 2 * len(self.element_state)  # the parameter both ways, the gradient, state both ways
-
-    @property
-    def codes(self) -> tuple[Code, ...]:
-        """Of what is kept per element, where that is kept in eight bits."""
-        return codes_of(self.element_state, self.non_negative)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,8 +322,6 @@ class WholeMatrix(Rule):
         tiles: the blocks of a parameter of a role and a logical shape; none if the other rule steps it. ValueError if
             the settings ask for what the role does not know.
         state_of_block: what is kept for a block of a shape, by key.
-        element_state: which of that has one value per element of the block, in ``state_dtype``.
-        non_negative: which of this is never below zero, see `Elementwise`.
         work: what a block of a shape costs its owner.
         refresh: when blocks are refreshed.
         update: turns a `Stack`'s gradients into updates, in place, and advances its state. Returns flags (B,) of the
@@ -344,8 +337,6 @@ class WholeMatrix(Rule):
     structure: tuple[str, ...]
     tiles: Callable[[Settings, Role, tuple[int, ...]], list[Tile]]
     state_of_block: Callable[[Settings, tuple[int, ...]], Mapping[str, StateSpec]]
-    element_state: tuple[str, ...]
-    non_negative: tuple[str, ...]
     work: Callable[[Settings, tuple[int, ...]], Work]
     refresh: Callable[[Settings], Refresh]
     update: Callable[[Settings, Stack], Mapping[str, Tensor] | Stepwise[Mapping[str, Tensor]]]

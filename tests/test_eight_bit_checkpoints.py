@@ -24,7 +24,6 @@ from ds_optim.checkpoint.warm_start import warm_start
 from ds_optim.errors import CheckpointError
 from ds_optim.kernels import codes
 from ds_optim.optimizers.registry import optimizers
-from ds_optim.rule import codes_of
 from ds_optim.stepping.eight_bits import coded_keys
 from engines import Case, assembled
 from expected import by_one_process
@@ -174,7 +173,7 @@ def test_a_warm_start_is_kept_in_eight_bits(name: str) -> None:
     for optimizer in (exact, coded):
         warm_start(adamw.state_dict(), model, optimizer)
     rule, compared = optimizers()[name].rule, 0
-    state_codes = dict(zip(rule.element_state, codes_of(rule.element_state, rule.non_negative), strict=True))
+    state_codes = dict(zip(rule.element_state, rule.codes, strict=True))
     for parameter in model.parameters():
         found, wanted = coded.state[parameter], exact.state[parameter]
         for key, code in state_codes.items():
@@ -208,6 +207,39 @@ def test_the_full_state_of_a_parameter_is_what_its_codes_say() -> None:
     assert found["exp_avg"].shape == (70, 90)
     state = optimizer.state[model[0].weight]
     assert torch.equal(found["exp_avg"].view(-1), values_of(state, "exp_avg", "signed"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "steps", "blocks"),
+    [
+        ("Muon", {}, 1, [70 * 90]),
+        ("NorMuon", {}, 1, [70 * 90]),
+        ("Shampoo", {"max_preconditioner_dim": 64}, 1, [64 * 64, 64 * 26, 6 * 64, 6 * 26]),
+        ("SOAP", {"max_preconditioner_dim": 64}, 2, [64 * 64, 64 * 26, 6 * 64, 6 * 26]),  # its first gives bases alone
+    ],
+)
+def test_the_full_state_of_a_matrix_is_what_its_codes_say(
+    name: str, options: dict[str, Any], steps: int, blocks: list[int]
+) -> None:
+    """Block behind block, as without codes, whether a block is large enough for them or not."""
+    found, rule = {}, optimizers()[name].rule
+    for state_dtype in ("fp32", "int8"):
+        model = model_of()
+        optimizer = made(name, model, state_dtype=state_dtype, **options)
+        steps_of(model, optimizer, range(steps))
+        found[state_dtype] = checkpoint.full_state(model, "0.weight", optimizer)
+    assert any(key.endswith("_codes") for key in optimizer.state[model[0].weight])
+    assert {key: values.shape for key, values in found["int8"].items()} == {
+        key: values.shape for key, values in found["fp32"].items()
+    }
+    for key, values in found["fp32"].items():
+        code, wanted = dict(zip(rule.element_state, rule.codes, strict=True)).get(key), values
+        if code is not None:
+            wanted = torch.cat([
+                kept(one, is_signed=code == "signed") if one.numel() >= 4096 else one for one in values.split(blocks)
+            ])  # fmt: skip
+            assert not torch.equal(wanted, values)
+        assert torch.equal(found["int8"][key], wanted)
 
 
 def test_pickles_keep_the_option() -> None:

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -221,6 +222,49 @@ def test_tiny_state_becomes_zero_and_huge_state_is_kept(backend: kernels.Backend
         assert torch.allclose(square / (0.05 * size * size if wanted else 1.0), torch.full((512,), wanted), rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_square_that_is_positive_stays_so_beside_any_other(backend: kernels.Backend) -> None:
+    """Its quotient may underflow; where nothing was, there is still nothing; a NaN is not counted, nor tiny blocks."""
+    formula, grad = CODED["adamw"], torch.zeros(1024)
+    grad[:4] = torch.tensor([1e19, 3e-22, -1e-20, 1e15])
+    grad[256:258] = torch.tensor([math.nan, 1.0])
+    grad[512:514] = torch.tensor([1e-20, -1e-22])
+    grad[768:771] = torch.tensor([1.0, 1e-4, -1e-4])
+    mine = Coded.zero(formula, [1024], 8)
+    mine.step(backend, formula, [grad])
+    found = mine.states[1][0].view(4, 256)
+    assert found[:, :4].tolist() == [[255, 1, 1, 1], [0] * 4, [0] * 4, [255, 1, 1, 0]]
+    assert not found[:, 4:].any()
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("rule", ["AdamW", "Adan", "Shampoo"])
+def test_rows_with_small_gradients_take_no_larger_steps_than_others(
+    rule: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours in a block of codes whose squares are 1e-6 of the others', and now and then far less."""
+    monkeypatch.setenv("DS_OPTIM_KERNELS", backend)
+    lr, generator = 1e-3, torch.Generator().manual_seed(1)
+    weight = torch.nn.Parameter(torch.zeros(512, 16))
+    settings: dict[str, Any] = {
+        "AdamW": {"betas": (0.9, 0.95)},
+        "Adan": {"betas": (0.98, 0.92, 0.95)},
+        "Shampoo": {"start_preconditioning_step": 100},  # until then its steps are the graft's
+    }
+    optimizer: Any = optimizers()[rule](
+        [("weight", weight)], lr=lr, weight_decay=0.0, state_dtype="int8", roles={"weight": "mlp"}, **settings[rule]
+    )
+    largest = 0.0
+    for _ in range(40):
+        grad = torch.randn(512, 16, generator=generator) * 1e-2
+        grad[1::2] *= 1e-3
+        before, weight.grad = weight.detach().clone(), grad
+        optimizer.step()
+        largest = max(largest, float((weight.detach() - before).abs().max()) / lr)
+    assert any(key.endswith("_codes") for key in optimizer.state[weight])
+    assert largest < 4
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(sorted(CODED)),
@@ -341,6 +385,57 @@ def test_adam_minis_blocks_and_blocks_of_codes_need_not_agree(
         assert torch.equal(call.scales[0][0], its_scales[0, start // 256 : -(-stop // 256)])
         held = blocks.labels[start:stop].unique() if row_length is None else slice(None)
         torch.testing.assert_close(squares.double(), square[held], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_kept_by_block_has_no_choice_of_dtype(backend: kernels.Backend) -> None:
+    """Kernels would write four bytes where there are two."""
+    formula, row = CODED["adamw"], table_of([(0, 0, 200, 0, 256, 0, 0, -1)], 8)
+    mine, grad = Coded.zero(formula, [200], 12), normal(200, 13)
+    for maxima in (
+        torch.zeros(1, 2, dtype=torch.int64),
+        torch.zeros(1, 2, dtype=torch.bfloat16),
+        torch.zeros(2, 1, dtype=torch.int32),
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(2, 2, dtype=torch.int32).t(),
+        torch.zeros(1, 2, dtype=torch.int32, device="meta"),
+    ):
+        operands = mine.operands(formula, [grad], row)
+        operands.cut_maxima = maxima
+        for call in (kernels.partial_maxima, kernels.coded):
+            with pytest.raises(ValueError, match="cut_maxima must be a contiguous"):
+                call(backend, formula, operands)
+    for state in (0, 1):
+        mine = Coded.zero(formula, [512], 12)
+        mine.scales[state][0] = mine.scales[state][0].bfloat16()
+        with pytest.raises(ValueError, match=r"scales must be torch\.float32"):
+            mine.step(backend, formula, [normal(512, 13)])
+    mine.scales.pop()
+    with pytest.raises(ValueError, match="scales must be 2 lists of 1 tensors"):
+        mine.step(backend, formula, [normal(512, 13)])
+    blocks, coded = Blocks([(4, 80)], None, 1, 3), replace(ADAM_MINI, codes=("signed",))
+    operands = blocks.shards([], 0)._operands(0, torch.zeros(0, dtype=torch.float64))
+    operands.block_states = [[one.bfloat16() for one in operands.block_states[0]]]
+    with pytest.raises(ValueError, match=r"block states must be torch\.float32"):
+        kernels.blockwise(backend, ADAM_MINI, operands)
+    with pytest.raises(ValueError, match=r"block states must be torch\.float32.*; scales must be 1 lists"):
+        kernels.coded(backend, coded, operands)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamMini"])
+def test_a_state_dict_whose_floats_were_cast_is_refused_before_anything_is_written(name: str) -> None:
+    weight = torch.nn.Parameter(normal(5000, 30).view(50, 100))
+    optimizer: Any = optimizers()[name]([("weight", weight)], state_dtype="int8", roles={"weight": "mlp"})
+    weight.grad = normal(5000, 31).view(50, 100)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    state = saved["state"][0]
+    saved["state"][0] = {key: one.bfloat16() if one.is_floating_point() else one for key, one in state.items()}
+    optimizer.load_state_dict(saved)
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match=r"scales must be torch\.float32"):
+        optimizer.step()
+    assert torch.equal(weight, before)
 
 
 def test_threads_do_not_matter() -> None:

@@ -29,7 +29,7 @@ from ds_optim.roles.role import Role
 from ds_optim.rule import WholeMatrix
 from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated
-from ds_optim.stepping.eight_bits import EIGHT_BITS, coded_keys
+from ds_optim.stepping.eight_bits import EIGHT_BITS, is_codes
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.owned_blocks import OwnedBlocks
 from ds_optim.stepping.sharded import ShardedOptimizer
@@ -204,7 +204,7 @@ def _made(
     elements = (cls.rule.others if isinstance(cls.rule, WholeMatrix) else cls.rule).element_state
     every = list(states.optimizer["state"].values())
     kept = [state[key].dtype for state in every for key in elements if key in state]
-    if any(key.endswith(coded_keys("").codes) for state in every for key in state):
+    if any(is_codes(key) for state in every for key in state):
         if given is None:
             raise CheckpointError(
                 "which state is in eight bits depends on what each parameter is, which DeepSpeed does not save: give "

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from ds_optim.checkpoint import content
 from ds_optim.errors import raise_everywhere
-from ds_optim.kernels.codes import decode_rows
 from ds_optim.ranks import ranks_of
-from ds_optim.rule import WholeMatrix
-from ds_optim.stepping.eight_bits import coded_keys
 from ds_optim.stepping.state_moves import StateMoves
 
 
@@ -35,13 +32,14 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
     """
     ranks = ranks_of(model, optimizer)
     training, problems = content.training_state_of(model, optimizer, ranks)
-    found = [] if training is None else [entry for entry in training.listed() if entry[1].name == name]
+    parameters = {} if training is None else training.parameters
+    found = [(tensor, i, one) for tensor, its in parameters.items() for i, one in enumerate(its) if one.name == name]
     if training is not None and not found:
         problems = [f"no parameter called {name!r} is trained here"]
     raise_everywhere(ranks, problems, "there is no state to gather")
     assert training is not None
     assert training.optimizer is not None
-    tensor, one = found[0]
+    tensor, index, one = found[0]
     state = training.optimizer.state.get(tensor)
     if not any(ranks.everyones(bool(state)).values()):
         return {}
@@ -52,12 +50,6 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
             have = content.held_parts(logical.written, state.get(key)) if state else []
             moves.add([(start, part.to("cpu", logical.dtype)) for start, part in have], [(0, gathered[key])])
     moves.run(ranks.group, torch.device("cpu"))
-    rule = training.optimizer.rule
-    fused = rule.others if isinstance(rule, WholeMatrix) else rule
-    for key, code in zip(fused.element_state, fused.codes, strict=True):
-        names = coded_keys(key)
-        if names.codes in gathered:
-            codes, scales = gathered.pop(names.codes), gathered.pop(names.scales)
-            gathered[key] = decode_rows(codes[None], scales[None], code)[0]
-    per_element = training.optimizer.stepper.element_state
-    return {key: values.view(one.shape) if key in per_element else values for key, values in gathered.items()}
+    stepper = training.optimizer.stepper
+    values = stepper.values_of(tensor, index, gathered)
+    return {key: its.view(one.shape) if key in stepper.element_state else its for key, its in values.items()}

@@ -33,6 +33,7 @@ from ds_optim.errors import CheckpointError, raise_everywhere
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.roles import shapes_and_roles
 from ds_optim.roles.role import Role
+from ds_optim.rule import AnyRule
 from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import ParameterSpec, Replicated
 from ds_optim.stepping.eight_bits import CodedBlocks
@@ -165,15 +166,17 @@ def _units(
     stepper: InPlace | OwnedBlocks, tensor: Tensor, state: Mapping[str, Tensor]
 ) -> Iterator[tuple[CodedBlocks, dict[str, Tensor]]]:
     """Views (1, ...) of a parameter's state, in parts whose codes have scales of their own, and how to read them."""
+    rule: AnyRule = stepper.rule
     if isinstance(stepper, OwnedBlocks):
-        yield from stepper.units(tensor, state)
-    rule = stepper.rule.others if isinstance(stepper, OwnedBlocks) else stepper.rule
+        for views in stepper.units(tensor, state):
+            yield stepper.coded, views
+        rule = stepper.rule.others
     in_place = {
         key: values.view(1, -1)
         for key, values in state.items()
         if values.numel() and stepper.shape_rule(key) != "owned block"
     }
-    yield CodedBlocks.of(rule.element_state, rule.codes), in_place
+    yield CodedBlocks.of(rule), in_place
 
 
 def _convert(

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ds_optim.kernels import codes, eager, native, triton
 from ds_optim.kernels.build import UnavailableError
-from ds_optim.kernels.operands import Formula, FormulaKind, Operands, Scalars
+from ds_optim.kernels.operands import Formula, FormulaKind, Operands, Scalars, check_blocks
 from ds_optim.kernels.rounding import Place, Places, Rounding, Words
 from ds_optim.kernels.tables import Select, Tables
 from ds_optim.known_torch import triton_problem
@@ -228,6 +228,7 @@ def blockwise(backend: Backend, formula: Formula, operands: Operands, select: Se
     Raises:
         ValueError: as for `elementwise`.
     """
+    check_blocks(formula, operands)
     _DRIVERS[backend].blockwise(formula, operands, select)
 
 
@@ -244,6 +245,7 @@ def partial_maxima(backend: Backend, formula: Formula, operands: Operands) -> No
     Raises:
         ValueError: as for `elementwise`.
     """
+    check_blocks(formula, operands)
     _DRIVERS[backend].partial_maxima(formula, operands)
 
 
@@ -259,6 +261,7 @@ def coded(backend: Backend, formula: Formula, operands: Operands, select: Select
     Raises:
         ValueError: as for `elementwise`.
     """
+    check_blocks(formula, operands)
     _DRIVERS[backend].coded(formula, operands, select)
 
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "adam_mini.h"
@@ -31,15 +32,24 @@ struct CodeTable {
 };
 static_assert(sizeof(CodeTable) == 4 * sizeof(int64_t), "a CodeTable is read straight from 64-bit words");
 
-__attribute__((noinline)) inline void decode(const uint8_t* __restrict codes, const float* __restrict values, float scale,
-                                             float* __restrict to, int64_t n) {
+// Calls `work` with a length, as a constant if it is a whole block's: nearly all are, and loops then need no remainders.
+template <class Work>
+DS_OPTIM_INLINE void with_length(int64_t n, const Work& work) {
+  if (n == kCodeBlock) work(std::integral_constant<int64_t, kCodeBlock>());
+  else work(n);
+}
+
+template <class Length>
+__attribute__((noinline)) void decode(const uint8_t* __restrict codes, const float* __restrict values, float scale,
+                                      float* __restrict to, Length n) {
   alignas(64) int32_t numbers[kCodeBlock];
   for (int64_t i = 0; i < n; ++i) numbers[i] = codes[i];
   for (int64_t i = 0; i < n; ++i) to[i] = values[numbers[i]] * scale;
 }
 
 // The largest magnitude, as bits, in whose order NaN is the largest.
-__attribute__((noinline)) inline uint32_t largest(const float* __restrict x, int64_t n) {
+template <class Length>
+__attribute__((noinline)) uint32_t largest(const float* __restrict x, Length n) {
   uint32_t found = 0;
   for (int64_t i = 0; i < n; ++i) found = std::max(found, bits_of(x[i]) & kMagnitude);
   return found;
@@ -50,9 +60,9 @@ inline float scale_of(uint32_t largest) {
   return scale < kSmallest ? 0.0f : scale;
 }
 
-template <bool kSigned>
+template <bool kSigned, class Length>
 __attribute__((noinline)) void encode_as(const float* __restrict x, float factor, const int32_t* __restrict places,
-                                         int32_t first, uint8_t* __restrict to, int64_t n) {
+                                         int32_t first, uint8_t* __restrict to, Length n) {
   alignas(64) int32_t bits[kCodeBlock], found[kCodeBlock];
   for (int64_t i = 0; i < n; ++i) {
     bits[i] = int32_t(bits_of(x[i] * factor));
@@ -63,12 +73,14 @@ __attribute__((noinline)) void encode_as(const float* __restrict x, float factor
   for (int64_t i = 0; i < n; ++i) {
     const int32_t magnitude = std::min(bits[i] & int32_t(kMagnitude), int32_t(kOne));
     const int32_t number = (found[i] >> 16) + int32_t((magnitude & 0xffff) > (found[i] & 0xffff));
-    bits[i] = kSigned && bits[i] < 0 ? 256 - std::min(number, 127) : number;
+    if (kSigned) bits[i] = bits[i] < 0 ? 256 - std::min(number, 127) : number;
+    else bits[i] = std::max(number, int32_t(int32_t(bits_of(x[i])) > 0));  // what is positive stays so
   }
   for (int64_t i = 0; i < n; ++i) to[i] = uint8_t(bits[i]);
 }
 
-inline void encode(const float* x, float scale, const CodeTable& table, uint8_t* to, int64_t n) {
+template <class Length>
+void encode(const float* x, float scale, const CodeTable& table, uint8_t* to, Length n) {
   if (!(scale > 0.0f)) {  // nothing but zeros, or NaN throughout
     std::memset(to, 0, size_t(n));
   } else if (table.is_signed) {
@@ -85,7 +97,8 @@ struct Codes {
   int32_t* cut_maxima;  // (cuts, states)
 };
 
-// A rule on blocks of codes. `Apply` is apply(tensor, start, x, n): the rule on n elements from start on, as fp32 streams.
+// A rule on blocks of codes. `Apply` is apply(tensor, start, x, n): the rule on n elements from start on, as fp32 streams;
+// n is of any type of `with_length`.
 template <int kStates, class Apply>
 class CodedStep {
  public:
@@ -105,7 +118,9 @@ class CodedStep {
     }
     run_tasks(int64_t(tasks.size()), threads, [&](int64_t task) {
       const Task& one = tasks[size_t(task)];
-      for (int64_t block = one.first; block < one.last; ++block) update(*one.piece, block);
+      with_length(one.piece->length, [&](auto n) {
+        for (int64_t block = one.first; block < one.last; ++block) update(*one.piece, block, n);
+      });
     });
   }
 
@@ -117,7 +132,7 @@ class CodedStep {
       const float* held = View(streams_, kParam, piece.tensor).at(piece.start, n, param);
       if (held != param) std::memcpy(param, held, size_t(n) * sizeof(float));
       float* x[2 + kStates] = {param, View(streams_, kGrad, piece.tensor).at(piece.start, n, grad)};
-      advance(piece, piece.slot, piece.start, x, state);
+      advance(piece, piece.slot, piece.start, x, state, n);
       for (int k = 0; k < kStates; ++k) {
         int32_t& known = codes_.cut_maxima[piece.cut * kStates + k];
         known = std::max(known, int32_t(largest(state[k], n)));
@@ -134,19 +149,20 @@ class CodedStep {
   }
 
   // x: parameter and gradient; the states join them.
-  DS_OPTIM_INLINE void advance(const Piece& piece, int64_t slot, int64_t start, float** x,
-                               float (*state)[kCodeBlock]) const {
+  template <class Length>
+  DS_OPTIM_INLINE void advance(const Piece& piece, int64_t slot, int64_t start, float** x, float (*state)[kCodeBlock],
+                               Length n) const {
     for (int k = 0; k < kStates; ++k) {
       x[2 + k] = state[k];
-      decode(codes(k, piece.tensor) + start, codes_.tables[k].values, *scale(k, piece.tensor, slot), state[k],
-             piece.length);
+      decode(codes(k, piece.tensor) + start, codes_.tables[k].values, *scale(k, piece.tensor, slot), state[k], n);
     }
-    apply_(piece.tensor, start, x, piece.length);
+    apply_(piece.tensor, start, x, n);
   }
 
-  void update(const Piece& piece, int64_t block) const {
+  template <class Length>
+  void update(const Piece& piece, int64_t block, Length n) const {
     alignas(64) float buffers[2][kCodeBlock], state[kStates][kCodeBlock];
-    const int64_t n = piece.length, start = piece.start + block * n, slot = piece.slot + block;
+    const int64_t start = piece.start + block * n, slot = piece.slot + block;
     const View param(streams_, kParam, piece.tensor), grad(streams_, kGrad, piece.tensor);
     float* x[2 + kStates] = {param.at(start, n, buffers[0]), grad.at(start, n, buffers[1])};
     for (int64_t line = 0; line < kCodeBlock; line += kCacheLine) {
@@ -158,7 +174,7 @@ class CodedStep {
         __builtin_prefetch(codes(k, piece.tensor) + start + 4 * kCodeBlock + line, 1);
       }
     }
-    advance(piece, slot, start, x, state);
+    advance(piece, slot, start, x, state, n);
     param.put(start, n, x[kParam]);
     for (int k = 0; k < kStates; ++k) {
       const bool known = piece.cut >= 0;

@@ -11,9 +11,11 @@ the 256.
     unsigned    byte b: the b-th of zero, the middles and one
 
 So a byte of zero is zero under either code, and state that was just made is, as ever, all zero. A value becomes the
-nearest number; of two that are equally near, the smaller. A block whose largest magnitude is below the smallest normal
-fp32 becomes zero. One with a value that is not finite has the scale NaN, and so is NaN throughout: no byte could say it
-of one element.
+nearest number; of two that are equally near, the smaller. But under the unsigned code a positive value never becomes
+zero, so that a root of it never divides by eps alone while the first moment beside it survives: it is byte 1 at least.
+The bits of the value itself decide, not its quotient, which may underflow. A block whose largest magnitude is below the
+smallest normal fp32 becomes zero all the same. One with a value that is not finite has the scale NaN, and so is NaN
+throughout: no byte could say it of one element.
 
 Every backend does the same fp32 operations: one quotient per block, then one product and comparisons per element.
 """
@@ -134,11 +136,13 @@ def scales_of(maxima: Tensor) -> Tensor:
 
 def encode(block_BE: Tensor, scales: Tensor, code: Code) -> Tensor:
     """The codes (uint8) of fp32 values in blocks of these scales (B,)."""
-    factors = torch.where(scales > 0, 1 / scales, 0.0)[:, None]  # also of NaN
-    scaled = torch.where(scales.isnan()[:, None], 0.0, block_BE * factors)
+    usable = (scales > 0)[:, None]  # neither zero nor NaN
+    scaled = torch.where(usable, block_BE * (1 / scales)[:, None], 0.0)
     numbers = torch.bucketize(scaled.abs(), table(boundaries, code, scaled.device), out_int32=True)
     if code == "signed":
         numbers = torch.where(scaled < 0, 256 - numbers.clamp(max=127), numbers) & 0xFF
+    else:
+        numbers = torch.where(usable & (block_BE.view(torch.int32) > 0), numbers.clamp(min=1), numbers)
     return numbers.to(torch.uint8)
 
 

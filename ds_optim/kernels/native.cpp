@@ -149,10 +149,7 @@ int64_t ds_optim_adam_mini(int64_t tensors, const int64_t* const* streams, const
     if (bad != 0) return bad;                                                                                         \
     Rule rule;                                                                                                        \
     std::memcpy(&rule, scalars, sizeof rule);                                                                         \
-    const auto apply = [&](int64_t, int64_t, float* const* x, int64_t n) {                                            \
-      if (n == kCodeBlock) rule(x, 0, kCodeBlock);                                                                    \
-      else rule(x, 0, n);                                                                                             \
-    };                                                                                                                \
+    const auto apply = [&](int64_t, int64_t, float* const* x, auto n) { rule(x, 0, n); };                             \
     update_codes<Rule::kStreams - 2>(all, Codes{scales, tables, cut_maxima}, blocks.pieces, apply, only_maxima != 0,  \
                                      threads);                                                                        \
     return 0;                                                                                                         \
@@ -181,14 +178,14 @@ int64_t ds_optim_coded_adam_mini(int64_t tensors, const int64_t* const* streams,
   std::memcpy(&rule, scalars, sizeof rule);
   const Codes codes{scales, tables, cut_maxima};
   if (only_maxima != 0) {
-    const auto apply = [&](int64_t, int64_t, float* const* x, int64_t n) { rule.update(x[0], x[1], x[2], 0.0f, n); };
+    const auto apply = [&](int64_t, int64_t, float* const* x, auto n) { rule.update(x[0], x[1], x[2], 0.0f, n); };
     update_codes<1>(all, codes, coded.pieces, apply, true, threads);
     return 0;
   }
   const std::vector<std::vector<float>> factors =
       AdamMiniStep(rule, all, blocks, cut_sums, threads).advance_blocks(block_slots);
   const BlockFactors known(row_runs, rows, column_runs, column_rows, factors);
-  const auto apply = [&](int64_t tensor, int64_t start, float* const* x, int64_t n) {
+  const auto apply = [&](int64_t tensor, int64_t start, float* const* x, auto n) {
     alignas(64) float spread[kCodeBlock];
     known.spread(tensor, start, n, spread);
     rule.update(x[0], x[1], x[2], static_cast<const float*>(spread), n);

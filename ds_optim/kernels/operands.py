@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -20,6 +21,8 @@ Scalars: TypeAlias = Mapping[str, Any]
 """A formula's constants for one call, by name: Python floats, or 0-dim tensors where the learning rate is one."""
 
 FormulaKind = Literal["elementwise", "blockwise"]
+
+_dtype_of = attrgetter("dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,31 @@ class Operands:
     cut_sums: Tensor
     scales: Sequence[Sequence[Tensor]] = ()
     cut_maxima: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32, device="cpu"))
+
+
+def check_blocks(formula: Formula, operands: Operands) -> None:
+    """What has a value per block has no choice of dtype: kernels write to it as to the dtype that it should have.
+
+    Raises:
+        ValueError: block states, scales or ``cut_maxima`` are not what `Operands` says.
+    """
+    if not operands.params:
+        return
+    problems, maxima, states = [], operands.cut_maxima, len(formula.codes)
+    kinds = ("block states", operands.block_states, formula.block_states), ("scales", operands.scales, states)
+    for label, listed, count in kinds:
+        if [len(of_state) for of_state in listed] != [len(operands.params)] * count:
+            problems.append(f"{label} must be {count} lists of {len(operands.params)} tensors, as many as parameters")
+        if any(set(map(_dtype_of, of_state)) != {torch.float32} for of_state in listed):
+            problems.append(f"{label} must be torch.float32 throughout")
+    is_int32 = maxima.dtype == torch.int32 and maxima.is_contiguous() and maxima.shape[1:] == (states,)
+    if maxima.numel() and not (is_int32 and maxima.device == operands.params[0].device):
+        problems.append(
+            f"cut_maxima must be a contiguous torch.int32 tensor of shape (n, {states}) beside the parameters, not "
+            f"{tuple(maxima.shape)} {maxima.dtype} on {maxima.device}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def merged(view: Tensor) -> list[tuple[int, int]]:

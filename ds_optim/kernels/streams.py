@@ -91,9 +91,6 @@ class Streams:
                 a != b for a, b in zip(first.numels, table.numels, strict=True) if b != _ABSENT
             ):
                 raise ValueError(f"{label} and {streams[0][0]} differ in size: {table.numels} and {first.numels}")
-        for label, tensors in blocks:
-            if any(tensor.dtype != torch.float32 for tensor in tensors):
-                raise ValueError(f"every {label} must be torch.float32")
         self.tensors = len(first.numels)
         self._tables = tables  # kept alive: the C++ side points into them
         self._pointers = array("q", [table.words.buffer_info()[0] for table in tables])

@@ -11,7 +11,7 @@ As the authors of the method and bitsandbytes do, some parameters keep fp32 stat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ds_optim.kernels.codes import BLOCK, Code, blocks_of, decode_rows, encode_rows
 from ds_optim.roles.role import Role
-from ds_optim.rule import StateSpec
+from ds_optim.rule import AnyRule, StateSpec
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import ParameterSpec
 from ds_optim.stepping.options import Options
@@ -32,6 +32,9 @@ LEAST = 4096
 """Elements that a parameter, or a tile, must have."""
 
 
+_CODES, _SCALES = "_codes", "_scales"
+
+
 class CodedKeys(NamedTuple):
     """The keys of one kind of state in eight bits."""
 
@@ -41,7 +44,12 @@ class CodedKeys(NamedTuple):
 
 def coded_keys(key: str) -> CodedKeys:
     """Where codes (uint8) and scales (fp32) of what is called ``key`` are kept."""
-    return CodedKeys(f"{key}_codes", f"{key}_scales")
+    return CodedKeys(key + _CODES, key + _SCALES)
+
+
+def is_codes(key: str) -> bool:
+    """Whether a key is that of codes."""
+    return key.endswith(_CODES)
 
 
 def is_coded(options: Options, role: Role, spec: ParameterSpec) -> bool:
@@ -83,7 +91,7 @@ def kept_of_block(
 
 @dataclass(frozen=True, slots=True)
 class CodedBlocks:
-    """The state of stacks of blocks as a whole-matrix rule computes with it, and back.
+    """The state of stacks of blocks as a whole-matrix rule computes with it, and back; or of one parameter.
 
     Attributes:
         codes: of the rule's state per element, by key.
@@ -92,9 +100,9 @@ class CodedBlocks:
     codes: Mapping[str, Code]
 
     @classmethod
-    def of(cls, element_state: Sequence[str], codes: Sequence[Code]) -> CodedBlocks:
+    def of(cls, rule: AnyRule) -> CodedBlocks:
         """Of a rule."""
-        return cls(dict(zip(element_state, codes, strict=True)))
+        return cls(dict(zip(rule.element_state, rule.codes, strict=True)))
 
     def has(self, kept: Mapping[str, Tensor]) -> bool:
         """Whether something is kept in eight bits here."""

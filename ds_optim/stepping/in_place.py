@@ -26,7 +26,7 @@ from ds_optim.sharding.binding import BoundTensor, local_of
 from ds_optim.sharding.block_runs import BlockRuns, block_runs, held_spans
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import Layout
-from ds_optim.stepping.eight_bits import EIGHT_BITS, code_grid, coded_keys, is_coded, plain_dtype
+from ds_optim.stepping.eight_bits import EIGHT_BITS, CodedBlocks, code_grid, coded_keys, is_coded, plain_dtype
 from ds_optim.stepping.kernel_calls import Call, Stretches, Walk, block_tables, places, run
 from ds_optim.stepping.logical_tensors import Logical, block_ranges, element_ranges, packed
 from ds_optim.stepping.options import Options
@@ -214,6 +214,10 @@ class InPlace:
             for state, of_blocks in zip(found, blocks, strict=True):
                 state.update(dict.fromkeys(self.rule.block_state, of_blocks))
         return found
+
+    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = CodedBlocks.of(self.rule).decoded({key: values[None] for key, values in state.items()})
+        return {key: values[0] for key, values in found.items()}
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         layout = self.shards.of(tensor).layout

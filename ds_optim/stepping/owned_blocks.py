@@ -17,7 +17,7 @@ from torch import Tensor
 from ds_optim import kernels
 from ds_optim.errors import raise_all
 from ds_optim.linalg import packed as packed_matrices
-from ds_optim.rule import PackedSymmetric, Settings, StateSpec, WholeMatrix, codes_of
+from ds_optim.rule import PackedSymmetric, Settings, StateSpec, WholeMatrix
 from ds_optim.sharding import pipeline
 from ds_optim.sharding.binding import local_grad, local_of
 from ds_optim.sharding.exchange import worker_of
@@ -61,7 +61,7 @@ class OwnedBlocks:
     def __init__(self, rule: WholeMatrix, settings: Settings, options: Options, shards: Shards, owner: str) -> None:
         self.rule, self.options, self.shards, self.owner = rule, options, shards, owner
         self._settings = {**settings, **{key: getattr(options, key) for key in ("state_dtype", *PRODUCTS)}}
-        self.coded = CodedBlocks.of(rule.element_state, codes_of(rule.element_state, rule.non_negative))
+        self.coded = CodedBlocks.of(rule)
         self._set_plans(Plans(rule, self._settings, shards))
         self.traffic = pipeline.Traffic()
 
@@ -114,16 +114,31 @@ class OwnedBlocks:
         others = self._others.logical_state(tensor)
         return [owned or its for owned, its in zip(self.kept.logical(tensor), others, strict=True)]
 
-    def units(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Iterator[tuple[CodedBlocks, dict[str, Tensor]]]:
-        """Views (1, *shape per block) of the state of every block of a tensor that is here, and how to read it."""
-        plan, _ = self.plans.place_of(tensor)
-        for block, begins in self._begins_of(tensor).items():
+    def units(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Views (1, *shape per block) of the state of every block of a tensor that this rank owns."""
+        return self._views(self.plans.place_of(tensor)[0], self._begins_of(tensor), state)
+
+    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        plan, index = self.plans.place_of(tensor)
+        blocks = [block for block in plan.of_tensor(index) if plan.blocks[block].parameter == parameter]
+        if not blocks:
+            return self._others.values_of(tensor, parameter, state)
+        blocks.sort(key=lambda block: plan.blocks[block].index)
+        values: dict[str, list[Tensor]] = {}
+        for kept in self._views(plan, state_begins(plan, blocks, self.plans.state_of_block), state):
+            for key, its in self.coded.decoded(kept).items():  # small blocks have values among others' codes
+                values.setdefault(key, []).append(its.flatten())
+        return {key: torch.cat(listed) for key, listed in values.items()}
+
+    def _views(
+        self, plan: Plan, begins: Mapping[int, Mapping[str, int]], state: Mapping[str, Tensor]
+    ) -> Iterator[dict[str, Tensor]]:
+        for block, its in begins.items():
             kept = self.plans.state_of_block(plan.blocks[block].tile.shape)
-            views = {
-                key: state[key].narrow(0, begins[key], math.prod(shape)).view(1, *shape)
+            yield {
+                key: state[key].narrow(0, its[key], math.prod(shape)).view(1, *shape)
                 for key, (shape, _) in kept.items()
             }
-            yield self.coded, views
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         return self.plans.in_words(tensor)

@@ -119,6 +119,9 @@ class Stepper(Protocol):
     def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
         """The state of every parameter of a local tensor, by key."""
 
+    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All values of the state of a tensor's parameter, of all of its logical state: fp32 where that is in codes."""
+
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         """The blocks of every parameter of a local tensor; equal words mean equal blocks."""
 

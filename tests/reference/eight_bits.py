@@ -45,5 +45,8 @@ def kept(values: Tensor, *, is_signed: bool) -> Tensor:
             found += [0.0] * len(block)
         else:
             scaled = (torch.tensor(block).float() * (1 / scale)).tolist()
-            found += (torch.tensor([_nearest(table, value) for value in scaled]).float() * scale).tolist()
+            numbers = [_nearest(table, value) for value in scaled]
+            if not is_signed:  # a positive value stays positive
+                numbers = [max(one, table[1]) if value > 0 else one for one, value in zip(numbers, block, strict=True)]
+            found += (torch.tensor(numbers).float() * scale).tolist()
     return torch.tensor(found, dtype=torch.float32).view(values.shape)

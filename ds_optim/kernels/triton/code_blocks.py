@@ -35,6 +35,9 @@ def encoded(block, scales, places, first, SIGNED: tl.constexpr):
     found = (words >> 16) + ((magnitudes & 0xFFFF) > (words & 0xFFFF)).to(tl.int32)
     if SIGNED:
         found = tl.where(bits < 0, 256 - tl.minimum(found, 127), found) & 0xFF
+    else:
+        is_positive = usable[:, None] & (block.to(tl.int32, bitcast=True) > 0)
+        found = tl.maximum(found, is_positive.to(tl.int32))
     return found.to(tl.uint8)
 
 
