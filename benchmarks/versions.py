@@ -89,7 +89,11 @@ AREAS: dict[str, list[str]] = {
         "tests/test_degenerate.py",
     ],
     "DeepSpeed checkpoints": ["tests/test_engine_checkpoints.py", "tests/test_written_checkpoints.py"],
-    "canonical checkpoints": ["tests/test_canonical_checkpoint.py", "tests/test_mesh_checkpoints.py"],
+    "canonical checkpoints": [
+        "tests/test_canonical_checkpoint.py",
+        "tests/test_mesh_checkpoints.py",
+        "tests/test_restated_checkpoints.py",
+    ],
     "FSDP2": ["tests/test_meshes.py"],
     "Trainer": ["tests/test_integrations.py"],
     "roles": ["tests/test_roles.py"],
