@@ -27,7 +27,7 @@ from ds_optim.memory.record import Category, CountedBy, Moment, Provenance, Rank
 ROOT = Path(__file__).parents[1]
 N = 58_073_600  # the 60M model
 ADAM_60M = 32_776_704  # its elements that SWAN leaves to Adam
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
 PURE = {Category.PARAMETERS: 2, Category.GRADIENTS: 2}
 MIXED = {Category.PARAMETERS: 2, Category.MASTER: 4, Category.GRADIENTS: 2}
 
@@ -97,13 +97,39 @@ def test_a_claim_made_false_fails() -> None:
 
 @pytest.mark.parametrize(
     ("optimizer", "values", "wrong"),
-    [("Lion", 1.0, 1.1), ("Adan", 4.0, 3.0), ("Shampoo", 4.0, 2.0), ("Shampoo", 8.34, 2.01), ("Shampoo", 2.1, 1.0)],
+    [
+        ("Lion", 1.0, 1.1),
+        ("Adan", 4.0, 3.0),
+        ("Shampoo", 4.0, 2.0),
+        ("Shampoo", 8.34, 2.01),
+        ("Shampoo", 2.1, 1.0),
+        ("SOAP", 5.0, 2.0),
+        ("Muon", 1.04, 1.2),
+        ("NorMuon", 1.04, 0.9),
+    ],
 )
 def test_the_others_keep_what_was_said_of_them(optimizer: str, values: float, wrong: float) -> None:
     (good,), (bad,) = (judge(made(f"ds_optim.{optimizer}", kept), made()) for kept in (values, wrong))
     assert good.outcome == "PASS"
     assert good.found == pytest.approx(1 - values / 2)
     assert bad.outcome == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "values", "wrong", "claim"),
+    [
+        ("AdamW", 2.03, 3.0, "Eight bits save three quarters"),
+        ("AdamMini", 1.02, 2.0, "Adam-mini in eight bits"),
+        ("Lion", 1.02, 0.5, "Lion in eight bits"),
+    ],
+)
+def test_what_eight_bits_save_is_judged_of_records_in_eight_bits(
+    optimizer: str, values: float, wrong: float, claim: str
+) -> None:
+    good, bad = (verdict(claim, made(f"ds_optim.{optimizer}", kept, "uint8"), made()) for kept in (values, wrong))
+    assert (good.outcome, bad.outcome) == ("PASS", "FAIL")
+    assert good.found == pytest.approx(1 - values / 8)
+    assert not [one for one in judge(made(f"ds_optim.{optimizer}", 1.0), made()) if claim in one.claim]
 
 
 def test_swan_at_60m_saves_what_its_table_implies_and_not_half() -> None:

@@ -89,6 +89,7 @@ _STATE = (Category.OPTIMIZER,)
 _FP32_STATE = {Category.OPTIMIZER: 8.0}
 _MIXED = {Category.PARAMETERS: 2.0, Category.MASTER: 4.0, Category.GRADIENTS: 2.0, Category.OPTIMIZER: 8.0}
 _PURE_BF16 = {Category.PARAMETERS: 2.0, Category.MASTER: 0.0, Category.GRADIENTS: 2.0, Category.OPTIMIZER: 4.0}
+_EIGHT_BITS = "uint8"  # beside the fp32 of what is small
 _SWAN = "Ma et al. 2024, SWAN, arXiv 2412.13148"
 
 CLAIMS: tuple[PublishedClaim, ...] = (
@@ -174,6 +175,55 @@ CLAIMS: tuple[PublishedClaim, ...] = (
         state_dtype="float32",
         saves=(-math.inf, -_CLOSE),
     ),
+    PublishedClaim(
+        title="SOAP costs more state than AdamW",
+        who="Vyas et al. 2024, SOAP, arXiv 2409.11321: two moments, two factors, two bases",
+        optimizer="SOAP",
+        categories=_STATE,
+        counted="optimizer state: 20 bytes per parameter of square blocks, 8 for embeddings, head and norms",
+        adamw=_FP32_STATE,
+        state_dtype="float32",
+        saves=(-math.inf, -_CLOSE),
+    ),
+    *(
+        PublishedClaim(
+            title=f"{name} keeps half of AdamW's state",
+            who=who,
+            optimizer=name,
+            categories=_STATE,
+            counted="optimizer state, fp32, of all parameters: embeddings, head and norms are AdamW's",
+            adamw=_FP32_STATE,
+            state_dtype="float32",
+            saves=(0.45, 0.505),
+        )
+        for name, who in (
+            ("Muon", "Liu et al. 2025, Muon is scalable, arXiv 2502.16982: one momentum"),
+            ("NorMuon", "Li et al. 2025, NorMuon, arXiv 2510.05491: Muon's, and one value per neuron"),
+        )
+    ),
+    PublishedClaim(
+        title="Eight bits save three quarters of AdamW's state",
+        who="Dettmers et al. 2021, 8-bit optimizers, arXiv 2110.02861: 2 of 8 bytes",
+        optimizer="AdamW",
+        categories=_STATE,
+        counted="optimizer state, embeddings and norms in fp32 as recommended there",
+        adamw=_FP32_STATE,
+        state_dtype=_EIGHT_BITS,
+        saves=(0.70, 0.75),
+    ),
+    *(
+        PublishedClaim(
+            title=f"{title} in eight bits saves seven eighths of AdamW's state",
+            who="follows from Dettmers et al. 2021: one byte for one value",
+            optimizer=name,
+            categories=_STATE,
+            counted="optimizer state, embeddings and norms in fp32 as recommended there",
+            adamw=_FP32_STATE,
+            state_dtype=_EIGHT_BITS,
+            saves=(0.85, 0.875),
+        )
+        for name, title in (("AdamMini", "Adam-mini"), ("Lion", "Lion"))
+    ),
 )
 """In the order in which they are shown."""
 
@@ -195,7 +245,9 @@ def judge(record: Record, baseline: Record) -> list[Verdict]:
             f"{theirs.parameters:,} ({theirs.model}): record AdamW on the same model"
         )
     name = class_name(ours.optimizer)
-    return [_judged(claim, record, baseline) for claim in CLAIMS if claim.optimizer == name]
+    in_codes = _EIGHT_BITS in _dtypes(record.ranks)
+    about_it = [claim for claim in CLAIMS if claim.optimizer == name and (claim.state_dtype != _EIGHT_BITS or in_codes)]
+    return [_judged(claim, record, baseline) for claim in about_it]
 
 
 def class_name(optimizer: str) -> str:
@@ -293,6 +345,7 @@ def _state_obstacles(claim: PublishedClaim, ranks: Sequence[RankRecord], base: S
     if abs(kept - 2 * elements) > 2 * _CLOSE * elements:
         found.append(f"the baseline keeps {kept / max(elements, 1):.2f} values per element, AdamW two")
     wanted = {claim.state_dtype} if claim.state_dtype else _dtypes(base)
+    wanted |= {"float32"} if claim.state_dtype == _EIGHT_BITS else set()
     other = _dtypes(ranks) - wanted
     if other:
         found.append(f"its state is {' and '.join(sorted(other))}, the claim counts {' and '.join(sorted(wanted))}")

@@ -78,6 +78,14 @@ _ADAN = "Adan keeps twice AdamW's state"
 _SHAMPOO = "Shampoo costs more state than AdamW"
 
 
+_SOAP = "SOAP costs more state than AdamW"
+_MUON = "Muon keeps half of AdamW's state"
+_NORMUON = "NorMuon keeps half of AdamW's state"
+_THREE_QUARTERS = "Eight bits save three quarters of AdamW's state"
+_MINI_IN_CODES = "Adam-mini in eight bits saves seven eighths of AdamW's state"
+_LION_IN_CODES = "Lion in eight bits saves seven eighths of AdamW's state"
+
+
 def _swan(model: str, half: Outcome, saved: float) -> Case:
     """SWAN as published."""
     return Case(
@@ -116,6 +124,13 @@ def _shampoo(model: str, longest: int, saved: float) -> Case:
     )
 
 
+def _in_codes(model: str, optimizer: str, title: str, verdict: Expected, others: Mapping[str, float]) -> Case:
+    """State in eight bits, of which claims about other precisions say nothing."""
+    not_judged = {other: Expected("NOT APPLICABLE", saved) for other, saved in others.items()}
+    settings = {"state_dtype": "int8"}
+    return Case(model=model, optimizer=optimizer, settings=settings, expected={title: verdict, **not_judged})
+
+
 CASES: tuple[Case, ...] = (
     Case(
         model="llama2_7b",
@@ -152,6 +167,15 @@ CASES: tuple[Case, ...] = (
     _shampoo("llama2_7b", 1024, -0.964),
     _shampoo("llama2_7b", 512, -0.967),
     _shampoo("llama2_7b", 256, -0.965),
+    Case(model="llama2_7b", optimizer="SOAP", expected={_SOAP: Expected("PASS", -1.445)}),
+    Case(model="llama2_7b", optimizer="Muon", expected={_MUON: Expected("PASS", 0.48)}),
+    Case(model="llama_350m", optimizer="Muon", expected={_MUON: Expected("FAIL", 0.41)}),
+    Case(model="llama_60m", optimizer="Muon", expected={_MUON: Expected("FAIL", 0.218)}),
+    Case(model="llama2_7b", optimizer="NorMuon", expected={_NORMUON: Expected("PASS", 0.48)}),
+    _in_codes("llama2_7b", "AdamW", _THREE_QUARTERS, Expected("PASS", 0.731), {}),
+    _in_codes("llama_60m", "AdamW", _THREE_QUARTERS, Expected("FAIL", 0.535), {}),
+    _in_codes("llama2_7b", "AdamMini", _MINI_IN_CODES, Expected("PASS", 0.865), {_STATE: 0.865, _QUARTER: 0.433}),
+    _in_codes("llama2_7b", "Lion", _LION_IN_CODES, Expected("PASS", 0.865), {_LION: 0.865}),
 )
 
 
