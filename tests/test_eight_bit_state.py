@@ -6,6 +6,8 @@ every boundary of these shapes. `test_eight_bit_kernels` compares one process wi
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -168,6 +170,30 @@ def test_embeddings_are_kept_in_eight_bits_if_asked_for() -> None:
     optimizer.step()
     assert "exp_avg_codes" in optimizer.state[model.embed_tokens.weight]
     assert "exp_avg_codes" not in optimizer.state[model.norm.weight]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "Adan", "AdamMini", "Muon"])
+def test_one_warning_names_what_is_in_eight_bits_for_want_of_a_role(name: str) -> None:
+    """Norms too, vectors though they are; what Muon takes for matrices is another warning's."""
+    model = model_of(64 * 512)
+
+    def warned(parameters: Any, **options: Any) -> list[str]:
+        optimizer = optimizers()[name](parameters, state_dtype="int8", **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                for parameter in model.parameters():
+                    parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+        return [text for one in caught if "in eight bits" in (text := str(one.message))]
+
+    (found,) = warned(model.parameters())
+    matrices = "parameter 0 512x64 (other), parameter 3 512x64 (other)"
+    norm = "parameter 1 5000 (other), parameter 2 5000 (other)"
+    listed = sorted(re.findall(r"parameter \d [x0-9]+ \(other\)", found))
+    assert listed == sorted(f"{norm}{'' if name == 'Muon' else f', {matrices}'}".split(", "))
+    assert "Pass roles=model" in found
+    assert warned(model.named_parameters(), roles=model) == []
 
 
 @pytest.mark.parametrize("name", list(optimizers()))
