@@ -25,8 +25,9 @@ from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.layout import ParameterSpec, Scattered
 from ds_optim.stepping import eight_bits
-from engines import Case, assembled, run
-from expected import by_one_process, distance
+from ds_optim.stepping.eight_bits import coded_keys
+from engines import Case, assembled, build_model, run
+from expected import MATRIX_RULES, by_one_process, distance, is_matrix
 from meshes import MeshCase
 from pool import Pools
 from test_invariance import OPTIONS, possible
@@ -119,6 +120,20 @@ def test_a_run_in_eight_bits_is_no_run_in_fp32() -> None:
     for name, options in IN_CODES.items():
         fp32 = {key: value for key, value in options.items() if key not in ("state_dtype", "int8_embeddings")}
         assert 1e-6 < distance(alone(name), by_one_process(Case(name, fp32))) < 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in IN_CODES if name.split(".")[-1] in MATRIX_RULES])
+def test_matrices_of_the_cases_are_in_eight_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a rule keeps per element of them, if it keeps anything; or only vectors would be compared above."""
+    monkeypatch.setattr(eight_bits, "LEAST", SMALL)
+    cls, model = optimizers()[name.split(".")[-1]], build_model(Case(name)).float()
+    optimizer = cls(model.named_parameters(), roles=model, **IN_CODES[name])
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    wanted = {coded_keys(key).codes for key in cls.rule.element_state}
+    states = {name: optimizer.state[one] for name, one in model.named_parameters() if is_matrix(name, tuple(one.shape))}
+    assert sum(wanted <= state.keys() for state in states.values()) > len(states) // 2
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------------
