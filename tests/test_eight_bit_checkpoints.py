@@ -49,6 +49,8 @@ def case_of(name: str, **settings: Any) -> Case:
         (3, case_of("Adan", stage=1), 1, case_of("Adan", stage=0, precision="bf16")),
         (1, case_of("ds_optim.Lion", stage=0), 3, case_of("ds_optim.Lion", stage=2, zero=OFFLOAD)),
         (2, case_of("Shampoo", stage=2), 3, case_of("Shampoo", stage=3)),
+        (3, case_of("ds_optim.Muon", stage=3), 2, case_of("ds_optim.Muon", stage=1, precision="bf16")),
+        (2, case_of("SOAP", stage=1), 3, case_of("SOAP", stage=2, zero=OFFLOAD)),
     ],
     ids=lambda one: f"{one.optimizer}-{one.stage}" if isinstance(one, Case) else str(one),
 )
@@ -70,7 +72,13 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
 
 @pytest.mark.parametrize(
     ("name", "ranks", "strategy", "other_ranks", "other"),
-    [("ds_optim.AdamW", 3, "fsdp", 2, "ddp"), ("AdamMini", 2, "fsdp", 3, "fsdp"), ("Shampoo", 3, "fsdp", 1, "single")],
+    [
+        ("ds_optim.AdamW", 3, "fsdp", 2, "ddp"),
+        ("AdamMini", 2, "fsdp", 3, "fsdp"),
+        ("Shampoo", 3, "fsdp", 1, "single"),
+        ("NorMuon", 2, "ddp", 3, "fsdp"),
+        ("SOAP", 3, "fsdp", 2, "ddp"),
+    ],
 )
 def test_meshes_go_on_under_another_strategy(
     pool: Pools, name: str, ranks: int, strategy: str, other_ranks: int, other: str, tmp_path: Path

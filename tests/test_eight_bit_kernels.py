@@ -77,13 +77,27 @@ def test_a_value_becomes_the_nearest_number(code: codes.Code) -> None:
     assert same_bits([found + 0.0], [kept(block_BE, is_signed=code == "signed") + 0.0])
 
 
-def test_every_rule_states_which_of_its_state_is_never_negative() -> None:
-    signs = {"exp_avg_sq", "graft", "second"}
-    for cls in optimizers().values():
-        rule = cls.rule.others if isinstance(cls.rule, WholeMatrix) else cls.rule
-        assert rule.non_negative == tuple(name for name in rule.element_state if name in signs)
-        wanted = tuple("unsigned" if name in rule.non_negative else "signed" for name in rule.element_state)
-        assert rule.coded_formula.codes == wanted
+ADAMS: dict[str, codes.Code] = {"exp_avg": "signed", "exp_avg_sq": "unsigned"}
+KEPT: dict[str, dict[str, codes.Code]] = {
+    "AdamW": ADAMS,
+    "Lion": {"exp_avg": "signed"},
+    "Adan": {"exp_avg": "signed", "exp_avg_diff": "signed", "exp_avg_sq": "unsigned", "previous_grad": "signed"},
+    "AdamMini": {"exp_avg": "signed"},
+    "Shampoo": {"momentum": "signed", "graft": "unsigned"},
+    "SWAN": {},
+    "Muon": {"momentum": "signed"},
+    "NorMuon": {"momentum": "signed"},
+    "SOAP": {"momentum": "signed", "second_moment": "unsigned"},
+}
+
+
+@pytest.mark.parametrize("name", list(optimizers()))
+def test_every_rule_states_which_of_its_state_is_never_negative(name: str) -> None:
+    rule = optimizers()[name].rule
+    assert dict(zip(rule.element_state, rule.codes, strict=True)) == KEPT[name]
+    fused = rule.others if isinstance(rule, WholeMatrix) else rule
+    wanted = ADAMS if isinstance(rule, WholeMatrix) else KEPT[name]
+    assert dict(zip(fused.element_state, fused.coded_formula.codes, strict=True)) == wanted
 
 
 # -- updates ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ every boundary of these shapes. `test_eight_bit_kernels` compares one process wi
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -23,8 +25,9 @@ from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.layout import ParameterSpec, Scattered
 from ds_optim.stepping import eight_bits
-from engines import Case, assembled, run
-from expected import by_one_process, distance
+from ds_optim.stepping.eight_bits import coded_keys
+from engines import Case, assembled, build_model, run
+from expected import MATRIX_RULES, by_one_process, distance, is_matrix
 from meshes import MeshCase
 from pool import Pools
 from test_invariance import OPTIONS, possible
@@ -34,7 +37,8 @@ IN_CODES = {
     name: {**options, "state_dtype": "int8", "int8_embeddings": name in ("ds_optim.Lion", "SWAN")}
     for name, options in OPTIONS.items()
 }
-IN_CODES["Shampoo"]["max_preconditioner_dim"] = 18  # whole tiles of 324 elements, ragged ones without codes
+for _name in ("Shampoo", "SOAP"):
+    IN_CODES[_name]["max_preconditioner_dim"] = 18  # whole tiles of 324 elements, ragged ones without codes
 FACTORS: dict[str, list[Any]] = {
     "optimizer": list(IN_CODES),
     "strategy": ["0 bf16", "1 fp32", "1 bf16_optimizer", "2 bf16", "3 fp32"],
@@ -58,11 +62,6 @@ def with_small_ones(job: Callable[..., Any], *arguments: Any) -> Any:
         return job(*arguments)
     finally:
         eight_bits.LEAST = before
-
-
-@pytest.fixture
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eight_bits, "LEAST", SMALL)
 
 
 def case_of(row: list[Any]) -> tuple[Case, int]:
@@ -104,6 +103,9 @@ def alone(name: str) -> dict[str, Tensor]:
         (4, "ds_optim.AdamW", "hsdp", "late"),
         (4, "Shampoo", "fsdp", ""),
         (4, "SWAN", "hsdp", ""),
+        (2, "ds_optim.Muon", "ddp", ""),
+        (3, "NorMuon", "fsdp", "late"),
+        (4, "SOAP", "hsdp", ""),
     ],
 )
 def test_meshes_end_with_the_bits_of_one_process(pool: Pools, ranks: int, name: str, strategy: str, flag: str) -> None:
@@ -120,6 +122,20 @@ def test_a_run_in_eight_bits_is_no_run_in_fp32() -> None:
         assert 1e-6 < distance(alone(name), by_one_process(Case(name, fp32))) < 0.1
 
 
+@pytest.mark.parametrize("name", [name for name in IN_CODES if name.split(".")[-1] in MATRIX_RULES])
+def test_matrices_of_the_cases_are_in_eight_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a rule keeps per element of them, if it keeps anything; or only vectors would be compared above."""
+    monkeypatch.setattr(eight_bits, "LEAST", SMALL)
+    cls, model = optimizers()[name.split(".")[-1]], build_model(Case(name)).float()
+    optimizer = cls(model.named_parameters(), roles=model, **IN_CODES[name])
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    wanted = {coded_keys(key).codes for key in cls.rule.element_state}
+    states = {name: optimizer.state[one] for name, one in model.named_parameters() if is_matrix(name, tuple(one.shape))}
+    assert sum(wanted <= state.keys() for state in states.values()) > len(states) // 2
+
+
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
@@ -133,11 +149,22 @@ def model_of(numel: int) -> nn.Module:
     return model
 
 
-BYTES = {"AdamW": 2.04, "Lion": 1.02, "Adan": 4.07, "AdamMini": 1.08, "Shampoo": None, "SWAN": 0}
-"""Per element of a large matrix of 64 columns, one row a block of Adam-mini's."""
+BYTES = {
+    "AdamW": 2.04,
+    "Lion": 1.02,
+    "Adan": 4.07,
+    "AdamMini": 1.08,
+    "Shampoo": 2.04,
+    "SWAN": 0.01,
+    "Muon": 1.02,
+    "NorMuon": 1.09,
+    "SOAP": 2.04,
+}
+"""Per element of a large matrix of 64 columns, one row a block of Adam-mini's; beside what is kept of axes."""
+OF_AXES = ("factor_", "root_", "basis_")
 
 
-@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("name", list(optimizers()))
 def test_what_is_kept_has_the_stated_size(name: str) -> None:
     model = model_of(64 * 512)
     cls = optimizers()[name]
@@ -151,9 +178,8 @@ def test_what_is_kept_has_the_stated_size(name: str) -> None:
         return {value.dtype for key, value in state.items() if key != "step" and value.numel() >= 4000}
 
     weight = model.wide.weight
-    size = sum(value.nbytes for key, value in optimizer.state[weight].items() if key != "step")
-    if BYTES[name] is not None:
-        assert size <= BYTES[name] * weight.numel()
+    size = sum(one.nbytes for key, one in optimizer.state[weight].items() if not key.startswith(("step", *OF_AXES)))
+    assert size <= BYTES[name] * weight.numel()
     if name != "SWAN":
         assert torch.uint8 in kept(weight)
     for parameter in (model.embed_tokens.weight, model.norm.weight, model.small.weight):
@@ -168,6 +194,30 @@ def test_embeddings_are_kept_in_eight_bits_if_asked_for() -> None:
     optimizer.step()
     assert "exp_avg_codes" in optimizer.state[model.embed_tokens.weight]
     assert "exp_avg_codes" not in optimizer.state[model.norm.weight]
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Lion", "Adan", "AdamMini", "Muon"])
+def test_one_warning_names_what_is_in_eight_bits_for_want_of_a_role(name: str) -> None:
+    """Norms too, vectors though they are; what Muon takes for matrices is another warning's."""
+    model = model_of(64 * 512)
+
+    def warned(parameters: Any, **options: Any) -> list[str]:
+        optimizer = optimizers()[name](parameters, state_dtype="int8", **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                for parameter in model.parameters():
+                    parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+        return [text for one in caught if "in eight bits" in (text := str(one.message))]
+
+    (found,) = warned(model.parameters())
+    matrices = "parameter 0 512x64 (other), parameter 3 512x64 (other)"
+    norm = "parameter 1 5000 (other), parameter 2 5000 (other)"
+    listed = sorted(re.findall(r"parameter \d [x0-9]+ \(other\)", found))
+    assert listed == sorted(f"{norm}{'' if name == 'Muon' else f', {matrices}'}".split(", "))
+    assert "Pass roles=model" in found
+    assert warned(model.named_parameters(), roles=model) == []
 
 
 @pytest.mark.parametrize("name", list(optimizers()))

@@ -113,7 +113,8 @@ class AdamW(ShardedOptimizer):
         betas: decay of the first and second moment. LLM practice (0.9, 0.95).
         eps: added to the root of the bias-corrected second moment.
         weight_decay: decoupled, multiplied by the learning rate. LLM practice 0.1, not on norms and biases.
-        roles, state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed.
+        roles, state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed
+            but for state in eight bits, which embeddings, norms and biases have not.
 
     Raises:
         ValueError: every setting out of range, all in one message.

@@ -126,7 +126,8 @@ class Adan(ShardedOptimizer):
         eps: added to the root of the bias-corrected second moment.
         weight_decay: proximal (divides by ``1 + lr * weight_decay``) unless ``no_prox``; 0.02 in the official recipes.
         no_prox: decoupled weight decay, before the update, instead of proximal.
-        roles, state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed.
+        roles, state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not needed
+            but for state in eight bits, which embeddings, norms and biases have not.
 
     Raises:
         ValueError: every setting out of range, all in one message.

@@ -83,7 +83,8 @@ class Lion(ShardedOptimizer):
         weight_decay: decoupled, multiplied by the learning rate; 3 to 10 times larger than AdamW's, so that
             ``lr * weight_decay`` stays the same.
         roles, state_dtype, int8_embeddings, bf16_stochastic_round, seed: see `ShardedOptimizer`; roles are not
-            needed, and ``torch.bfloat16`` halves the state.
+            needed but for state in eight bits, which embeddings, norms and biases have not; ``torch.bfloat16`` halves
+            the state.
 
     Raises:
         ValueError: every setting out of range, all in one message.

@@ -152,16 +152,21 @@ def warn_unclaimed(
     shapes: Mapping[str, tuple[int, ...]],
     is_understood: Callable[[Role], bool],
     consequence: str,
+    *,
+    vectors: bool = False,
 ) -> list[str]:
     """One warning that names every matrix which an optimizer can only guess about; returns the names.
 
-    For optimizers whose result depends on roles to call once per model. Vectors are not a matter of rows.
+    For optimizers whose result depends on roles to call once per model.
 
     Args:
         is_understood: whether a role says what the optimizer needs.
         consequence: what it does with the others.
+        vectors: whether it matters what vectors are, too; to rows it does not.
     """
-    unclaimed = [name for name, role in roles.items() if not is_understood(role) and not is_vector(shapes[name])]
+    unclaimed = [
+        name for name, role in roles.items() if not is_understood(role) and (vectors or not is_vector(shapes[name]))
+    ]
     if unclaimed:
         listed = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))} ({roles[name].kind})" for name in unclaimed)
         warnings.warn(

@@ -81,11 +81,12 @@ class InPlace:
         self._walks: dict[tuple[int, ...], tuple[list[Tensor], list[Walk]]] = {}  # tensors too, or others get their ids
         self._places: dict[tuple[int, ...], tuple[list[Tensor], kernels.Places]] = {}
         self._warned_of_bf16 = False
+        self._warned_of = -1  # the generation whose guesses were told of
 
     def at_rank(self, rank: int) -> InPlace:
         """The same on another rank, of shards that are predicted."""
         other = InPlace(self.rule, self.options, self.shards.at_rank(rank), self._owner, self._left_out)
-        other._grids = self._grids
+        other._grids, other._warned_of = self._grids, self._warned_of
         return other
 
     # -- what follows from the shards -------------------------------------------------------------------------------
@@ -117,14 +118,11 @@ class InPlace:
         """What is stepped of a local tensor: what is kept as it is, and what is in eight bits, where there is any."""
         self._follow()
         if tensor not in self._parts:
-            layout = self.shards.of(tensor).layout
-            coded = frozenset(
-                index
-                for index, spec in enumerate(layout.parameters if self._is_coded else ())
-                if is_coded(self.options, self.shards.roles[spec.name], spec)
-            )
-            left_out = frozenset(self._left_out(tensor) if self._left_out is not None else ())
-            everything = frozenset(range(len(layout.parameters))) - left_out
+            if self._is_coded and self._warned_of != self._generation:
+                self._warned_of = self._generation
+                self._warn_of_guesses()
+            coded = self._coded_of(tensor)
+            everything = frozenset(range(len(self.shards.parameters_of(tensor)))) - self._left_out_of(tensor)
             found = [(everything - coded, False), (everything & coded, True)]
             has_room = self._left_out is None and not self._is_coded
             self._parts[tensor] = [
@@ -133,6 +131,27 @@ class InPlace:
                 if parameters or not (coded or codes)
             ]
         return self._parts[tensor]
+
+    def _coded_of(self, tensor: Tensor) -> frozenset[int]:
+        """The parameters of a tensor whose state per element is in eight bits, whoever steps them."""
+        specs = self.shards.parameters_of(tensor) if self._is_coded else ()
+        roles = self.shards.roles
+        return frozenset(i for i, spec in enumerate(specs) if is_coded(self.options, roles[spec.name], spec))
+
+    def _left_out_of(self, tensor: Tensor) -> frozenset[int]:
+        return frozenset(self._left_out(tensor) if self._left_out is not None else ())
+
+    def _warn_of_guesses(self) -> None:
+        """One warning that names what is kept in eight bits for want of a role: a norm or an embedding, perhaps."""
+        names = [
+            self.shards.parameters_of(tensor)[index].name
+            for tensor in self.shards.tensors
+            for index in sorted(self._coded_of(tensor) - self._left_out_of(tensor))
+        ]
+        consequence = "keeps their state in eight bits, as if none were an embedding, a norm or a bias"
+        roles, shapes = self.shards.roles, self.shards.shapes
+        its = {name: roles[name] for name in names}
+        warn_unclaimed(its, shapes, lambda role: role.kind != "other", consequence, vectors=True)
 
     def grids_of(self, layout: Layout) -> dict[str, BlockGrid]:
         """The block grid of every parameter of a layout, by name."""

@@ -46,7 +46,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups of either, as `torch.optim` takes them.
         defaults: per-group settings; those in a whole-matrix rule's ``structure`` hold for all groups.
         roles: what each parameter is: the result of `infer_roles`, the model, or ``{pattern: role}``. Inside a
-            DeepSpeed engine the model is known and patterns only override. Elementwise rules do not need them.
+            DeepSpeed engine the model is known and patterns only override. Elementwise rules need them for state
+            in eight bits alone.
         state_dtype: of the state per element: fp32, bf16 or "int8", see `ds_optim.stepping.eight_bits`; state per block
             is always fp32.
         int8_embeddings: whether embeddings' state is kept in eight bits too.

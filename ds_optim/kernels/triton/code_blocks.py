@@ -9,24 +9,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ds_optim.kernels.codes import BLOCK
 from ds_optim.kernels.triton.access import bases_of, get, get_grad, numbers, put, put_param
 
-CODES = 256  # elements of a block
+CODES = tl.constexpr(BLOCK)
 
 
 @triton.jit
 def decoded(codes, values, scales):
+    """What a tile of bytes (blocks, elements) stands for, by the ``values`` of all 256, fp32."""
     return tl.load(values + codes.to(tl.int32)) * scales[:, None]
 
 
 @triton.jit
 def scales_of(largest):
+    """The scales of blocks whose largest magnitudes have these bits: NaN of what is not finite, zero of subnormals."""
     bits = tl.where(largest < 0x7F800000, largest, 0x7FC00000)
     return tl.where(bits < 0x00800000, 0, bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def encoded(block, scales, places, first, SIGNED: tl.constexpr):
+    """The bytes of a tile of values (blocks, elements), by ``places`` from ``first`` on."""
     usable = scales > 0  # neither zero nor NaN
     factors = tl.where(usable, tl.div_rn(1.0, tl.where(usable, scales, 1.0)), 0.0)
     bits = tl.where(usable[:, None], block * factors[:, None], 0.0).to(tl.int32, bitcast=True)
@@ -66,7 +70,7 @@ def update_block_rows(
 ):
     """``count`` blocks of ``length`` elements; where their largest magnitudes are ``KNOWN``, they are at ``place``."""
     states: tl.constexpr = len(bases) - 2
-    within = tl.arange(0, 256)
+    within = tl.arange(0, CODES)
     blocks = tl.arange(0, COUNT)
     here = blocks < count
     offsets = blocks[:, None] * length + within[None, :]
@@ -138,9 +142,9 @@ def update_codes(
     for state in tl.static_range(len(DTYPES) - 2):
         at = addresses + (len(DTYPES) + 1 + state) * tensors + tensor
         scales = scales + (tl.load(at).to(tl.pointer_type(tl.float32)) + slot,)
-    if is_aligned & (length == 256):
+    if is_aligned & (length == CODES):
         update_block_rows(
-            update, bases, scales, present, 256, count, place, maxima, index, mixed, values, places, FIRST, SIGNED,
+            update, bases, scales, present, CODES, count, place, maxima, index, mixed, values, places, FIRST, SIGNED,
             known, KNOWN, ONLY_MAXIMA, ROUNDED, True, COUNT,
         )  # fmt: skip
     else:
