@@ -3,10 +3,10 @@
     python benchmarks/full_matrix.py [--markdown docs/results/full_matrix.md] [--digests FILE] [--compare FILE]
 
 The suite runs a covering array of more factors (tests/test_invariance.py); this is the full matrix of the four that
-matter most, each on real DeepSpeed engines: ten steps (Shampoo thirty, over several refreshes) with a changing
-learning rate on constant gradients. Exit status 1 if a case is off by more than 1e-6 of the textbook in fp64 (SWAN
-3e-6), or if a rule other than Adam-mini is not bitwise what one process computes. With --compare, also if a case does
-not end with the bits of an earlier run (benchmarks/digests.py).
+matter most, each on real DeepSpeed engines: ten steps (Shampoo, SOAP, Muon and NorMuon thirty, over several refreshes)
+with a changing learning rate on constant gradients. Exit status 1 if a case is off by more than 1e-6 of the textbook in
+fp64 (SWAN, Muon and NorMuon 3e-6, SOAP 1e-4), or if a rule other than Adam-mini is not bitwise what one process
+computes. With --compare, also if a case does not end with the bits of an earlier run (benchmarks/digests.py).
 """
 
 from __future__ import annotations

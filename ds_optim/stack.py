@@ -102,6 +102,12 @@ class Stack:
         return add_gram_(kept, self.grads, axis, 1.0, weight, self.matmul_precision)
 
 
+def are_finite(blocks: Tensor) -> Tensor:
+    """(B,) flags of blocks (B, ...) without infinities and NaN: both extremes see a NaN, and a norm would be slower."""
+    flat = blocks.flatten(1)
+    return flat.amax(1).isfinite() & flat.amin(1).isfinite()
+
+
 def withhold(values: Tensor, good: Tensor, instead: float) -> None:
     """Fill the blocks that are not good. Only a CPU may look first whether there are any."""
     if values.device.type != "cpu" or not bool(good.all()):

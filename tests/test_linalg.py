@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -574,6 +576,33 @@ def test_where_a_matrix_is_singular_its_old_vectors_stay(seed: int) -> None:
         if rows is first:
             signs = (found * old.take_along_dim(order[:, None], -1)).sum(-2, keepdim=True).abs()
             torch.testing.assert_close(signs, torch.ones_like(signs), rtol=0, atol=1e-3)
+
+
+def failing(decompose: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """A decomposition that does not converge in its ``at``-th call, from 1."""
+    calls = itertools.count(1)
+
+    def flaky(*given: Any, **named: Any) -> Any:
+        if next(calls) == at:
+            raise torch.linalg.LinAlgError("The algorithm failed to converge")
+        return decompose(*given, **named)
+
+    return flaky
+
+
+def test_a_basis_whose_decomposition_fails_is_not_a_number_and_the_others_are_theirs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = wide_stack(3, 8, 12)
+    factors, old = rows @ rows.mT, basis_of(rows)
+    followed, order = finish(next_bases(factors, old))
+    monkeypatch.setattr(torch.linalg, "eigh", failing(torch.linalg.eigh, 2))
+    monkeypatch.setattr(torch.linalg, "qr", failing(torch.linalg.qr, 2))
+    found, (next_found, next_order) = basis_of(rows), finish(next_bases(factors, old))
+    assert torch.equal(next_order, order)
+    for wanted, bases in ((old, found), (followed, next_found)):
+        assert bases[1].isnan().all()
+        assert torch.equal(bases[::2], wanted[::2])
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------

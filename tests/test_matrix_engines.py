@@ -84,7 +84,7 @@ def plain(optimizer: str, **changes: Any) -> Case:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("optimizer", ["Shampoo", "SWAN", "NorMuon"])
+@pytest.mark.parametrize("optimizer", ["Shampoo", "SWAN", "NorMuon", "SOAP"])
 def test_hard_gradients_stay_finite_and_the_same_on_three_ranks(pool: Pools, optimizer: str, kind: str) -> None:
     case = plain(optimizer, stage=3 if KINDS.index(kind) % 2 else 2, steps=13)
     found = assembled(pool(3).run(train_hard, case, kind))
@@ -207,6 +207,35 @@ def test_three_failed_roots_in_a_row_are_an_error_on_all_ranks_that_names_the_bl
     assert "3 root computations in a row failed" in message
     assert f"{BROKEN}, block" in message
     assert 12 <= step <= 4 + 3 * 4 + 1, "after the third refresh, every four steps"
+
+
+def train_failing(case: Case, decomposition: str, failing_rank: int) -> tuple[str, int]:
+    """On one rank no such decomposition converges."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+
+    with engine_for(case) as (engine, _, clock), pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == failing_rank:
+            patch.setattr(torch.linalg, decomposition, fails)
+        for step in range(1, 9):
+            try:
+                train(engine, case, clock, range(step, step + 1))
+            except RuntimeError as error:
+                return str(error), step
+        return "nothing was raised", 0
+
+
+@pytest.mark.parametrize("decomposition", ["eigh", "qr"])
+def test_a_decomposition_of_soap_that_fails_on_one_rank_is_an_error_on_all(pool: Pools, decomposition: str) -> None:
+    case = plain("SOAP", stage=2)
+    reports = pool(2).run(train_failing, case, decomposition, 1)
+    assert len(set(reports)) == 1
+    message, step = reports[0]
+    assert "rank 1: " in message
+    assert "rank 0: " not in message
+    assert "no eigenvectors of its gradients' products were found" in message
+    assert step == 2 if decomposition == "eigh" else 2 < step <= 2 + 4
 
 
 def kept_state(case: Case) -> dict[str, Any]:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ds_optim
+from ds_optim.linalg import eigenbases
 from ds_optim.optimizers.matrix_roles import matrix_tiles
 from ds_optim.roles.role import Part, Role
 from reference.muon import muon, orthogonal
 from reference.soap import soap
-from test_swan_and_shampoo import LINEAR, gradients, normal, parameters, same, take, values
+from test_linalg import failing
+from test_swan_and_shampoo import LINEAR, gradients, normal, parameters, same, steps_until_an_error, take, values
 
 CLASSES = [ds_optim.Muon, ds_optim.NorMuon, ds_optim.SOAP]
 SHAPES = {"wide": (6, 10), "tall": (11, 5), "square": (8, 8), "long": (4, 40)}
@@ -219,6 +223,7 @@ def test_heads_of_matrices_that_nobody_knows_at_all_are_an_error_too(named: bool
         (ds_optim.Muon, {"ns_steps": 0, "momentum": 1}, ["ns_steps must be a whole number >= 1", "momentum must be"]),
         (ds_optim.Muon, {"adjust_lr": "match", "nesterov": 1}, ["adjust_lr must be one of", "nesterov must be true"]),
         (ds_optim.Muon, {"ns_coefficients": [1.0, 2.0]}, ['"polar_express" or three numbers a, b, c, not [1.0, 2.0]']),
+        (ds_optim.Muon, {"ns_coefficients": np.ones(3)}, ['"polar_express" or three numbers a, b, c, not array(']),
         (ds_optim.Muon, {"ns_coefficients": "cubic", "per_head": "yes"}, ["'cubic'", "per_head must be true or false"]),
         (ds_optim.NorMuon, {"beta2": 1.0, "momentum": -0.1}, ["beta2 must be in [0, 1)", "momentum must be in"]),
         (ds_optim.SOAP, {"precondition_frequency": 0, "refresh": "no"}, ["precondition_frequency", "refresh must"]),
@@ -239,6 +244,18 @@ def test_what_decides_the_blocks_cannot_change(cls: Any, key: str) -> None:
     optimizer.param_groups[0][key] = 7
     with pytest.raises(ValueError, match=f"{key} is 7 in a group"):
         take(optimizer, {"w": weight}, {"w": torch.ones(6, 6)})
+
+
+@pytest.mark.parametrize("cls", [ds_optim.Muon, ds_optim.NorMuon])
+def test_a_group_that_was_edited_is_judged_before_anything_moves(cls: Any) -> None:
+    params = {"w": nn.Parameter(torch.ones(6, 6)), "gain": nn.Parameter(torch.ones(6))}
+    before = values(params)
+    optimizer = cls(params.items(), roles={"w": "linear", "gain": "norm"})
+    optimizer.param_groups[0] |= {"ns_coefficients": "foo", "ns_steps": 0}
+    with pytest.raises(ValueError, match=r"three numbers a, b, c, not 'foo'") as caught:
+        take(optimizer, params, before)
+    assert "ns_steps must be a whole number >= 1, not 0" in str(caught.value)
+    assert same(before, values(params))
 
 
 # -- SOAP's first step and its bases -----------------------------------------------------------------------------------
@@ -292,6 +309,70 @@ def test_a_gradient_that_is_not_finite_leaves_a_blocks_bases_as_they_are(seed: i
         assert all(unchanged.values()) == is_spoiled, unchanged
         ends.append(weight.detach().clone())
     assert torch.equal(ends[0][:4], ends[1][:4])
+
+
+@pytest.mark.parametrize("unused", [[0], [2], [0, 2]])
+def test_only_blocks_that_have_no_basis_and_a_gradient_are_decomposed(
+    unused: list[int], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an expert that nothing is routed to cost nothing, nor do their neighbours."""
+    decomposed: list[int] = []
+
+    def noting(rows: Tensor) -> Tensor:
+        decomposed.append(int(optimizer.state[weight]["step"]))
+        return first_basis(rows)
+
+    first_basis = eigenbases.first_basis
+    monkeypatch.setattr(eigenbases, "first_basis", noting)
+    weight = nn.Parameter(normal((3, 4, 4), seed))
+    role = {"w": {"kind": "mlp", "batch_dims": 1, "output_dim": 1}}
+    optimizer = ds_optim.SOAP([("w", weight)], roles=role, precondition_frequency=100)
+    for step in range(1, 6):
+        gradient = normal((3, 4, 4), seed + step)
+        gradient[unused] = 0 if step < 4 else gradient[unused]
+        take(optimizer, {"w": weight}, {"w": gradient})
+    assert Counter(decomposed) == {1: 2 * (3 - len(unused)), 4: 2 * len(unused)}
+
+
+@pytest.mark.parametrize(("decomposition", "at", "call"), [("eigh", 1, 3), ("qr", 3, 2)])
+def test_a_decomposition_that_fails_withholds_one_blocks_update_and_leaves_it_as_it_was(
+    decomposition: str, at: int, call: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of block 1 along its first axis: of first bases in the first step, of the next ones in the third."""
+    weight = nn.Parameter(normal((8, 4), seed))
+    settings: dict[str, Any] = {"max_preconditioner_dim": 4, "precondition_frequency": 2, "weight_decay": 0.0}
+    optimizer = ds_optim.SOAP([("w", weight)], roles=LINEAR, refresh="together", **settings)
+    for step in range(1, at):
+        take(optimizer, {"w": weight}, {"w": normal((8, 4), seed + step)})
+    before = weight.detach().clone()
+    kept = {} if at == 1 else {f"basis_{axis}": optimizer.state[weight][f"basis_{axis}"].clone() for axis in (0, 1)}
+    with monkeypatch.context() as patch:
+        original = getattr(torch.linalg, decomposition)
+        patch.setattr(torch.linalg, decomposition, failing(original, call))
+        take(optimizer, {"w": weight}, {"w": normal((8, 4), seed + at)})
+    state = optimizer.state[weight]
+    assert torch.equal(weight[4:], before[4:])
+    assert all(torch.equal(state[key][16:], one[16:]) for key, one in kept.items())
+    assert not any(torch.equal(state[key][:16], one[:16]) for key, one in kept.items())
+    assert (state["based"] > 0).tolist() == [True, at > 1]
+    with pytest.raises(RuntimeError, match=r"w, block 1 \[4:8, 0:4\]: no eigenvectors of its gradients") as caught:
+        take(optimizer, {"w": weight}, {"w": normal((8, 4), seed)})
+    assert "block 0" not in str(caught.value)
+    for step in range(4):
+        take(optimizer, {"w": weight}, {"w": normal((8, 4), seed + step)})
+    assert (state["based"] > 0).all()
+    assert weight.isfinite().all()
+    assert not torch.equal(weight[4:], before[4:])
+
+
+@pytest.mark.parametrize("scale", [1e20, 3e38])
+def test_gradients_too_large_for_their_products_are_an_error_and_reach_no_weight(scale: float, seed: int) -> None:
+    weight = nn.Parameter(normal((8, 6), seed))
+    optimizer = ds_optim.SOAP([("w", weight)], roles=LINEAR, precondition_frequency=2)
+    gradient = {"w": normal((8, 6), seed).clamp(-1, 1) * scale}
+    _, message = steps_until_an_error(optimizer, {"w": weight}, gradient)
+    assert ("too large to be rotated" if scale > 1e30 else "no eigenvectors") in message
+    assert weight.isfinite().all()
 
 
 def test_soap_from_adamw_is_adamw_until_its_first_refresh(seed: int) -> None:
@@ -389,25 +470,31 @@ def test_fewer_bits_lose_what_they_lose(precision: str, seed: int) -> None:
 
 
 def test_in_bf16_it_is_as_near_to_torchs_as_two_such_runs_are_to_each_other(seed: int) -> None:
-    """torch casts to bf16 and multiplies there; ours rounds operands and iterates. Both are as far from fp32."""
+    """torch casts to bf16 and multiplies there; ours rounds operands and iterates. Both are as far from fp32.
+
+    torch's own runs differ by gradients that the cast to bf16 cannot tell apart: moved by up to half of its last place.
+    """
     torch_muon = getattr(torch.optim, "Muon", None)
     if torch_muon is None or not torch_muon.__module__.startswith("torch"):
         pytest.skip("torch has a Muon since 2.9")
-    start, grads = normal((24, 40), seed), gradients({"w": (24, 40)}, 10, seed)
+    shape = (24, 40)
+    start, grads = normal(shape, seed), [given["w"] for given in gradients({"w": shape}, 10, seed)]
+    random = torch.Generator().manual_seed(seed)
+    nudged = [one * (1 + 2**-9 * (2 * torch.rand(shape, generator=random) - 1)) for one in grads]
     ends = []
-    for precision in ("bf16", "ieee", "torch"):
+    for precision, given in (("bf16", grads), ("ieee", grads), ("torch", grads), ("torch", nudged)):
         weight = nn.Parameter(start.clone())
         settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95}
         if precision == "torch":
             optimizer = torch_muon([weight], adjust_lr_fn="match_rms_adamw", **settings)
         else:
             optimizer = ds_optim.Muon([("w", weight)], roles=LINEAR, matmul_precision=precision, **settings)
-        for given in grads:
-            take(optimizer, {"w": weight}, given)
+        for one in given:
+            take(optimizer, {"w": weight}, {"w": one})
         ends.append(weight.detach().double())
-    ours, exact, theirs = ends
+    ours, exact, theirs, another = ends
     way = (exact - start.double()).norm()
-    assert (ours - theirs).norm() / way <= (ours - exact).norm() / way + (theirs - exact).norm() / way
+    assert (ours - theirs).norm() <= 1.5 * (another - theirs).norm()
     assert (ours - exact).norm() / way < 2e-2
     assert 0.2 < float((ours - exact).norm() / (theirs - exact).norm()) < 5
 

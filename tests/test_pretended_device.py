@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 import ds_optim
 import pretended
 from ds_optim.linalg import triangle
+from ds_optim.linalg.workers import finish
+from ds_optim.memory.tracker import StorageTracker
 from ds_optim.sharding import exchange
 from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.layout import ParameterSpec, SlicedParameters
+from ds_optim.stack import Stack
 from ds_optim.stepping import kernel_calls
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.shards import Shards
@@ -103,6 +108,35 @@ def test_a_step_copies_nothing_and_waits_for_nothing(
     for (key, one), (_, other) in zip(params, plain, strict=True):
         far = (one.values.double() - other.detach().double()).abs().max()
         assert far <= tolerance * other.detach().double().abs().max(), key
+
+
+def test_soap_waits_once_after_a_load_and_for_no_weight_without_a_gradient(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which blocks have bases is read in the first step after a start. One whose gradients begin late is decomposed in
+    the step behind their first, which waits; it moves in the next."""
+    model, unused = model_of(seed), "1.weight"
+    begins, moves, waits = 6, [], []
+    with pretended.entered(monkeypatch) as device:
+        params = on_device(model, torch.float32)
+        weight = dict(params)[unused]
+        optimizer = made("SOAP", model, params, precondition_frequency=100, weight_decay=0.0)
+        for step in range(1, begins + 4):
+            given = gradients(model, seed + step)
+            for key, one in params:
+                one.grad = pretended.moved(given[key] * (key != unused or step >= begins))
+            if step == 3:
+                optimizer.stepper.forget_past()  # as every load ends
+            before = weight.values.clone()
+            with device.recording():
+                optimizer.step()
+            waits.append({line.partition(" ds_optim")[0] for line in device.waits})
+            moves.append(not torch.equal(before, weight.values))
+    assert "_linalg_eigh" in waits[0]
+    assert waits[2] == {"an event of this step"}
+    assert "_linalg_eigh" in waits[begins]
+    assert not any(found for step, found in enumerate(waits) if step not in (0, 2, begins)), waits
+    assert moves == [step > begins + 1 for step in range(1, begins + 4)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -280,6 +314,73 @@ def test_parameters_of_one_optimizer_may_lie_on_two_devices(
     for index, ((key, one), (_, other)) in enumerate(zip(mixed, plain, strict=True)):
         values: Any = one.values if index % 2 else one.detach()
         assert float((values - other.detach()).abs().max()) <= 2e-3 * float(other.detach().abs().max()), key
+
+
+class Forgotten(list[Any]):
+    """Keeps nothing that is put into it."""
+
+    def __iadd__(self, _: Any) -> Forgotten:
+        return self
+
+
+def stacks_taken(name: str, shape: tuple[int, ...], count: int, precision: str, move: Any) -> float:
+    """The most that an update with refreshes of all blocks takes beside gradients and state, in its rule's units.
+
+    Counted by who is entered outside of the device, and so sees what it computes with.
+    """
+    with StorageTracker() as tracker, move() as moved:
+        optimizer = made(name, nn.Linear(2, 2), [nn.Parameter(torch.ones(2, 2))])
+        settings = {**optimizer.defaults, "matmul_precision": precision, "state_dtype": torch.float32}
+        settings |= {"precondition_frequency": 1}
+        state = {
+            key: moved(torch.ones((count, *its), dtype=dtype))
+            for key, (its, dtype) in optimizer.rule.state_of_block(settings, shape).items()
+        }
+        for kind in [kind for kind in state if kind.startswith("basis")]:
+            state[kind] = moved(torch.eye(state[kind].shape[1]).repeat(count, 1, 1))
+        good, grads = moved(torch.ones(count, dtype=torch.bool)), moved(torch.randn(count, *shape))
+        stack = Stack(shape, grads, state, good, 9, (0,) * count, {}, precision)  # type: ignore[arg-type]
+        peak = taken = 0
+        for tracker.recording in (False, True):  # tables are kept from the first to the second
+            update = optimizer.rule.update(settings, stack)
+            None if isinstance(update, dict) else finish(update)
+            del update
+    for _, change, _ in tracker.log:
+        taken += change
+        peak = max(peak, taken)
+    return peak / (4 * count * max(math.prod(shape), max(shape) ** 2))
+
+
+@pytest.mark.parametrize("name", ["SWAN", "Muon", "NorMuon", "SOAP"])
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_an_update_takes_the_stacks_that_its_rule_states(
+    name: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A square matrix; other sides, fewer bits, and on a host several matrices, take no more. SOAP's take one more on a
+    host, where both axes are decomposed at the same time."""
+
+    @contextlib.contextmanager
+    def on_device() -> Iterator[Any]:
+        with monkeypatch.context() as patch, pretended.entered(patch, does_run=False) as device:
+            device._alive = Forgotten()
+            yield pretended.moved
+
+    move = on_device if where == "device" else functools.partial(contextlib.nullcontext, Tensor.clone)
+    stated = getattr(ds_optim, name).rule.stack_temporaries
+    squares, wide = [(128, 128)], [(128, 208), (208, 128), (128, 272), (128, 512)]
+    if name == "SOAP":
+        wide.append((8, 16, 128))
+    else:
+        squares, wide = ([(1, *shape) for shape in shapes] for shapes in (squares, wide))
+    found = {
+        (shape, count, precision): stacks_taken(name, shape, count, precision, move)
+        for shape in (*squares, *wide)
+        for count in (1, 8)
+        for precision in ("ieee", "tf32" if name == "SOAP" else "bf16")  # in bf16 a CPU has not SOAP's products
+        if where == "device" or precision == "ieee"
+    }
+    assert max(found.values()) <= stated + 0.1, found
+    assert found[squares[0], 1, "ieee"] >= stated - (name == "SOAP" and where == "device") - 0.1, found
 
 
 @pytest.mark.parametrize(("dtype", "of_an_update"), [(torch.float32, 2), (torch.bfloat16, 1)])

@@ -13,6 +13,9 @@ take their places (`next_bases`).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,11 +56,15 @@ def first_basis(rows: Tensor) -> Tensor:
 
 
 def first_bases(rows: Tensor) -> Stepwise[Tensor]:
-    """`first_basis` of every matrix of a stack (B, n, k); on a CPU as jobs, elsewhere one by one, waiting for each."""
+    """`first_basis` of every matrix of a stack (B, n, k); on a CPU as jobs, elsewhere one by one, waiting for each.
+
+    Returns:
+        (B, n, n) fp32; not a number where a decomposition does not converge.
+    """
     found = rows.new_empty(rows.shape[0], rows.shape[1], rows.shape[1])
 
     def compute(index: int) -> None:
-        found[index] = first_basis(rows[index])
+        _decompose(lambda: first_basis(rows[index]), found[index])
 
     yield from matrix_by_matrix(rows, compute, kept=4)
     return found
@@ -71,40 +78,59 @@ def next_bases(matrices: Tensor, bases: Tensor) -> Stepwise[tuple[Tensor, Tensor
         bases: (B, n, n) fp32, whose columns are orthonormal.
 
     Returns:
-        bases: (B, n, n) fp32, new; not finite where a matrix is not.
+        bases: (B, n, n) fp32, new; not finite where a matrix is not, or where its decomposition fails.
         order: (B, n) int64, the old column that each new one follows.
     """
     with fp32_products("ieee"):
         products = stacked_matmul(matrices, bases)
+    del matrices  # a stack's room
     estimates = (bases * products).sum(-2)
     estimates = torch.where(estimates > LOST * estimates.amax(-1, keepdim=True), estimates, 0)
     order = estimates.argsort(dim=-1, descending=True, stable=True)
-    columns = order.unsqueeze(-2)
-    products, kept = products.take_along_dim(columns, -1), bases.take_along_dim(columns, -1)
-    if matrices.device.type != "cpu":
-        return _orthonormal(products, kept, is_certain=False), order
-    found = torch.empty_like(products)
+    products = _in_order(products, order)
+    if products.device.type != "cpu":
+        _decompose(lambda: _orthonormal(products, bases, order, is_certain=False), products)
+        return products, order
 
     def compute(index: int) -> None:
-        found[index] = _orthonormal(products[index].clone(), kept[index], is_certain=True)
+        one = products[index]
+        _decompose(lambda: _orthonormal(one.clone(), bases[index], order[index], is_certain=True), one)
 
-    yield from matrix_by_matrix(matrices, compute, kept=2)
-    return found, order
+    yield from matrix_by_matrix(products, compute, kept=1)
+    return products, order
 
 
-def _orthonormal(products: Tensor, kept: Tensor, *, is_certain: bool) -> Tensor:
-    """Orthonormal columns that span what those of ``products`` do, with columns of ``kept`` where those add nothing.
+def _in_order(columns: Tensor, order: Tensor) -> Tensor:
+    """Of (..., n, n), by (..., n); `take_along_dim` would make an index of twice their size."""
+    return columns.gather(-1, order.unsqueeze(-2).expand_as(columns))
+
+
+def _decompose(compute: Callable[[], Tensor], found: Tensor) -> None:
+    """Put what is computed into ``found``, or NaN if that fails: with an error here alone other ranks would wait."""
+    try:
+        found.copy_(compute())
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # LinAlgError, or what an accelerator's solver raises
+        found.fill_(math.nan)
+
+
+def _orthonormal(products: Tensor, bases: Tensor, order: Tensor, *, is_certain: bool) -> Tensor:
+    """Orthonormal columns that span what those of ``products`` do, with old ones where those add nothing.
 
     Args:
-        products: (..., n, n).
-        kept: likewise.
+        products: (..., n, n); is written to.
+        bases: likewise, the old ones.
+        order: (..., n), which of them each column follows.
         is_certain: whether the host may look if there are such columns; else all matrices are decomposed twice.
     """
     basis: Tensor
-    basis, triangle = torch.linalg.qr(products)
+    basis, triangle = torch.linalg.qr(products, mode="reduced" if is_certain else "r")
     lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
     is_lost = lengths <= LOST * lengths.amax(-1, keepdim=True)
     if is_certain and not bool(is_lost.any()):
         return basis
-    basis, _ = torch.linalg.qr(torch.where(is_lost.unsqueeze(-2), kept, products))
+    del basis, triangle  # the room of two
+    torch.where(is_lost.unsqueeze(-2), _in_order(bases, order), products, out=products)
+    basis, _ = torch.linalg.qr(products)
     return basis

@@ -29,6 +29,7 @@ way (docs/results/matmul_precision.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
+from ds_optim.linalg.alignment import ALIGNMENT
 from ds_optim.linalg.precision import MatmulPrecision, own_gram, rounded
 
 Coefficients: TypeAlias = tuple[float, float, float]
@@ -91,29 +93,45 @@ def polynomial_steps(stack: Tensor, steps: Sequence[Coefficients], precision: Ma
     Returns:
         (B, s, l) fp32, a new tensor.
 
-    The workspace beside the result is s (2 l + 4 s) elements per matrix at most, on CPU for one matrix at a time: with
-    several threads, batched products there round differently in batches of different sizes, and a result must not
-    depend on its neighbours.
+    The workspace, result included, is s max(2 l + 2 s, 6 s) elements per matrix at most: four stacks of squares. On a
+    CPU it is that of one matrix, and the result: with several threads, batched products there round differently in
+    batches of different sizes, and a result must not depend on its neighbours. In bf16 it is half of that and the
+    result, on accelerators.
     """
     on_cpu = stack.device.type == "cpu"
     size = 1 if on_cpu else max(len(stack), 1)
     dtype = torch.bfloat16 if precision == "bf16" and not on_cpu else stack.dtype
-    rows, columns = stack.shape[1:]
+    shape = rows, columns = stack.shape[1:]
     is_wide = _takes_gram_form(rows, columns, steps, precision)
     # Memory of its own, since the rounding may also depend on where in memory a matrix begins.
-    x_BSL, y_BSL = (stack.new_empty(size, rows, columns, dtype=dtype) for _ in range(2))
-    count = 4 if is_wide else 1 + any(c for _, _, c in steps)
+    room = max(size * rows * columns, 2 * _aligned(size * rows * rows, dtype) if is_wide else 0)
+    rooms = [stack.new_empty(room, dtype=dtype) for _ in range(2)]
+    count = 2 if is_wide else 1 + any(c for _, _, c in steps)
     squares = [stack.new_empty(size, rows, rows, dtype=dtype) for _ in range(count)]
-    result = torch.empty_like(stack, memory_format=torch.contiguous_format)
+    result = None if size == len(stack) else torch.empty_like(stack, memory_format=torch.contiguous_format)
     with fp32_products("tf32" if precision == "tf32" else "ieee"):
         for begin in range(0, len(stack), size):
+            x_BSL, y_BSL = (_begin_of(one, (size, *shape)) for one in rooms)
             x_BSL.copy_(stack[begin : begin + size])
             if is_wide:
-                found = _gram_form(x_BSL, y_BSL, squares, steps)
+                found = _gram_form(rooms, (size, *shape), squares, steps)
             else:
                 found = _plain_form(x_BSL, y_BSL, squares, steps, precision)
+            if result is None:
+                return found.to(stack.dtype)
             result[begin : begin + size] = found
+    assert result is not None
     return result
+
+
+def _aligned(count: int, dtype: torch.dtype) -> int:
+    """So many elements, and those up to where the next may begin."""
+    line = ALIGNMENT // dtype.itemsize
+    return -(-count // line) * line
+
+
+def _begin_of(room: Tensor, shape: tuple[int, ...], first: int = 0) -> Tensor:
+    return room[first : first + math.prod(shape)].view(shape)
 
 
 def polynomial_flops(rows: int, columns: int, steps: Sequence[Coefficients], precision: MatmulPrecision) -> float:
@@ -165,9 +183,22 @@ def _plain_form(
     return x_BSL
 
 
-def _gram_form(x_BSL: Tensor, y_BSL: Tensor, squares: Sequence[Tensor], steps: Sequence[Coefficients]) -> Tensor:
-    r_BSS, w_BSS, q_BSS, other_BSS = squares
+def _gram_form(
+    rooms: Sequence[Tensor], shape: tuple[int, int, int], squares: Sequence[Tensor], steps: Sequence[Coefficients]
+) -> Tensor:
+    """R and W lie where the next iterate comes, which is computed when they have been used.
+
+    Args:
+        rooms: of X, which begins the first, and of the next one.
+        shape: of X.
+        squares: two.
+        steps: their coefficients.
+    """
+    (x_room, y_room), (q_BSS, other_BSS) = rooms, squares
+    square = shape[0], shape[1], shape[1]
     for together in _rounds(steps):
+        x_BSL, y_BSL = (_begin_of(room, shape) for room in (x_room, y_room))
+        r_BSS, w_BSS = (_begin_of(y_room, square, at) for at in (0, _aligned(math.prod(square), y_room.dtype)))
         torch.bmm(x_BSL, x_BSL.mT, out=r_BSS)
         for step, (a, b, c) in enumerate(together, 1):
             if c:
@@ -184,5 +215,5 @@ def _gram_form(x_BSL: Tensor, y_BSL: Tensor, squares: Sequence[Tensor], steps: S
                 torch.bmm(w_BSS, r_BSS, out=other_BSS)
                 torch.bmm(other_BSS, w_BSS, out=r_BSS)
         torch.bmm(q_BSS, x_BSL, out=y_BSL)
-        x_BSL, y_BSL = y_BSL, x_BSL
-    return x_BSL
+        x_room, y_room = y_room, x_room
+    return y_BSL

@@ -68,8 +68,10 @@ _EXPRESS_MARGIN = 1.02  # Polar Express wants norms a little below one
 
 
 def _are_coefficients(value: Any) -> bool:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str):
         return value in ("quintic", "polar_express")
+    if not isinstance(value, Sequence):
+        return False
     return len(value) == 3 and all(isinstance(one, Real) and math.isfinite(one) for one in value)
 
 
@@ -106,10 +108,10 @@ def orthogonalize_(matrices: Tensor, group: Settings, precision: MatmulPrecision
     wide = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     # Divided by the largest element first: squares of large or small ones would not be numbers.
     peak = matrices.abs().amax((1, 2), keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    unit = wide / peak
-    norm = torch.maximum(block_norms(unit).view(-1, 1, 1), _EPS / peak)
-    unit /= norm * _EXPRESS_MARGIN if group["ns_coefficients"] == "polar_express" else norm
-    wide.copy_(polynomial_steps(unit, coefficients(group), precision))
+    wide /= peak
+    norm = torch.maximum(block_norms(wide).view(-1, 1, 1), _EPS / peak)
+    wide /= norm * _EXPRESS_MARGIN if group["ns_coefficients"] == "polar_express" else norm
+    wide.copy_(polynomial_steps(wide, coefficients(group), precision))
     return matrices
 
 
@@ -213,7 +215,7 @@ class Muon(ShardedOptimizer):
         update=muon_update,
         step_size=lambda group: group["lr"],
         first_step=1,
-        stack_temporaries=2,
+        stack_temporaries=4,
         others=adam_rule(lambda group: group),
     )
 

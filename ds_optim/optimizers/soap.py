@@ -57,7 +57,7 @@ from ds_optim.rule import (
 from ds_optim.sharding.assignment import Work
 from ds_optim.sharding.exchange import HostCopy
 from ds_optim.sharding.schedule import BUCKET_SIZE
-from ds_optim.stack import replace_
+from ds_optim.stack import are_finite, replace_
 from ds_optim.stepping.sharded import ShardedOptimizer
 
 _FIRST = 2  # the step that moves first: the one before gives the first bases
@@ -110,34 +110,51 @@ def soap_update(group: Settings, stack: Stack) -> Stepwise[Mapping[str, Tensor]]
     eps = group["eps"] / math.sqrt(1 - beta2**update)
     scalars = adam_graft_scalars((beta1, beta2), update, eps)
     rotated = rotated.contiguous()
-    stack.pass_(ADAM_GRAFT, ("momentum", "second_moment"), scalars, rotated, stack.good & based)
-    yield from _give_bases(stack)
+    fits = are_finite(rotated)
+    stack.pass_(ADAM_GRAFT, ("momentum", "second_moment"), scalars, rotated, stack.good & based & fits)
+    baseless = yield from _give_bases(stack)
     for axis in axes:
         rotated = rotate_along(state[f"basis_{axis}"], rotated, axis, stack.matmul_precision, back=True)
     stack.grads.copy_(rotated)
+    del rotated  # a stack's room
     failed = yield from _refresh(group, stack, based)
-    return {"the products of its gradients are not finite": failed}
+    return {
+        "its gradient is too large to be rotated": stack.good & ~fits,
+        "no eigenvectors of its gradients' products were found": failed | baseless,
+    }
 
 
-def _give_bases(stack: Stack) -> Stepwise[None]:
-    """The first basis of every block that has none yet, of this step's gradient, unless that is zero.
+def _give_bases(stack: Stack) -> Stepwise[Tensor]:
+    """The first basis of every block that has none yet, of its first gradient that is not zero; (B,) flags of failures.
 
-    Which blocks these are is known on an accelerator's host one step late, but for the first step after a start.
+    Which block has such a gradient an accelerator's host knows a step late, but for the very first step: ``based`` is
+    -1 meanwhile, and the basis is the next gradient's.
     """
-    based = stack.state["based"]
-    known = stack.memory.get("based") or HostCopy(based)
-    without = [index for index, has_one in enumerate(known.read()) if not has_one]
-    if not without:
-        return
-    is_new = stack.good & (based == 0) & (stack.grads.flatten(1) != 0).any(1)
-    which = slice(without[0], without[-1] + 1)  # those between that have one keep it
+    based, failed = stack.state["based"], torch.zeros_like(stack.good)
+    is_known = stack.step < _FIRST or based.device.type == "cpu"
+    flags = [0] * len(stack)
+    if stack.step >= _FIRST:
+        if "based" not in stack.memory:  # a resumed run looks once
+            stack.memory["based"] = HostCopy(based)
+        flags = stack.memory["based"].read()
+        if min(flags) > 0:
+            return failed
+    is_new = stack.good & (based <= 0) & (stack.grads.flatten(1) != 0).any(1)
+    based.masked_fill_(is_new, -1)
+    wanted = HostCopy(is_new).read() if is_known else [flag < 0 for flag in flags]
+    singles = [slice(index, index + 1) for index, is_wanted in enumerate(wanted) if is_wanted]
     computed = yield from side_by_side(
-        first_bases(unfolded(stack.grads[which], axis)) for axis in range(len(stack.shape))
+        side_by_side([first_bases(unfolded(stack.grads[one], axis)) for axis in range(len(stack.shape))])
+        for one in singles
     )
-    for axis, bases in enumerate(computed):
-        replace_(stack.state[f"basis_{axis}"][which], bases, is_new[which])
-    based |= is_new.to(based.dtype)
+    for one, bases in zip(singles, computed, strict=True):
+        is_found = is_new[one] & torch.stack([basis.isfinite().all() for basis in bases]).all()
+        for axis, basis in enumerate(bases):
+            replace_(stack.state[f"basis_{axis}"][one], basis, is_found)
+        based[one].masked_fill_(is_found, 1)
+        failed[one] = is_new[one] & ~is_found
     stack.memory["based"] = HostCopy(based)
+    return failed
 
 
 def _refresh(group: Settings, stack: Stack, based: Tensor) -> Stepwise[Tensor]:
@@ -146,24 +163,19 @@ def _refresh(group: Settings, stack: Stack, based: Tensor) -> Stepwise[Tensor]:
     which = stack.due(stack.step - _FIRST + 1, group["precondition_frequency"])
     if stack.step < _FIRST or which.start == which.stop:
         return failed
-    momentum, square = stack.state["momentum"][which], stack.state["second_moment"][which]
-    turned, sorted_square, good = momentum, square, (based & stack.good)[which]
+    momentum, square, good = stack.state["momentum"][which], stack.state["second_moment"][which], based & stack.good
+    bases = [stack.state[f"basis_{axis}"][which] for axis in range(len(stack.shape))]
     computed = yield from side_by_side(
-        next_bases(unpack(stack.state[f"factor_{axis}"][which]), stack.state[f"basis_{axis}"][which])
-        for axis in range(len(stack.shape))
+        next_bases(unpack(stack.state[f"factor_{axis}"][which]), old) for axis, old in enumerate(bases)
     )
-    for axis, (bases, order) in enumerate(computed):
-        old = stack.state[f"basis_{axis}"][which]
-        is_finite = bases.isfinite().flatten(1).all(1)
-        failed[which] |= good & ~is_finite
-        good = good & is_finite
-        turned = rotate_along(stacked_matmul(old.mT, bases), turned, axis)
+    is_finite = torch.stack([new.isfinite().flatten(1).all(1) for new, _ in computed]).all(0)
+    failed[which] = good[which] & ~is_finite
+    good = good[which] & is_finite
+    for axis, (old, (new, order)) in enumerate(zip(bases, computed, strict=True)):
+        replace_(momentum, rotate_along(stacked_matmul(old.mT, new), momentum, axis), good)
         along = order.view(len(order), *(-1 if other == axis else 1 for other in range(len(stack.shape))))
-        sorted_square = sorted_square.take_along_dim(along, axis + 1)
-    for axis, (bases, _) in enumerate(computed):
-        replace_(stack.state[f"basis_{axis}"][which], bases, good)
-    replace_(momentum, turned, good)
-    replace_(square, sorted_square, good)
+        replace_(square, square.gather(axis + 1, along.expand_as(square)), good)
+        replace_(old, new, good)
     return failed
 
 

@@ -83,8 +83,8 @@ def swan_update_(grads: Tensor, dim: int, *, steps: int, beta: float, precision:
     grad_norm_(grads, dim)
     length = block_norms(grads).view(-1, 1, 1)
     wide = grads.mT if grads.shape[1] > grads.shape[2] else grads
-    unit = wide / length.clamp_min(1)  # a norm is 0, or about the root of the elements
-    whitened = newton_schulz(unit, steps, beta, precision)
+    wide /= length.clamp_min(1)  # a norm is 0, or about the root of the elements
+    whitened = newton_schulz(wide, steps, beta, precision)
     scale = length / block_norms(whitened).clamp_min_(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
     torch.mul(whitened, scale, out=wide)
     return grads
@@ -179,7 +179,7 @@ class SWAN(ShardedOptimizer):
         update=swan_update,
         step_size=lambda group: group["lr"] * group["alpha"],
         first_step=1,
-        stack_temporaries=2,
+        stack_temporaries=3,
         others=adam_rule(lambda group: group),
     )
 

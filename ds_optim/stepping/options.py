@@ -88,12 +88,12 @@ def setting_problems(rule: Rule, settings: Mapping[str, Any]) -> list[str]:
     for key in ("lr", "eps", "weight_decay"):
         if key in settings:
             problems += _number_problems(key, settings[key])
-    problems += [*_judged(_CHECKS, settings), *_contradictions(settings)]
+    problems += [*judged(_CHECKS, settings), *_contradictions(settings)]
     if settings.get("betas") is not None:
         problems += _betas_problems(rule.betas, settings["betas"])
     if isinstance(rule, WholeMatrix):
-        problems += _judged(_CHECKS_OF_MATRICES, settings)
-    return [*problems, *_judged(rule.checks, settings), *rule.contradictions(settings)]
+        problems += judged(_CHECKS_OF_MATRICES, settings)
+    return [*problems, *judged(rule.checks, settings), *rule.contradictions(settings)]
 
 
 def _contradictions(settings: Mapping[str, Any]) -> list[str]:
@@ -104,7 +104,8 @@ def _contradictions(settings: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _judged(checks: Mapping[str, SettingCheck], settings: Mapping[str, Any]) -> list[str]:
+def judged(checks: Mapping[str, SettingCheck], settings: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the settings that are checked, as sentences."""
     return [
         problem for key, check in checks.items() if key in settings for problem in check.problems(key, settings[key])
     ]

@@ -28,7 +28,7 @@ from ds_optim.stepping.eight_bits import EIGHT_BITS, CodedBlocks
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.kernel_calls import row_major
 from ds_optim.stepping.logical_tensors import Logical
-from ds_optim.stepping.options import PRODUCTS, Options
+from ds_optim.stepping.options import PRODUCTS, Options, judged
 from ds_optim.stepping.owned_state import OwnedState
 from ds_optim.stepping.owner_state import state_begins
 from ds_optim.stepping.plans import Plans
@@ -191,6 +191,8 @@ class OwnedBlocks:
             for key in other_structure(self, group)
         ]
         raise_all(others, f"{self.owner}: blocks, their state and their schedule cannot change")
+        edited = [problem for group in groups.values() for problem in judged(self.rule.checks, group)]
+        raise_all(edited, f"{self.owner}: a parameter group")  # by all ranks: in the update its owner would be alone
         self._withheld.raise_if_any(min(key.step for key in together) if self.shards.is_bound and together else None)
         if self._generation != self.plans.generation:
             self._forget_derived()
