@@ -89,6 +89,7 @@ def refuse_replaced(before: Mapping[str, str], after: Mapping[str, str]) -> None
 
 def settings(made: Path) -> dict[str, str]:
     """Environment variables of all that runs in an environment; downloads lie in a folder ``cache`` beside it."""
+    linker = shutil.which("ld.lld-16")  # older Triton brings none for AMD, and older linkers do not know its files
     return {
         **{key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "CI")},
         "VIRTUAL_ENV": str(made),
@@ -101,6 +102,7 @@ def settings(made: Path) -> dict[str, str]:
         "DS_ACCELERATOR": "cpu",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        **({"TRITON_HIP_LLD_PATH": linker} if linker else {}),
     }
 
 

@@ -8,7 +8,8 @@ it, runs the areas, and removes it. What was found is kept in docs/results/versi
 docs/results/versions.md is written: a run that was cut off goes on with what is missing, and --again repeats areas.
 
 A build of torch for CUDA takes 5 to 8 GB of disk with its libraries and 2 to 4 GB of downloads; one environment is
-there at a time (--keep leaves it), and each has operators of its own (TORCH_EXTENSIONS_DIR). Exit status 1 if an area
+there at a time (--keep leaves it), and each has operators of its own (TORCH_EXTENSIONS_DIR). Triton before 3.7 links
+programs for AMD with a linker that must be there: Debian's lld-16. Exit status 1 if an area
 of these combinations does not pass, or one of them cannot be installed. With --beside nothing is run: what would be
 installed beside tools that dictate releases of their own is resolved, and put into the page.
 """

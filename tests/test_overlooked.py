@@ -72,7 +72,7 @@ def with_the_trainer(folder: Path, settings: dict[str, Any], how: str) -> tuple[
     with fresh_accelerate(), without_building_deepspeeds_adam():
         arguments = TrainingArguments(
             output_dir=str(folder),
-            deepspeed=settings,
+            deepspeed={**settings, "fp16": {"enabled": False}},  # transformers 4 halves inputs unless told
             max_steps=1,
             per_device_train_batch_size=1,
             learning_rate=1e-3,
