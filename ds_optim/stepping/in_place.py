@@ -26,7 +26,7 @@ from ds_optim.sharding.binding import BoundTensor, local_of
 from ds_optim.sharding.block_runs import BlockRuns, block_runs, held_spans
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import Layout
-from ds_optim.stepping.eight_bits import EIGHT_BITS, CodedBlocks, code_grid, coded_keys, is_coded, plain_dtype
+from ds_optim.stepping.eight_bits import EIGHT_BITS, CodedBlocks, code_grid, coded_among, coded_keys, plain_dtype
 from ds_optim.stepping.kernel_calls import Call, Stretches, Walk, block_tables, places, run
 from ds_optim.stepping.logical_tensors import Logical, block_ranges, element_ranges, packed
 from ds_optim.stepping.options import Options
@@ -72,7 +72,7 @@ class InPlace:
         left_out: Callable[[Tensor], Set[int]] | None = None,
     ) -> None:
         self.rule, self.options, self.shards, self._owner, self._left_out = rule, options, shards, owner, left_out
-        self.kept = HeldState()
+        self.kept = HeldState(CodedBlocks.of(rule))
         self._is_coded = options.state_dtype == EIGHT_BITS
         self._generation = shards.generation
         self._grids: dict[str, BlockGrid] = {}
@@ -118,11 +118,14 @@ class InPlace:
         """What is stepped of a local tensor: what is kept as it is, and what is in eight bits, where there is any."""
         self._follow()
         if tensor not in self._parts:
-            if self._is_coded and self._warned_of != self._generation:
-                self._warned_of = self._generation
-                self._warn_of_guesses()
-            coded = self._coded_of(tensor)
-            everything = frozenset(range(len(self.shards.parameters_of(tensor)))) - self._left_out_of(tensor)
+            specs, left_out = self.shards.parameters_of(tensor), self._left_out or _of_nobody
+            coded = frozenset[int]()
+            if self._is_coded:  # nothing else here needs roles
+                coded = coded_among(self.options, self.shards.roles, specs)
+                if self._warned_of != self._generation:
+                    self._warned_of = self._generation
+                    _warn_of_guesses(self.options, self.shards, left_out)
+            everything = frozenset(range(len(specs))) - left_out(tensor)
             found = [(everything - coded, False), (everything & coded, True)]
             has_room = self._left_out is None and not self._is_coded
             self._parts[tensor] = [
@@ -131,27 +134,6 @@ class InPlace:
                 if parameters or not (coded or codes)
             ]
         return self._parts[tensor]
-
-    def _coded_of(self, tensor: Tensor) -> frozenset[int]:
-        """The parameters of a tensor whose state per element is in eight bits, whoever steps them."""
-        specs = self.shards.parameters_of(tensor) if self._is_coded else ()
-        roles = self.shards.roles
-        return frozenset(i for i, spec in enumerate(specs) if is_coded(self.options, roles[spec.name], spec))
-
-    def _left_out_of(self, tensor: Tensor) -> frozenset[int]:
-        return frozenset(self._left_out(tensor) if self._left_out is not None else ())
-
-    def _warn_of_guesses(self) -> None:
-        """One warning that names what is kept in eight bits for want of a role: a norm or an embedding, perhaps."""
-        names = [
-            self.shards.parameters_of(tensor)[index].name
-            for tensor in self.shards.tensors
-            for index in sorted(self._coded_of(tensor) - self._left_out_of(tensor))
-        ]
-        consequence = "keeps their state in eight bits, as if none were an embedding, a norm or a bias"
-        roles, shapes = self.shards.roles, self.shards.shapes
-        its = {name: roles[name] for name in names}
-        warn_unclaimed(its, shapes, lambda role: role.kind != "other", consequence, vectors=True)
 
     def grids_of(self, layout: Layout) -> dict[str, BlockGrid]:
         """The block grid of every parameter of a layout, by name."""
@@ -233,10 +215,6 @@ class InPlace:
             for state, of_blocks in zip(found, blocks, strict=True):
                 state.update(dict.fromkeys(self.rule.block_state, of_blocks))
         return found
-
-    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = CodedBlocks.of(self.rule).decoded({key: values[None] for key, values in state.items()})
-        return {key: values[0] for key, values in found.items()}
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         layout = self.shards.of(tensor).layout
@@ -332,6 +310,22 @@ class InPlace:
                 self._places.clear()
             self._places[together] = tensors, places(tensors, [self.shards.of(tensor) for tensor in tensors])
         return kernels.Rounding(key_of(self.options.seed, step), self._places[together][1])
+
+
+def _of_nobody(_: Tensor) -> Set[int]:
+    """The parameters that are left out where none are."""
+    return frozenset()
+
+
+def _warn_of_guesses(options: Options, shards: Shards, left_out: Callable[[Tensor], Set[int]]) -> None:
+    """One warning that names what is kept in eight bits for want of a role: a norm or an embedding, perhaps."""
+    roles, its = shards.roles, dict[str, Role]()
+    for tensor in shards.tensors:
+        specs = shards.parameters_of(tensor)
+        names = [specs[index].name for index in sorted(coded_among(options, roles, specs) - left_out(tensor))]
+        its.update({name: roles[name] for name in names})
+    consequence = "keeps their state in eight bits, as if none were an embedding, a norm or a bias"
+    warn_unclaimed(its, shards.shapes, lambda role: role.kind != "other", consequence, vectors=True)
 
 
 def _part(

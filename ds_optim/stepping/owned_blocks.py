@@ -68,7 +68,7 @@ class OwnedBlocks:
     def _set_plans(self, plans: Plans) -> None:
         self.plans = plans
         self._others = InPlace(self.rule.others, self.options, self.shards, self.owner, plans.matrices_of)
-        self.kept = OwnedState(plans, self.shards, self._others.keys)
+        self.kept = OwnedState(plans, self.shards, self.coded, self._others.keys, self._others.kept)
         self._withheld = Withheld(self.owner)
         self._forget_derived()
 
@@ -113,23 +113,6 @@ class OwnedBlocks:
     def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
         others = self._others.logical_state(tensor)
         return [owned or its for owned, its in zip(self.kept.logical(tensor), others, strict=True)]
-
-    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        plan, index = self.plans.place_of(tensor)
-        blocks = [block for block in plan.of_tensor(index) if plan.blocks[block].parameter == parameter]
-        if not blocks:
-            return self._others.values_of(tensor, parameter, state)
-        blocks.sort(key=lambda block: plan.blocks[block].index)
-        values: dict[str, list[Tensor]] = {}
-        for block, begins in state_begins(plan, blocks, self.plans.state_of_block).items():
-            spec = self.plans.state_of_block(plan.blocks[block].tile.shape)
-            kept = {
-                key: state[key].narrow(0, begins[key], math.prod(shape)).view(1, *shape)
-                for key, (shape, _) in spec.items()
-            }
-            for key, its in self.coded.decoded(kept).items():  # small blocks have values among others' codes
-                values.setdefault(key, []).append(its.flatten())
-        return {key: torch.cat(listed) for key, listed in values.items()}
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         return self.plans.in_words(tensor)
