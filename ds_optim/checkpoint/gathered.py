@@ -51,5 +51,5 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
             moves.add([(start, part.to("cpu", logical.dtype)) for start, part in have], [(0, gathered[key])])
     moves.run(ranks.group, torch.device("cpu"))
     stepper = training.optimizer.stepper
-    values = stepper.values_of(tensor, index, gathered)
+    values = stepper.kept.values_of(tensor, index, gathered)
     return {key: its.view(one.shape) if key in stepper.element_state else its for key, its in values.items()}

@@ -11,7 +11,7 @@ As the authors of the method and bitsandbytes do, some parameters keep fp32 stat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,8 +52,12 @@ def is_codes(key: str) -> bool:
     return key.endswith(_CODES)
 
 
-def is_coded(options: Options, role: Role, spec: ParameterSpec) -> bool:
-    """Whether a parameter's state per element is kept in eight bits."""
+def coded_among(options: Options, roles: Mapping[str, Role], specs: Sequence[ParameterSpec]) -> frozenset[int]:
+    """The parameters, as indices, whose state per element is kept in eight bits."""
+    return frozenset(index for index, spec in enumerate(specs) if _is_coded(options, roles[spec.name], spec))
+
+
+def _is_coded(options: Options, role: Role, spec: ParameterSpec) -> bool:
     if options.state_dtype != EIGHT_BITS or spec.numel < LEAST or role.kind in ("norm", "bias"):
         return False
     return role.kind != "embedding" or options.int8_embeddings

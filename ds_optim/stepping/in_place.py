@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ds_optim import kernels
 from ds_optim.kernels.rounding import key_of
@@ -21,12 +22,11 @@ from ds_optim.kernels.tables import table_of
 from ds_optim.roles import warn_unclaimed
 from ds_optim.roles.role import Role
 from ds_optim.rule import Blockwise, Elementwise, Settings, StateSpec
-from ds_optim.sharding.binding import local_of
-from ds_optim.sharding.block_runs import BlockRuns, block_runs
+from ds_optim.sharding.binding import BoundTensor, local_of
+from ds_optim.sharding.block_runs import BlockRuns, block_runs, held_spans
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.layout import Layout
-from ds_optim.stepping.eight_bits import EIGHT_BITS, CodedBlocks, code_grid, coded_keys, plain_dtype
-from ds_optim.stepping.kept_parts import KeptParts
+from ds_optim.stepping.eight_bits import EIGHT_BITS, CodedBlocks, code_grid, coded_among, coded_keys, plain_dtype
 from ds_optim.stepping.kernel_calls import Call, Stretches, Walk, block_tables, places, run
 from ds_optim.stepping.logical_tensors import Logical, block_ranges, element_ranges, packed
 from ds_optim.stepping.options import Options
@@ -34,6 +34,22 @@ from ds_optim.stepping.shards import Shards
 from ds_optim.stepping.stepper import HeldState, ShapeRule, States, Together
 
 _KEPT = 64  # lists of tensors whose tables are remembered: a training run has a few
+
+
+class KeptPart(NamedTuple):
+    """What is stepped of a local tensor whose state is kept in one way.
+
+    Attributes:
+        parameters: of the layout, by index.
+        spans: ``(start, length)``, ascending.
+        is_whole: whether state has the tensor's shape; otherwise it has room for the spans alone, one behind the other.
+        codes: the blocks of codes of which something is here; None: state is kept as it is.
+    """
+
+    parameters: frozenset[int]
+    spans: list[tuple[int, int]]
+    is_whole: bool
+    codes: BlockRuns | None
 
 
 class InPlace:
@@ -56,21 +72,21 @@ class InPlace:
         left_out: Callable[[Tensor], Set[int]] | None = None,
     ) -> None:
         self.rule, self.options, self.shards, self._owner, self._left_out = rule, options, shards, owner, left_out
-        self.kept = HeldState()
+        self.kept = HeldState(CodedBlocks.of(rule))
         self._is_coded = options.state_dtype == EIGHT_BITS
         self._generation = shards.generation
         self._grids: dict[str, BlockGrid] = {}
         self._runs: dict[Tensor, BlockRuns] = {}
-        self._parts = KeptParts(options, shards, left_out)
+        self._parts: dict[Tensor, list[KeptPart]] = {}
         self._walks: dict[tuple[int, ...], tuple[list[Tensor], list[Walk]]] = {}  # tensors too, or others get their ids
         self._places: dict[tuple[int, ...], tuple[list[Tensor], kernels.Places]] = {}
         self._warned_of_bf16 = False
+        self._warned_of = -1  # the generation whose guesses were told of
 
     def at_rank(self, rank: int) -> InPlace:
         """The same on another rank, of shards that are predicted."""
         other = InPlace(self.rule, self.options, self.shards.at_rank(rank), self._owner, self._left_out)
-        other._grids = self._grids
-        other._parts.follow(self._parts)
+        other._grids, other._warned_of = self._grids, self._warned_of
         return other
 
     # -- what follows from the shards -------------------------------------------------------------------------------
@@ -89,7 +105,7 @@ class InPlace:
         """Drop what was derived from tensors and roles."""
         self._grids.clear()
         self._runs.clear()
-        self._parts.forget()
+        self._parts.clear()
         self._walks.clear()
         self._places.clear()
 
@@ -97,6 +113,27 @@ class InPlace:
         if self._generation != self.shards.generation:
             self._generation = self.shards.generation
             self.forget()
+
+    def parts_of(self, tensor: Tensor) -> list[KeptPart]:
+        """What is stepped of a local tensor: what is kept as it is, and what is in eight bits, where there is any."""
+        self._follow()
+        if tensor not in self._parts:
+            specs, left_out = self.shards.parameters_of(tensor), self._left_out or _of_nobody
+            coded = frozenset[int]()
+            if self._is_coded:  # nothing else here needs roles
+                coded = coded_among(self.options, self.shards.roles, specs)
+                if self._warned_of != self._generation:
+                    self._warned_of = self._generation
+                    _warn_of_guesses(self.options, self.shards, left_out)
+            everything = frozenset(range(len(specs))) - left_out(tensor)
+            found = [(everything - coded, False), (everything & coded, True)]
+            has_room = self._left_out is None and not self._is_coded
+            self._parts[tensor] = [
+                _part(tensor, self.shards.of(tensor), parameters, has_room=has_room, in_codes=codes)
+                for parameters, codes in found
+                if parameters or not (coded or codes)
+            ]
+        return self._parts[tensor]
 
     def grids_of(self, layout: Layout) -> dict[str, BlockGrid]:
         """The block grid of every parameter of a layout, by name."""
@@ -139,7 +176,7 @@ class InPlace:
 
     def spec(self, tensor: Tensor) -> dict[str, StateSpec]:
         spec: dict[str, StateSpec] = {}
-        for part in self._parts.of(tensor):
+        for part in self.parts_of(tensor):
             shape = tuple(tensor.shape) if part.is_whole else (sum(length for _, length in part.spans),)
             for key in self.rule.element_state:
                 if part.codes is None:
@@ -158,7 +195,7 @@ class InPlace:
         bound = self.shards.of(tensor)
         layout, held = bound.layout, element_ranges(bound.layout, bound.rank)
         found: list[dict[str, Logical]] = [{} for _ in layout.parameters]
-        for part in self._parts.of(tensor):
+        for part in self.parts_of(tensor):
             its = [pieces if index in part.parameters else [] for index, pieces in enumerate(held)]
             pieces_of = its if part.is_whole else packed(its)
             scales = []
@@ -178,10 +215,6 @@ class InPlace:
             for state, of_blocks in zip(found, blocks, strict=True):
                 state.update(dict.fromkeys(self.rule.block_state, of_blocks))
         return found
-
-    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = CodedBlocks.of(self.rule).decoded({key: values[None] for key, values in state.items()})
-        return {key: values[0] for key, values in found.items()}
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         layout = self.shards.of(tensor).layout
@@ -237,7 +270,7 @@ class InPlace:
         parts = {
             index: part
             for index, tensor in enumerate(tensors)
-            for part in self._parts.of(tensor)
+            for part in self.parts_of(tensor)
             if (part.codes is not None) == coded
         }
         if not parts:
@@ -277,6 +310,41 @@ class InPlace:
                 self._places.clear()
             self._places[together] = tensors, places(tensors, [self.shards.of(tensor) for tensor in tensors])
         return kernels.Rounding(key_of(self.options.seed, step), self._places[together][1])
+
+
+def _of_nobody(_: Tensor) -> Set[int]:
+    """The parameters that are left out where none are."""
+    return frozenset()
+
+
+def _warn_of_guesses(options: Options, shards: Shards, left_out: Callable[[Tensor], Set[int]]) -> None:
+    """One warning that names what is kept in eight bits for want of a role: a norm or an embedding, perhaps."""
+    roles, its = shards.roles, dict[str, Role]()
+    for tensor in shards.tensors:
+        specs = shards.parameters_of(tensor)
+        names = [specs[index].name for index in sorted(coded_among(options, roles, specs) - left_out(tensor))]
+        its.update({name: roles[name] for name in names})
+    consequence = "keeps their state in eight bits, as if none were an embedding, a norm or a bias"
+    warn_unclaimed(its, shards.shapes, lambda role: role.kind != "other", consequence, vectors=True)
+
+
+def _part(
+    tensor: Tensor, bound: BoundTensor, parameters: frozenset[int], *, has_room: bool, in_codes: bool
+) -> KeptPart:
+    """The part of a tensor that some parameters are.
+
+    Args:
+        has_room: whether state has room for all of the tensor, padding too.
+    """
+    layout = bound.layout
+    others = frozenset(range(len(layout.parameters))) - parameters
+    spans = held_spans(layout, bound.rank, others)
+    is_all = not others if isinstance(tensor, DTensor) else sum(length for _, length in spans) == tensor.numel()
+    codes = None
+    if in_codes:
+        grids = {layout.parameters[index].name: code_grid(layout.parameters[index].numel) for index in parameters}
+        codes = block_runs(layout, bound.rank, grids)
+    return KeptPart(parameters, spans, has_room or is_all, codes)
 
 
 def _is_understood(role: Role) -> bool:

@@ -30,7 +30,7 @@ from ds_optim.stepping.kernel_calls import row_major
 from ds_optim.stepping.logical_tensors import Logical
 from ds_optim.stepping.options import PRODUCTS, Options, judged
 from ds_optim.stepping.owned_state import OwnedState
-from ds_optim.stepping.owner_state import state_begins
+from ds_optim.stepping.owner_state import block_views, state_begins
 from ds_optim.stepping.plans import Plans
 from ds_optim.stepping.shards import Shards
 from ds_optim.stepping.stepper import ShapeRule, States, Together, other_structure
@@ -68,7 +68,7 @@ class OwnedBlocks:
     def _set_plans(self, plans: Plans) -> None:
         self.plans = plans
         self._others = InPlace(self.rule.others, self.options, self.shards, self.owner, plans.matrices_of)
-        self.kept = OwnedState(plans, self.shards, self._others.keys)
+        self.kept = OwnedState(plans, self.shards, self.coded, self._others.keys, self._others.kept)
         self._withheld = Withheld(self.owner)
         self._forget_derived()
 
@@ -116,29 +116,8 @@ class OwnedBlocks:
 
     def units(self, tensor: Tensor, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Views (1, *shape per block) of the state of every block of a tensor that this rank owns."""
-        return self._views(self.plans.place_of(tensor)[0], self._begins_of(tensor), state)
-
-    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        plan, index = self.plans.place_of(tensor)
-        blocks = [block for block in plan.of_tensor(index) if plan.blocks[block].parameter == parameter]
-        if not blocks:
-            return self._others.values_of(tensor, parameter, state)
-        blocks.sort(key=lambda block: plan.blocks[block].index)
-        values: dict[str, list[Tensor]] = {}
-        for kept in self._views(plan, state_begins(plan, blocks, self.plans.state_of_block), state):
-            for key, its in self.coded.decoded(kept).items():  # small blocks have values among others' codes
-                values.setdefault(key, []).append(its.flatten())
-        return {key: torch.cat(listed) for key, listed in values.items()}
-
-    def _views(
-        self, plan: Plan, begins: Mapping[int, Mapping[str, int]], state: Mapping[str, Tensor]
-    ) -> Iterator[dict[str, Tensor]]:
-        for block, its in begins.items():
-            kept = self.plans.state_of_block(plan.blocks[block].tile.shape)
-            yield {
-                key: state[key].narrow(0, its[key], math.prod(shape)).view(1, *shape)
-                for key, (shape, _) in kept.items()
-            }
+        plan, _ = self.plans.place_of(tensor)
+        return block_views(plan, self.plans.owned(tensor), self.plans.state_of_block, state)
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         return self.plans.in_words(tensor)

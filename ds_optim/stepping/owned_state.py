@@ -12,13 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from ds_optim.rule import StateSpec
 from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.stepping.eight_bits import CodedBlocks
 from ds_optim.stepping.former_state import in_todays_form
 from ds_optim.stepping.logical_tensors import Logical, owned_ranges
-from ds_optim.stepping.owner_state import BLOCKS, by_identity, identities, state_spec
+from ds_optim.stepping.owner_state import BLOCKS, block_views, by_identity, identities, state_spec
 from ds_optim.stepping.plans import Plans
 from ds_optim.stepping.shards import Shards
 from ds_optim.stepping.state_moves import Placed, StateMoves, as_stated, moved, room_for
-from ds_optim.stepping.stepper import States
+from ds_optim.stepping.stepper import HeldState, States
 
 
 class OwnedState:
@@ -27,11 +28,16 @@ class OwnedState:
     Args:
         plans: who owns which.
         shards: whose tensors.
+        coded: which codes the state of blocks has in eight bits.
         of_others: keys of the state that belongs to no block.
+        others: that state.
     """
 
-    def __init__(self, plans: Plans, shards: Shards, of_others: Sequence[str]) -> None:
-        self._plans, self._shards, self._of_others = plans, shards, of_others
+    def __init__(
+        self, plans: Plans, shards: Shards, coded: CodedBlocks, of_others: Sequence[str], others: HeldState
+    ) -> None:
+        self._plans, self._shards, self._coded = plans, shards, coded
+        self._of_others, self._others = of_others, others
         self._state_of_block = plans.state_of_block
         self._followed = -1  # state may have come from a copy, or from a file
 
@@ -98,6 +104,19 @@ class OwnedState:
             for key in [key for key in state if key != "step" and key not in self._of_others]:
                 del state[key]
             state.update({**empty, **its})
+
+    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `KeptState` says, block behind block."""
+        plan, index = self._plans.place_of(tensor)
+        blocks = [block for block in plan.of_tensor(index) if plan.blocks[block].parameter == parameter]
+        if not blocks:
+            return self._others.values_of(tensor, parameter, state)
+        blocks.sort(key=lambda block: plan.blocks[block].index)
+        found: dict[str, list[Tensor]] = {}
+        for kept in block_views(plan, blocks, self._state_of_block, state):
+            for key, values in self._coded.decoded(kept).items():  # small blocks have values among others' codes
+                found.setdefault(key, []).append(values.flatten())
+        return {key: torch.cat(values) for key, values in found.items()}
 
     # -- in a state dict --------------------------------------------------------------------------------------------
 

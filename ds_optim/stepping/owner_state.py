@@ -7,7 +7,7 @@ another rank's for its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,18 @@ def state_begins(plan: Plan, blocks: Sequence[int], state_of_block: StateOfBlock
         for name, (shape, _) in spec.items():
             position[name] = position.get(name, 0) + math.prod(shape)
     return begins
+
+
+def block_views(
+    plan: Plan, blocks: Sequence[int], state_of_block: StateOfBlock, state: Mapping[str, Tensor]
+) -> Iterator[dict[str, Tensor]]:
+    """Views (1, *shape per block) of the state of blocks that stands one behind the other in flat tensors."""
+    for block, begins in state_begins(plan, blocks, state_of_block).items():
+        spec = state_of_block(plan.blocks[block].tile.shape)
+        yield {
+            name: state[name].narrow(0, begins[name], math.prod(shape)).view(1, *shape)
+            for name, (shape, _) in spec.items()
+        }
 
 
 def identities(plan: Plan, blocks: Sequence[int]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ds_optim.rule import Settings, StateSpec
+from ds_optim.stepping.eight_bits import CodedBlocks
 from ds_optim.stepping.logical_tensors import Logical, LogicalParameter, element_ranges
 from ds_optim.stepping.options import COMMON
 from ds_optim.stepping.shards import Shards
@@ -57,9 +58,19 @@ class KeptState(Protocol):
     def is_anothers(self, tensor: Tensor, state: Mapping[str, Any]) -> bool:
         """Whether saved state is of other blocks than this rank's."""
 
+    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole logical state of a parameter of a local tensor as values: fp32 where it is in eight bits."""
+
 
 class HeldState:
-    """State that lies where its elements do (`KeptState`): it begins at zero, and nobody else has it."""
+    """State that lies where its elements do (`KeptState`): it begins at zero, and nobody else has it.
+
+    Args:
+        coded: which codes it has in eight bits.
+    """
+
+    def __init__(self, coded: CodedBlocks) -> None:
+        self._coded = coded
 
     def fill(self, tensor: Tensor, state: Mapping[str, Tensor]) -> None:
         pass
@@ -75,6 +86,10 @@ class HeldState:
 
     def is_anothers(self, tensor: Tensor, state: Mapping[str, Any]) -> bool:
         return False
+
+    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self._coded.decoded({key: values[None] for key, values in state.items()})
+        return {key: values[0] for key, values in found.items()}
 
 
 class Stepper(Protocol):
@@ -118,9 +133,6 @@ class Stepper(Protocol):
 
     def logical_state(self, tensor: Tensor) -> list[dict[str, Logical]]:
         """The state of every parameter of a local tensor, by key."""
-
-    def values_of(self, tensor: Tensor, parameter: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All values of the state of a tensor's parameter, of all of its logical state: fp32 where that is in codes."""
 
     def blocks_in_words(self, tensor: Tensor) -> list[str]:
         """The blocks of every parameter of a local tensor; equal words mean equal blocks."""
