@@ -218,3 +218,19 @@ def test_a_directory_of_deepspeeds_becomes_a_canonical_checkpoint_of_today(tmp_p
     checkpoint.load(tmp_path, model, optimizer)
     meshes.train(MeshCase(case, "single"), wrapped, model, optimizer, range(SAVED_AT + 1, STEPS + 1))
     assert agree("0.1.0", "deepspeed", "Shampoo", weights(model))
+
+
+def test_an_optimizer_counts_the_tables_of_its_own_matrices_alone(seed: int) -> None:
+    """They are the process's: another model's, of other orders, must not be counted as this one's memory."""
+
+    def stepped(side: int) -> int:
+        weight = nn.Parameter(torch.ones(side, side))
+        optimizer = Shampoo([("w", weight)], roles={"w": "linear"})
+        weight.grad = torch.randn(side, side, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+        return sum(one.nbytes for one in optimizer.stepper.buffers() if one.dtype == torch.int32 and one.numel() >= 100)
+
+    alone = stepped(40)
+    assert alone == 4 * (40 * 41 // 2 + 40 * 40)
+    assert stepped(90) == 4 * (90 * 91 // 2 + 90 * 90)
+    assert stepped(40) == alone

@@ -8,6 +8,7 @@ indexed copy, on any device; its table is made once for every order and device.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -77,9 +78,9 @@ def packed_diagonal(values: Tensor) -> Tensor:
     return packed
 
 
-def tables() -> list[Tensor]:
-    """What is kept from one call to the next."""
-    return [table for pair in _tables.values() for table in pair]
+def tables(orders: Collection[int]) -> list[Tensor]:
+    """What is kept from one call to the next for matrices of these orders; for others somebody else may have asked."""
+    return [table for (order, _), pair in _tables.items() if order in orders for table in pair]
 
 
 def _tables_for(order: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -130,8 +130,9 @@ class OwnedBlocks:
         self._memories.clear()
 
     def buffers(self) -> list[Tensor]:
-        kept = self.plans.state_of_block((1, 1)).values()
-        tables = packed_matrices.tables() if any(isinstance(one, PackedSymmetric) for one in kept) else []
+        shapes = {plan.blocks[block].tile.shape for plan in self.plans.listed for block in range(len(plan.blocks))}
+        kept = [one for shape in shapes for one in self.plans.state_of_block(shape).values()]
+        tables = packed_matrices.tables({one.order for one in kept if isinstance(one, PackedSymmetric)})
         return [*self._others.buffers(), *self._withheld.buffers(), *tables]
 
     # -- prediction -------------------------------------------------------------------------------------------------
