@@ -330,7 +330,8 @@ class WholeMatrix(Rule):
         step_size: what updates are multiplied by.
         first_step: of a parameter's steps, from 1, the first that moves its blocks, decay included; those before only
             look at gradients.
-        stack_temporaries: what an update takes beside its gradients and state, in units of a stack (measured).
+        stack_temporaries: what an update takes beside its gradients and state, in units of a stack, or where symmetric
+            matrices are kept of squares of its longest side (counted in tests/test_pretended_device.py).
         others: the rule of what is no matrix.
     """
 

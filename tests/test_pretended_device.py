@@ -348,7 +348,7 @@ def stacks_taken(name: str, shape: tuple[int, ...], count: int, precision: str, 
     for _, change, _ in tracker.log:
         taken += change
         peak = max(peak, taken)
-    return peak / (4 * count * max(math.prod(shape), max(shape) ** 2))
+    return peak / (4 * count * max(math.prod(shape), (name == "SOAP") * max(shape) ** 2))
 
 
 @pytest.mark.parametrize("name", ["SWAN", "Muon", "NorMuon", "SOAP"])
@@ -356,8 +356,7 @@ def stacks_taken(name: str, shape: tuple[int, ...], count: int, precision: str, 
 def test_an_update_takes_the_stacks_that_its_rule_states(
     name: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A square matrix; other sides, fewer bits, and on a host several matrices, take no more. SOAP's take one more on a
-    host, where both axes are decomposed at the same time."""
+    """At the worst sides: square for Muon and SOAP, half as long again as wide for SWAN."""
 
     @contextlib.contextmanager
     def on_device() -> Iterator[Any]:
@@ -367,20 +366,17 @@ def test_an_update_takes_the_stacks_that_its_rule_states(
 
     move = on_device if where == "device" else functools.partial(contextlib.nullcontext, Tensor.clone)
     stated = getattr(ds_optim, name).rule.stack_temporaries
-    squares, wide = [(128, 128)], [(128, 208), (208, 128), (128, 272), (128, 512)]
-    if name == "SOAP":
-        wide.append((8, 16, 128))
-    else:
-        squares, wide = ([(1, *shape) for shape in shapes] for shapes in (squares, wide))
+    shapes: list[tuple[int, ...]] = [(128, 128), (128, 208), (208, 128), (128, 272), (128, 512)]
+    shapes = [*shapes, (8, 16, 128)] if name == "SOAP" else [(1, *shape) for shape in shapes]
     found = {
         (shape, count, precision): stacks_taken(name, shape, count, precision, move)
-        for shape in (*squares, *wide)
+        for shape in shapes
         for count in (1, 8)
         for precision in ("ieee", "tf32" if name == "SOAP" else "bf16")  # in bf16 a CPU has not SOAP's products
         if where == "device" or precision == "ieee"
     }
     assert max(found.values()) <= stated + 0.1, found
-    assert found[squares[0], 1, "ieee"] >= stated - (name == "SOAP" and where == "device") - 0.1, found
+    assert max(found.values()) > stated - 1, found
 
 
 @pytest.mark.parametrize(("dtype", "of_an_update"), [(torch.float32, 2), (torch.bfloat16, 1)])

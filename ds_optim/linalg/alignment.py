@@ -55,6 +55,11 @@ def one_by_one(product: Callable[..., object], result: Tensor, *stacks: Tensor, 
     return result
 
 
+def aligned(matrix: Tensor) -> Tensor:
+    """A dense matrix that begins at an aligned address: itself, or a copy."""
+    return matrix.clone() if matrix.data_ptr() % ALIGNMENT else matrix
+
+
 def _is_aligned(stack: Tensor) -> bool:
     """Whether every matrix of a stack begins at an aligned address and has no gaps."""
     _, rows, columns = stack.shape

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
+from ds_optim.linalg.alignment import aligned
 from ds_optim.linalg.products import stacked_matmul
 from ds_optim.linalg.workers import Stepwise, matrix_by_matrix
 
@@ -94,7 +95,7 @@ def next_bases(matrices: Tensor, bases: Tensor) -> Stepwise[tuple[Tensor, Tensor
 
     def compute(index: int) -> None:
         one = products[index]
-        _decompose(lambda: _orthonormal(one.clone(), bases[index], order[index], is_certain=True), one)
+        _decompose(lambda: _orthonormal(aligned(one), bases[index], order[index], is_certain=True), one)
 
     yield from matrix_by_matrix(products, compute, kept=1)
     return products, order

@@ -235,7 +235,7 @@ class SOAP(ShardedOptimizer):
         update=soap_update,
         step_size=lambda group: group["lr"] * (1 - group["lr"] * group["weight_decay"]),
         first_step=_FIRST,
-        stack_temporaries=5,
+        stack_temporaries=4,
         others=adam_rule(lambda group: group),
     )
 

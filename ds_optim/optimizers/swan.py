@@ -179,7 +179,7 @@ class SWAN(ShardedOptimizer):
         update=swan_update,
         step_size=lambda group: group["lr"] * group["alpha"],
         first_step=1,
-        stack_temporaries=3,
+        stack_temporaries=4,
         others=adam_rule(lambda group: group),
     )
 

@@ -150,10 +150,12 @@ class OwnedBlocks:
         buckets = plan.schedule(range(len(plan.layouts)), rank, self.options.exchange_bucket_size)
         largest = 0
         for bucket in buckets:
-            counts = Counter(plan.blocks[one.block].tile.shape for one in bucket.owned)
-            for shape, count in counts.items():
+            blocks = [plan.blocks[one.block] for one in bucket.owned]
+            counts = Counter((one.tile.shape, -1 if plan.stateless else one.tensor) for one in blocks)
+            for (shape, _), count in counts.items():
                 together = min(count, stack_size(device_type, shape, bucket.numel))
-                largest = max(largest, 4 * together * max(math.prod(shape), max(shape) ** 2))
+                has_squares = any(isinstance(one, PackedSymmetric) for one in self.plans.state_of_block(shape).values())
+                largest = max(largest, 4 * together * max(math.prod(shape), has_squares * max(shape) ** 2))
         computing, any_moment = pipeline.buffer_bytes(buckets, self.options.exchange_dtype.itemsize)
         temporaries = self.rule.stack_temporaries
         if self.options.state_dtype == EIGHT_BITS:  # a stack's state as fp32, and once more in the making
