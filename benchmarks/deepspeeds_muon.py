@@ -178,6 +178,13 @@ def trained(kind: str, stage: int) -> dict[str, Any]:
     return report
 
 
+def build_deepspeeds_adam() -> None:
+    """Which its Muon compiles where it starts: that takes longer than a rank may take to answer."""
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    FusedAdamBuilder().load()
+
+
 def off(found: dict[str, Tensor], wanted: dict[str, Tensor], begin: dict[str, Tensor]) -> float:
     """The largest distance of a matrix from what was wanted, in distances moved."""
     return max(
@@ -243,6 +250,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4], help="numbers of ranks")
     parser.add_argument("--markdown", type=Path, help="where the page is written")
     given = parser.parse_args()
+    build_deepspeeds_adam()
     with Pools() as pools:
         lines = table(pools, given.ranks)
     if given.markdown:
