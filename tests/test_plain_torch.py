@@ -175,7 +175,15 @@ def test_a_group_added_later_starts_its_own_step_count(seed: int) -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [{"state_dtype": "int8"}, {"matmul_precision": "bf16"}, {"exchange_dtype": "bf16"}, {"exchange_bucket_size": 1}],
+    [
+        {"state_dtype": "int8"},
+        {"matmul_precision": "bf16"},
+        {"exchange_dtype": "bf16"},
+        {"exchange_bucket_size": 1},
+        {"seed": 0},
+        {"int8_embeddings": False},
+        {"bf16_stochastic_round": False},
+    ],
     ids=str,
 )
 def test_a_group_cannot_have_what_is_the_whole_optimizers(setting: dict[str, Any], seed: int) -> None:

@@ -26,6 +26,8 @@ EXCHANGE = ("exchange_bucket_size", "exchange_dtype")
 PRODUCTS = ("matmul_precision",)
 """Options of those whole-matrix rules that leave their products to `ds_optim.linalg`."""
 
+_OURS_ALONE = ("roles", "int8_embeddings", "bf16_stochastic_round", "seed")  # that no group has a reason to repeat
+
 
 def dtype_of(value: Any) -> torch.dtype | None:
     """A dtype that state can be kept in, also from its name in a JSON (``"bf16"``, ``"torch.float32"``).
@@ -71,7 +73,7 @@ class Options:
         return cls(**{**given, **dtypes})
 
     def denied_by(self, group: Mapping[str, Any]) -> list[str]:
-        """What a parameter group would have otherwise, as sentences; other people's groups may repeat what is so."""
+        """What a parameter group may not have, as sentences; other people's groups repeat some of what is so."""
         return [
             f"{key} is a setting of the whole optimizer, not of one group"
             for key in (*COMMON, *EXCHANGE, *PRODUCTS)
@@ -79,7 +81,9 @@ class Options:
         ]
 
     def _has(self, key: str, value: Any) -> bool:
-        return key != "roles" and bool(getattr(self, key) == (dtype_of(value) if key.endswith("_dtype") else value))
+        return key not in _OURS_ALONE and bool(
+            getattr(self, key) == (dtype_of(value) if key.endswith("_dtype") else value)
+        )
 
 
 def setting_problems(rule: Rule, settings: Mapping[str, Any]) -> list[str]:
