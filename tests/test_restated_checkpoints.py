@@ -137,7 +137,8 @@ def test_checkpoints_of_former_versions_too(folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_command_and_what_it_refuses(tmp_path: Path, seed: int) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     shape = {
         "model_type": "llama",
         "hidden_size": 64,
@@ -162,6 +163,11 @@ def test_the_command_and_what_it_refuses(tmp_path: Path, seed: int) -> None:
     model_option = ["--model", str(tmp_path / "config.json")]
     for options, said in (
         ([str(tmp_path / "new"), "--state-dtype", "int8"], "give --model"),
+        ([str(tmp_path / "new"), "--int8-embeddings", *model_option], "give --state-dtype int8 too"),
+        (
+            [str(tmp_path / "new"), "--state-dtype", "fp32", "--int8-embeddings", *model_option],
+            "int8_embeddings is of state in eight bits",
+        ),
         ([str(tmp_path / "new"), "--state-dtype", "int4", *model_option], "state_dtype must be fp32, bf16 or int8"),
         ([str(tmp_path / "old"), "--state-dtype", "int8", *model_option], "give another directory"),
         (

@@ -65,7 +65,7 @@ def convert(
     try:
         network = meta_model(read_object(model)) if model else None
         settings = read_object(config) if config else None
-        if state_dtype is None:
+        if state_dtype is None and not int8_embeddings:
             made = convert_files(source, directory, model=network, deepspeed_config=settings, tag=tag, trust=trust)
         else:
             made = _restated(_folder(source, tag), directory, network, settings or {}, state_dtype, int8_embeddings)
@@ -75,13 +75,15 @@ def convert(
 
 
 def _restated(
-    folder: Path, directory: Path, model: Any, config: Mapping[str, Any], state_dtype: str, embeddings: bool
+    folder: Path, directory: Path, model: Any, config: Mapping[str, Any], state_dtype: str | None, embeddings: bool
 ) -> Path:
     """The checkpoint with state of another precision."""
     from ds_optim.checkpoint.restate import restate
     from ds_optim.deepspeed.configuration import DsOptimObject
     from ds_optim.errors import CheckpointError
 
+    if state_dtype is None:
+        raise CheckpointError("--int8-embeddings is of state in eight bits: give --state-dtype int8 too")
     if model is None:
         raise CheckpointError("what is kept in which precision depends on what each parameter is: give --model")
     return restate(

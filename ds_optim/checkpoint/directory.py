@@ -156,11 +156,16 @@ def heading(world_size: int, counters: Mapping[str, Any] | None) -> dict[str, An
 
 def write_small(folder: Path, about: Mapping[str, Any], client_state: Any, lr_scheduler: Any) -> None:
     """Write what is not tensors: ``about.json`` and ``objects.pt``; they are on the disk on return."""
-    write_text(folder / ABOUT, json.dumps(about, indent=1))
+    write_about(folder, about)
     with open(folder / OBJECTS, "wb") as stream:
         torch.save({"client_state": client_state, "lr_scheduler": lr_scheduler}, stream)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write ``about.json`` and see it onto the disk."""
+    write_text(folder / ABOUT, json.dumps(about, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:

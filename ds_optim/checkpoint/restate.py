@@ -8,7 +8,6 @@ are.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 
 from ds_optim.checkpoint import content, ranges
 from ds_optim.checkpoint.directory import (
-    ABOUT,
     OBJECTS,
     heading,
     new_checkpoint,
     read_about,
     whole_checkpoint,
-    write_text,
+    write_about,
 )
 from ds_optim.checkpoint.ranges import CHUNK_ELEMENTS, Ranges
 from ds_optim.errors import CheckpointError, raise_everywhere
@@ -38,7 +36,6 @@ from ds_optim.sharding.exchange import ALONE
 from ds_optim.sharding.layout import ParameterSpec, Replicated
 from ds_optim.stepping.eight_bits import CodedBlocks
 from ds_optim.stepping.in_place import InPlace
-from ds_optim.stepping.options import dtype_of
 from ds_optim.stepping.owned_blocks import OwnedBlocks
 from ds_optim.stepping.stepper import logical_of
 
@@ -73,18 +70,16 @@ def restate(
 
     Raises:
         CheckpointError: it is damaged, of no optimizer of ours, or of another model; source and target are one.
-        ValueError: no such precision; roles that no parameter of the model can have.
+        ValueError: no such precision; ``int8_embeddings`` with another one than int8; roles that no parameter of the
+            model can have.
     """
     folder = whole_checkpoint(ALONE, Path(source), tag, fallback=False)
     if folder.parent.resolve() == Path(directory).resolve():
         raise CheckpointError(f"{folder} would be replaced: give another directory")
     about = read_about(folder)
-    kinds: dict[str, Any] = {"state_dtype": dtype_of(state_dtype) or state_dtype}
-    if kinds["state_dtype"] == torch.int8:
-        kinds["int8_embeddings"] = int8_embeddings
     shapes, known = shapes_and_roles(model, roles)
     old = _stepper(about, known, {key: about["structure"][key] for key in _KINDS if key in about["structure"]})
-    new = _stepper(about, known, kinds)
+    new = _stepper(about, known, {"state_dtype": state_dtype, "int8_embeddings": int8_embeddings})
     _require_fit(folder, about, shapes, old)
     tensors, before = _read(folder, about, old)
     for ours, (theirs, (one,)) in zip(old.shards.tensors, logical_of(new).items(), strict=True):
@@ -97,7 +92,7 @@ def restate(
             about["parameters"][one.name]["state"] = content.state_in_words(one)
     about = {**about, **heading(about["world_size"], about["engine"]), "structure": new.structure()}
     with new_checkpoint(ALONE, Path(directory), folder.name) as fresh:
-        write_text(fresh / ABOUT, json.dumps(about, indent=1))
+        write_about(fresh, about)
         shutil.copyfile(folder / OBJECTS, fresh / OBJECTS)
         ranges.write(fresh, tensors)
     return Path(directory) / folder.name
