@@ -116,6 +116,13 @@ def triton_problem() -> str:
     return ""
 
 
+def compiles_codes(states: int, *, is_rocm: bool) -> bool:
+    """Whether Triton compiles a program over so many states in eight bits: its compilers for AMD end so long only
+    since 3.6, which torch 2.10 brought (Adan's three, in bf16 or fp32, take 3.4 and 3.5 longer than anybody waits).
+    """
+    return states < 3 or not is_rocm or not TORCH.is_before("2.10")
+
+
 def sums_for_averages(device_type: str) -> bool:
     """Whether a reduce-scatter of CPU tensors gives the sum where it is asked for the average, as gloo does before 2.9.
 

@@ -33,6 +33,7 @@ from ds_optim.kernels import triton as by_triton
 from ds_optim.kernels.tables import table_of
 from ds_optim.kernels.triton import access, elements, launches
 from ds_optim.linalg import triangle
+from ds_optim.releases import TORCH
 from test_kernels import ADAM_MINI, FLOATS, FORMULAS, NO_SUMS, SCALARS, VARIED, Blocks, Tensors, same_bits
 
 ROW = launches.ROW
@@ -319,6 +320,19 @@ def test_without_a_driver_there_is_one_warning_and_eager(monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="no fused optimizer kernels for cuda tensors.*Triton cannot be used here: "):
         assert kernels.backend_for(FORMULAS["lion"], torch.device("cuda")) == "eager"
     kernels.device_backend.cache_clear()
+
+
+def test_where_a_compiler_does_not_end_state_in_eight_bits_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_old = TORCH.is_before("2.10")
+    assert known_torch.compiles_codes(3, is_rocm=True) == (not is_old)
+    assert known_torch.compiles_codes(2, is_rocm=True)
+    assert known_torch.compiles_codes(3, is_rocm=False)
+    assert kernels._of_codes("triton", FORMULAS["adan"]) == "triton"
+    monkeypatch.setattr(kernels, "compiles_codes", lambda states, *, is_rocm: states < 3)
+    with pytest.warns(UserWarning, match="no Triton kernel for the elementwise formula 'adan'.*in eight bits"):
+        assert kernels._of_codes("triton", FORMULAS["adan"]) == "eager"
+    assert kernels._of_codes("native", FORMULAS["adan"]) == "native"
+    assert kernels._of_codes("triton", FORMULAS["adamw"]) == "triton"
 
 
 @pytest.mark.parametrize(
