@@ -330,8 +330,8 @@ class WholeMatrix(Rule):
         step_size: what updates are multiplied by.
         first_step: of a parameter's steps, from 1, the first that moves its blocks, decay included; those before only
             look at gradients.
-        stack_temporaries: what an update takes beside its gradients and state, in units of a stack, or where symmetric
-            matrices are kept of squares of its longest side (counted in tests/test_pretended_device.py).
+        workspace: bytes that the update of a stack takes at its fullest beside gradients and state, by settings, shape
+            of a block, how many blocks, and device type: counted in tests/test_workspace.py.
         others: the rule of what is no matrix.
     """
 
@@ -343,7 +343,7 @@ class WholeMatrix(Rule):
     update: Callable[[Settings, Stack], Mapping[str, Tensor] | Stepwise[Mapping[str, Tensor]]]
     step_size: Callable[[Settings], Any]
     first_step: int
-    stack_temporaries: int
+    workspace: Callable[[Settings, tuple[int, ...], int, str], int]
     others: Elementwise
 
 

@@ -58,10 +58,12 @@ class MemoryCase:
         small = {"reduce_bucket_size": 1_000_000, "stage3_param_persistence_threshold": 1000} if self.stage else {}
         if self.stage == 3 and DEEPSPEED.is_before("0.19.8"):  # what is refused otherwise
             small["stage3_allgather_sequential"] = True
+        # Predicted is the fullest step, so that every step must be that.
+        often = {"precondition_frequency": 1} if self.optimizer in ("Shampoo", "SOAP") else {}
         found: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": self.micro_batch,
             "gradient_accumulation_steps": self.passes,
-            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-3, **self.options}},
+            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-3, **often, **self.options}},
             "zero_optimization": {"stage": self.stage, **small, **self.zero},
         }
         if self.precision == "bf16":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +13,9 @@ from torch import Tensor, nn
 import ds_optim
 import pretended
 from ds_optim.linalg import triangle
-from ds_optim.linalg.workers import finish
-from ds_optim.memory.tracker import StorageTracker
 from ds_optim.sharding import exchange
 from ds_optim.sharding.binding import BoundTensor
 from ds_optim.sharding.layout import ParameterSpec, SlicedParameters
-from ds_optim.stack import Stack
 from ds_optim.stepping import kernel_calls
 from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.shards import Shards
@@ -314,69 +309,6 @@ def test_parameters_of_one_optimizer_may_lie_on_two_devices(
     for index, ((key, one), (_, other)) in enumerate(zip(mixed, plain, strict=True)):
         values: Any = one.values if index % 2 else one.detach()
         assert float((values - other.detach()).abs().max()) <= 2e-3 * float(other.detach().abs().max()), key
-
-
-class Forgotten(list[Any]):
-    """Keeps nothing that is put into it."""
-
-    def __iadd__(self, _: Any) -> Forgotten:
-        return self
-
-
-def stacks_taken(name: str, shape: tuple[int, ...], count: int, precision: str, move: Any) -> float:
-    """The most that an update with refreshes of all blocks takes beside gradients and state, in its rule's units.
-
-    Counted by who is entered outside of the device, and so sees what it computes with.
-    """
-    with StorageTracker() as tracker, move() as moved:
-        optimizer = made(name, nn.Linear(2, 2), [nn.Parameter(torch.ones(2, 2))])
-        settings = {**optimizer.defaults, "matmul_precision": precision, "state_dtype": torch.float32}
-        settings |= {"precondition_frequency": 1}
-        state = {
-            key: moved(torch.ones((count, *its), dtype=dtype))
-            for key, (its, dtype) in optimizer.rule.state_of_block(settings, shape).items()
-        }
-        for kind in [kind for kind in state if kind.startswith("basis")]:
-            state[kind] = moved(torch.eye(state[kind].shape[1]).repeat(count, 1, 1))
-        good, grads = moved(torch.ones(count, dtype=torch.bool)), moved(torch.randn(count, *shape))
-        stack = Stack(shape, grads, state, good, 9, (0,) * count, {}, precision)  # type: ignore[arg-type]
-        peak = taken = 0
-        for tracker.recording in (False, True):  # tables are kept from the first to the second
-            update = optimizer.rule.update(settings, stack)
-            None if isinstance(update, dict) else finish(update)
-            del update
-    for _, change, _ in tracker.log:
-        taken += change
-        peak = max(peak, taken)
-    return peak / (4 * count * max(math.prod(shape), (name == "SOAP") * max(shape) ** 2))
-
-
-@pytest.mark.parametrize("name", ["SWAN", "Muon", "NorMuon", "SOAP"])
-@pytest.mark.parametrize("where", ["device", "host"])
-def test_an_update_takes_the_stacks_that_its_rule_states(
-    name: str, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At the worst sides: square for Muon and SOAP, half as long again as wide for SWAN."""
-
-    @contextlib.contextmanager
-    def on_device() -> Iterator[Any]:
-        with monkeypatch.context() as patch, pretended.entered(patch, does_run=False) as device:
-            device._alive = Forgotten()
-            yield pretended.moved
-
-    move = on_device if where == "device" else functools.partial(contextlib.nullcontext, Tensor.clone)
-    stated = getattr(ds_optim, name).rule.stack_temporaries
-    shapes: list[tuple[int, ...]] = [(128, 128), (128, 208), (208, 128), (128, 272), (128, 512)]
-    shapes = [*shapes, (8, 16, 128)] if name == "SOAP" else [(1, *shape) for shape in shapes]
-    found = {
-        (shape, count, precision): stacks_taken(name, shape, count, precision, move)
-        for shape in shapes
-        for count in (1, 8)
-        for precision in ("ieee", "tf32" if name == "SOAP" else "bf16")  # in bf16 a CPU has not SOAP's products
-        if where == "device" or precision == "ieee"
-    }
-    assert max(found.values()) <= stated + 0.1, found
-    assert max(found.values()) > stated - 1, found
 
 
 @pytest.mark.parametrize(("dtype", "of_an_update"), [(torch.float32, 2), (torch.bfloat16, 1)])

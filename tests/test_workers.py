@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -80,9 +82,25 @@ def test_so_many_are_under_way_as_fill_all_threads(monkeypatch: pytest.MonkeyPat
 def test_few_are_under_way_that_keep_much(monkeypatch: pytest.MonkeyPatch) -> None:
     log = Log()
     log.watch(monkeypatch)
-    log.elements = workers._ELEMENTS // 2
+    log.elements = workers._ELEMENTS * torch.get_num_threads() // 2
     finish_all(log.squares(number, 1) for number in range(6))
     assert log.batches == [[2], [2], [2]]
+
+
+def test_nobody_keeps_what_a_job_was_given_when_it_is_done() -> None:
+    kept: list[bool] = []
+
+    def task() -> Stepwise[None]:
+        given = torch.ones(3)
+        alive = weakref.ref(given)
+        yield [workers.Job(1, 1, functools.partial(torch.sum, given))]
+        del given
+        kept.append(alive() is not None)
+
+    finish(task())
+    finish(side_by_side([task(), task()]))
+    finish_all(task() for _ in range(3))
+    assert kept == [False] * 6
 
 
 def test_what_a_job_raises_is_raised() -> None:

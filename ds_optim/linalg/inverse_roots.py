@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -124,6 +124,23 @@ def inverse_roots_stepwise(
         # Alone, and in memory of their own from the first operation on: see `ds_optim.linalg.alignment`.
         roots, failed = zip(*(_newton(matrix, p, eps, relative, bmm) for matrix in stack.split(1)), strict=True)
         return torch.cat(roots), torch.cat(failed)
+
+
+def roots_workspace(orders: Mapping[int, int], method: Method, precision: MatmulPrecision = "ieee") -> int:
+    """Bytes that `inverse_roots` takes for stacks side by side, with the stacks themselves and their roots.
+
+    Args:
+        orders: matrices of each order, each a stack of its own.
+        method, precision: as for `inverse_roots`.
+    """
+    squares = {order: count * order**2 for order, count in orders.items()}
+    if method == "newton":
+        beside = 7 if precision == "ieee" else 12
+        return 4 * (sum(squares.values()) + max(beside * squares[n] + n**2 for n in squares))
+    one = (
+        7 * max(orders) ** 2
+    )  # in fp64: the matrix, its eigenvectors, their product; and the root's size: one thread's
+    return 4 * (2 * sum(squares.values()) + sum(n**2 for n in orders) + max(one, *squares.values()))
 
 
 def _eigh(

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.alignment import ALIGNMENT
-from ds_optim.linalg.precision import MatmulPrecision, own_gram, rounded
+from ds_optim.linalg.precision import MatmulPrecision, own_gram, rounded, rounding_workspace
 
 Coefficients: TypeAlias = tuple[float, float, float]
 """a, b, c of one step."""
@@ -93,20 +93,14 @@ def polynomial_steps(stack: Tensor, steps: Sequence[Coefficients], precision: Ma
     Returns:
         (B, s, l) fp32, a new tensor.
 
-    The workspace, result included, is s max(2 l + 2 s, 6 s) elements per matrix at most: four stacks of squares. On a
-    CPU it is that of one matrix, and the result: with several threads, batched products there round differently in
-    batches of different sizes, and a result must not depend on its neighbours. In bf16 it is half of that and the
-    result, on accelerators.
+    What it takes, result included, says `polynomial_workspace`: on a CPU, where batches of different sizes round
+    differently with several threads and a result must not depend on its neighbours, the iterates of one matrix.
     """
-    on_cpu = stack.device.type == "cpu"
-    size = 1 if on_cpu else max(len(stack), 1)
-    dtype = torch.bfloat16 if precision == "bf16" and not on_cpu else stack.dtype
     shape = rows, columns = stack.shape[1:]
     is_wide = _takes_gram_form(rows, columns, steps, precision)
+    size, dtype, room, count = _rooms(stack.shape, steps, precision, stack.device.type, stack.dtype)
     # Memory of its own, since the rounding may also depend on where in memory a matrix begins.
-    room = max(size * rows * columns, 2 * _aligned(size * rows * rows, dtype) if is_wide else 0)
     rooms = [stack.new_empty(room, dtype=dtype) for _ in range(2)]
-    count = 2 if is_wide else 1 + any(c for _, _, c in steps)
     squares = [stack.new_empty(size, rows, rows, dtype=dtype) for _ in range(count)]
     result = None if size == len(stack) else torch.empty_like(stack, memory_format=torch.contiguous_format)
     with fp32_products("tf32" if precision == "tf32" else "ieee"):
@@ -122,6 +116,35 @@ def polynomial_steps(stack: Tensor, steps: Sequence[Coefficients], precision: Ma
             result[begin : begin + size] = found
     assert result is not None
     return result
+
+
+def _rooms(
+    shape: Sequence[int],
+    steps: Sequence[Coefficients],
+    precision: MatmulPrecision,
+    device_type: str,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[int, torch.dtype, int, int]:
+    """How many matrices go through at a time, in which dtype, elements of an iterate's room, how many squares."""
+    together, rows, columns = shape
+    on_cpu = device_type == "cpu"
+    size = 1 if on_cpu else max(together, 1)
+    dtype = torch.bfloat16 if precision == "bf16" and not on_cpu else dtype
+    is_wide = _takes_gram_form(rows, columns, steps, precision)
+    room = max(size * rows * columns, 2 * _aligned(size * rows * rows, dtype) if is_wide else 0)
+    return size, dtype, room, 2 if is_wide else 1 + any(c for _, _, c in steps)
+
+
+def polynomial_workspace(
+    shape: Sequence[int], steps: Sequence[Coefficients], precision: MatmulPrecision, device_type: str
+) -> int:
+    """Bytes that `polynomial_steps` takes on a stack (B, s, l), its result included: at most four stacks of squares."""
+    size, dtype, room, count = _rooms(shape, steps, precision, device_type)
+    square = size * shape[1] ** 2
+    found = dtype.itemsize * (2 * room + count * square)
+    if size < shape[0] or dtype != torch.float32:
+        found += 4 * math.prod(shape)
+    return found + rounding_workspace(math.prod(shape[1:]), precision, device_type)
 
 
 def _aligned(count: int, dtype: torch.dtype) -> int:

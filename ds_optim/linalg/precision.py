@@ -58,6 +58,11 @@ def rounded(stack: Tensor, precision: MatmulPrecision) -> Tensor:
     return torch.where(stack.isfinite(), cut.view(torch.float32), stack)
 
 
+def rounding_workspace(elements: int, precision: MatmulPrecision, device_type: str) -> int:
+    """Bytes that a product takes to round operands of so many elements at most; an accelerator does it by itself."""
+    return 6 * 4 * elements if device_type == "cpu" and precision != "ieee" else 0
+
+
 def _tf32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     if a.device.type == "cpu":
         return torch.bmm(rounded(a, "tf32"), rounded(b, "tf32"), out=out)

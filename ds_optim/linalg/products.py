@@ -8,7 +8,8 @@ What a block becomes depends neither on its place in memory nor on its neighbour
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ds_optim.linalg.alignment import one_by_one
 from ds_optim.linalg.packed import order_of, pack, unpack, unpack_lower
-from ds_optim.linalg.precision import MatmulPrecision, own_gram, product_in
+from ds_optim.linalg.precision import MatmulPrecision, own_gram, product_in, rounding_workspace
 
 _WHOLE = 256
 """Rows of a matrix whose product with itself is cheaper whole than by its halves."""
@@ -78,6 +79,24 @@ def add_gram_(
     for part, room in _parts(kept):
         pack(one_by_one(product, unpack_lower(kept[part], out=room), rows[part], is_added=True), out=kept[part])
     return kept
+
+
+def products_workspace(shape: Sequence[int], count: int, precision: MatmulPrecision, device_type: str) -> int:
+    """Bytes that `add_gram_` and `apply_along` take on a stack of blocks along all axes, one after the other.
+
+    Of packed matrices, with what is applied to one axis still there for the next.
+    """
+    numel, most = math.prod(shape), 0
+    for axis, size in enumerate(shape):
+        together = min(count, max(_UNPACKED // size**2, 1)) if device_type == "cpu" else count
+        stacks = chained_stacks(len(shape)) if axis else 1
+        most = max(most, together * size**2 + max(together * size**2 // 2, stacks * count * numel))
+    return 4 * most + rounding_workspace(max(numel, max(shape) ** 2), precision, device_type)
+
+
+def chained_stacks(axes: int) -> int:
+    """Of a block with so many axes: what it was along the last axis and becomes along this, and a copy in its order."""
+    return 2 if axes < 3 else 3
 
 
 def _parts(packed: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -37,7 +37,7 @@ class Job(NamedTuple):
 Stepwise: TypeAlias = Generator[Sequence[Job], None, _T]
 """Yields jobs that may run in any order and at the same time; goes on when they are done."""
 
-_ELEMENTS = 1 << 22  # kept for jobs that wait, beyond which they are enough as well
+_ELEMENTS = 1 << 20  # kept per thread for jobs that wait, beyond which they are enough as well
 _JOBS_PER_THREAD = 8
 """Jobs that are enough to start: more of them fill threads better, and have more computations under way."""
 
@@ -77,30 +77,36 @@ def finish(task: Stepwise[_T]) -> _T:
     """Run a computation to its end, and return what it comes to."""
     while True:
         try:
-            jobs = next(task)
+            on_one_thread_each(next(task))  # nobody keeps jobs, and what they refer to, when they are done
         except StopIteration as end:
             result: _T = end.value
             return result
-        on_one_thread_each(jobs)
 
 
 def finish_all(tasks: Iterable[Stepwise[Any]]) -> None:
     """Run computations to their ends: several are under way as long as they have too few jobs for all threads."""
-    waiting: list[tuple[Stepwise[Any], Sequence[Job]]] = []
+    waiting, jobs = list[Stepwise[Any]](), list[Job]()
     for task in tasks:
-        if (jobs := next(task, None)) is not None:
-            waiting.append((task, jobs))
-        kept = sum(job.elements for _, jobs in waiting for job in jobs)
-        if sum(len(jobs) for _, jobs in waiting) >= _JOBS_PER_THREAD * torch.get_num_threads() or kept >= _ELEMENTS:
-            waiting = _finish_waiting(waiting)
-    _finish_waiting(waiting)
+        waiting += _advance(task, jobs)
+        threads = torch.get_num_threads()
+        if len(jobs) >= _JOBS_PER_THREAD * threads or sum(job.elements for job in jobs) >= _ELEMENTS * threads:
+            _finish_waiting(waiting, jobs)
+    _finish_waiting(waiting, jobs)
 
 
-def _finish_waiting(waiting: list[tuple[Stepwise[Any], Sequence[Job]]]) -> list[tuple[Stepwise[Any], Sequence[Job]]]:
+def _advance(task: Stepwise[Any], jobs: list[Job]) -> list[Stepwise[Any]]:
+    """Put a task's next jobs to the others; the task, if it has any."""
+    found = next(task, None)
+    jobs += found or ()
+    return [] if found is None else [task]
+
+
+def _finish_waiting(waiting: list[Stepwise[Any]], jobs: list[Job]) -> None:
+    """Run tasks that have handed out these jobs to their ends; both lists are emptied."""
     while waiting:
-        on_one_thread_each([job for _, jobs in waiting for job in jobs])
-        waiting = [(task, jobs) for task, _ in waiting if (jobs := next(task, None)) is not None]
-    return waiting
+        on_one_thread_each(jobs)
+        jobs.clear()
+        waiting[:] = [task for one in waiting for task in _advance(one, jobs)]
 
 
 def on_one_thread_each(jobs: Sequence[Job]) -> None:

@@ -121,6 +121,12 @@ def update_matrices_(stack: Tensor, update: Callable[[Tensor, int], object]) -> 
         moved.copy_(matrices.view(moved.shape))
 
 
+def moved_bytes(shape: tuple[int, ...], count: int) -> int:
+    """What `update_matrices_` copies of so many blocks."""
+    before, _, behind = shape
+    return 4 * count * math.prod(shape) if min(before, behind) > 1 else 0
+
+
 def grid_tiles(role: Role, shape: tuple[int, ...], largest: int) -> list[Tile]:
     """Blocks of at most ``largest`` along every axis, a fixed grid over every true matrix; axes of one do not count."""
     if not is_preconditioned(role, shape):

@@ -33,12 +33,13 @@ from ds_optim.linalg.polar import (
     Coefficients,
     polynomial_flops,
     polynomial_steps,
+    polynomial_workspace,
 )
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
 from ds_optim.optimizers.matrix_passes import MOMENTUM, momentum_scalars
-from ds_optim.optimizers.matrix_roles import matrix_tiles, update_matrices_
+from ds_optim.optimizers.matrix_roles import matrix_tiles, moved_bytes, update_matrices_
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
@@ -152,6 +153,13 @@ def muon_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     return Work(step_flops=iteration_flops(settings, shape), state_bytes=bytes_of(muon_state(settings, shape)))
 
 
+def muon_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
+    """What the iteration takes."""
+    sides = (count, *sorted((shape[0] * shape[2], shape[1])))
+    found = polynomial_workspace(sides, coefficients(settings), settings["matmul_precision"], device_type)
+    return moved_bytes(shape, count) + found
+
+
 def muon_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
     """Momentum, its orthogonalisation, and its length."""
     momentum_pass_(group, stack)
@@ -215,7 +223,7 @@ class Muon(ShardedOptimizer):
         update=muon_update,
         step_size=lambda group: group["lr"],
         first_step=1,
-        stack_temporaries=4,
+        workspace=muon_workspace,
         others=adam_rule(lambda group: group),
     )
 

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.inverse_roots import Method, inverse_roots_stepwise, method_for
+from ds_optim.linalg.inverse_roots import Method, inverse_roots_stepwise, method_for, roots_workspace
 from ds_optim.linalg.packed import pack, unpack
-from ds_optim.linalg.products import apply_along, block_norms
+from ds_optim.linalg.products import apply_along, block_norms, products_workspace
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
 from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, MOMENTUM, adam_graft_scalars, momentum_scalars
@@ -58,6 +58,7 @@ from ds_optim.stack import replace_
 from ds_optim.stepping.sharded import ShardedOptimizer
 
 TOLERATED_FAILURES = 3  # root computations of one block in a row, the last root kept, before all ranks are told
+_PARTS = 8  # of a stack: the iteration's workspace is seven times what it works on
 _ROOT_FLOPS = 20.0  # of a root, in units of n^3: what an eigendecomposition takes, in flops of a matrix product
 
 
@@ -142,6 +143,18 @@ def shampoo_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     )
 
 
+def shampoo_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
+    """What the products take, or the roots of the blocks of one step."""
+    method, frequency = method_for(torch.device(device_type)), _frequency(settings)
+    due = -(-count // frequency) if settings["refresh"] == "staggered" else count
+    if method == "newton":
+        due = -(-count // _PARTS)
+    orders = {size: due * shape.count(size) for size in shape}
+    precision = settings["matmul_precision"]
+    products = products_workspace(shape, count, precision, device_type)
+    return max(products, roots_workspace(orders, method, precision))
+
+
 def shampoo_update(group: Settings, stack: Stack) -> Stepwise[Mapping[str, Tensor]]:
     """Advance averages and factors, take the roots whose step it is, and precondition the momentum."""
     beta1, beta2 = group["betas"]
@@ -187,8 +200,7 @@ def _refresh(group: Settings, stack: Stack) -> Stepwise[Tensor]:
             flags[single] = _count(stack, single, (yield from _take_roots(group, stack, single, exponent, "eigh")))
             waiting[single] = 0
     if due.start < due.stop:
-        # The iteration's workspace is seven times what it works on: it gets an eighth of the stack at a time.
-        most = -(-len(stack) // 8) if method == "newton" else len(stack)
+        most = -(-len(stack) // _PARTS) if method == "newton" else len(stack)
         for first in range(due.start, due.stop, most):
             part = slice(first, min(first + most, due.stop))
             failed = yield from _take_roots(group, stack, part, exponent, method)
@@ -321,7 +333,7 @@ class Shampoo(ShardedOptimizer):
         update=shampoo_update,
         step_size=lambda group: group["lr"],
         first_step=1,
-        stack_temporaries=3,
+        workspace=shampoo_workspace,
         others=adam_rule(_grafts_adam),
     )
 

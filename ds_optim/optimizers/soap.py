@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ds_optim.linalg.eigenbases import first_bases, next_bases
 from ds_optim.linalg.packed import unpack
-from ds_optim.linalg.products import rotate_along, stacked_matmul, unfolded
+from ds_optim.linalg.precision import rounding_workspace
+from ds_optim.linalg.products import chained_stacks, rotate_along, stacked_matmul, unfolded
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
 from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, adam_graft_scalars
@@ -96,6 +97,15 @@ def soap_work(settings: Settings, shape: tuple[int, ...]) -> Work:
         refresh_flops=sum((4 + _QR_FLOPS) * size**3 + 2.0 * numel * size for size in shape),
         state_bytes=bytes_of(soap_state(settings, shape)),
     )
+
+
+def soap_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
+    """What the products take, or new bases: all factors unpacked, and one axis's products and their decomposition."""
+    numel, largest = math.prod(shape), max(shape) ** 2
+    bases = sum(size**2 for size in shape) + 2 * largest
+    rounding = rounding_workspace(max(numel, largest), settings["matmul_precision"], device_type)
+    rotations = 4 * count * chained_stacks(len(shape)) * numel + rounding
+    return max(4 * count * bases, 4 * count * numel + 6 * count * largest, rotations)
 
 
 def soap_update(group: Settings, stack: Stack) -> Stepwise[Mapping[str, Tensor]]:
@@ -235,7 +245,7 @@ class SOAP(ShardedOptimizer):
         update=soap_update,
         step_size=lambda group: group["lr"] * (1 - group["lr"] * group["weight_decay"]),
         first_step=_FIRST,
-        stack_temporaries=4,
+        workspace=soap_workspace,
         others=adam_rule(lambda group: group),
     )
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.polar import cubic, newton_schulz, polynomial_flops
+from ds_optim.linalg.polar import cubic, newton_schulz, polynomial_flops, polynomial_workspace
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
-from ds_optim.optimizers.matrix_roles import matrix_tiles, update_matrices_
+from ds_optim.optimizers.matrix_roles import matrix_tiles, moved_bytes, update_matrices_
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
@@ -107,6 +107,13 @@ def swan_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     return Work(step_flops=polynomial_flops(short, long, steps, settings["matmul_precision"]))
 
 
+def swan_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
+    """What Newton-Schulz takes."""
+    steps = cubic(settings["ns_beta"], settings["ns_steps"])
+    sides = (count, *sorted((shape[0] * shape[2], shape[1])))
+    return moved_bytes(shape, count) + polynomial_workspace(sides, steps, settings["matmul_precision"], device_type)
+
+
 def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
     """GradNorm, GradWhitening and rescaling of a stack of matrices, whichever way they lie."""
     before, outputs, behind = stack.shape  # outputs, with inputs on either side
@@ -179,7 +186,7 @@ class SWAN(ShardedOptimizer):
         update=swan_update,
         step_size=lambda group: group["lr"] * group["alpha"],
         first_step=1,
-        stack_temporaries=4,
+        workspace=swan_workspace,
         others=adam_rule(lambda group: group),
     )
 

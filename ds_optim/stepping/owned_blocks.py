@@ -148,19 +148,18 @@ class OwnedBlocks:
         plan = self.plans.listed[0]
         rank = self.shards.rank_of_owner(self.shards.tensors[0])
         buckets = plan.schedule(range(len(plan.layouts)), rank, self.options.exchange_bucket_size)
-        largest = 0
+        fullest = 0
+        coded = 1 + len(self.rule.element_state) if self.options.state_dtype == EIGHT_BITS else 0
         for bucket in buckets:
             blocks = [plan.blocks[one.block] for one in bucket.owned]
             counts = Counter((one.tile.shape, -1 if plan.stateless else one.tensor) for one in blocks)
             for (shape, _), count in counts.items():
                 together = min(count, stack_size(device_type, shape, bucket.numel))
-                has_squares = any(isinstance(one, PackedSymmetric) for one in self.plans.state_of_block(shape).values())
-                largest = max(largest, 4 * together * max(math.prod(shape), has_squares * max(shape) ** 2))
+                update = self.rule.workspace(self._settings, shape, together, device_type)
+                # a stack's state as fp32, and once more in the making
+                fullest = max(fullest, update + 4 * coded * together * math.prod(shape))
         computing, any_moment = pipeline.buffer_bytes(buckets, self.options.exchange_dtype.itemsize)
-        temporaries = self.rule.stack_temporaries
-        if self.options.state_dtype == EIGHT_BITS:  # a stack's state as fp32, and once more in the making
-            temporaries += 1 + len(self.rule.element_state)
-        return [(computing, temporaries * largest), (any_moment, 0)]
+        return [(computing, fullest), (any_moment, 0)]
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
