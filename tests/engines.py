@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_optim.known_transformers import tied as with_ties
 from ds_optim.releases import DEEPSPEED
 from ds_optim.stepping.sharded import ShardedOptimizer
 
@@ -45,7 +46,7 @@ class OddLlama(nn.Module):
             tie_word_embeddings=tied,
             attn_implementation="eager",
         )
-        self.llama = LlamaForCausalLM(config)
+        self.llama = with_ties(LlamaForCausalLM(config))
         self.extra = nn.Linear(21, 5)
         self.sometimes = nn.Linear(21, 3, bias=False)
         self.gain = nn.Parameter(torch.ones(1))

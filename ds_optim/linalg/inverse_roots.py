@@ -137,9 +137,7 @@ def roots_workspace(orders: Mapping[int, int], method: Method, precision: Matmul
     if method == "newton":
         beside = 7 if precision == "ieee" else 12
         return 4 * (sum(squares.values()) + max(beside * squares[n] + n**2 for n in squares))
-    one = (
-        7 * max(orders) ** 2
-    )  # in fp64: the matrix, its eigenvectors, their product; and the root's size: one thread's
+    one = 7 * max(orders) ** 2  # of one thread: in fp64 the matrix, its eigenvectors and their product, and a root
     return 4 * (2 * sum(squares.values()) + sum(n**2 for n in orders) + max(one, *squares.values()))
 
 

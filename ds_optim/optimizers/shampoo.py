@@ -73,6 +73,15 @@ def _frequency(settings: Settings) -> int:
     return int(settings["precondition_frequency"])
 
 
+def _exponent(settings: Settings, axes: int) -> float:
+    return float(settings["exponent"] or -0.5 / axes)
+
+
+def _method(settings: Settings, axes: int, device: torch.device) -> Method:
+    method = method_for(device)
+    return "eigh" if method == "newton" and not (-1 / _exponent(settings, axes)).is_integer() else method
+
+
 def _start(settings: Settings) -> int:
     """The first step at which roots may be taken."""
     stated = settings["start_preconditioning_step"]
@@ -144,9 +153,9 @@ def shampoo_work(settings: Settings, shape: tuple[int, ...]) -> Work:
 
 
 def shampoo_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
-    """What the products take, or the roots of the blocks of one step."""
-    method, frequency = method_for(torch.device(device_type)), _frequency(settings)
-    due = -(-count // frequency) if settings["refresh"] == "staggered" else count
+    """What the products take, or the roots of the blocks of one step, as many as a step has on average."""
+    method = _method(settings, len(shape), torch.device(device_type))
+    due = -(-count // _frequency(settings)) if settings["refresh"] == "staggered" else count
     if method == "newton":
         due = -(-count // _PARTS)
     orders = {size: due * shape.count(size) for size in shape}
@@ -187,10 +196,8 @@ def _refresh(group: Settings, stack: Stack) -> Stepwise[Tensor]:
     What an accelerator's iteration could not do is decomposed in fp64 in the next step, block by block: only then
     is it known on the host, without waiting.
     """
-    exponent = group["exponent"] or -0.5 / len(stack.shape)
-    method = method_for(stack.grads.device)
-    if method == "newton" and not float(-1 / exponent).is_integer():
-        method = "eigh"
+    exponent = _exponent(group, len(stack.shape))
+    method = _method(group, len(stack.shape), stack.grads.device)
     flags = torch.zeros_like(stack.good)
     due, waiting = _due(group, stack), stack.state["waiting"]
     if method == "newton":
