@@ -113,11 +113,11 @@ DEEPSPEED = Releases(
     "deepspeed",
     "0.18.6",
     "1",
-    ("0.18.6", "0.19.0", "0.19.2", "0.19.6", "0.19.7", "0.19.8"),
+    ("0.18.6", "0.18.9", "0.19.0", "0.19.2", "0.19.6", "0.19.7", "0.19.8"),
     "what it says of its partitions is compared with what the engine holds before the first step",
 )
 TRANSFORMERS = Releases(
-    "transformers", "4.55", "6", ("4.55.0", "4.57.6", "5.0.0", "5.6.0", "5.10.4", "5.17.0", "5.24.0")
+    "transformers", "4.55", "6", ("4.55.0", "4.57.6", "5.0.0", "5.6.0", "5.10.4", "5.16.1", "5.17.0", "5.24.0")
 )
 ACCELERATE = Releases("accelerate", "1.10", "2", ("1.10.0", "1.11.0", "1.12.0", "1.13.0", "1.15.0"))
 
