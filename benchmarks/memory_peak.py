@@ -67,7 +67,7 @@ Adam-mini against torch's fused AdamW (a client optimizer of DeepSpeed) and ours
 gloo processes. Each cell: MB by the live tensor storages / MB by the operating system (difference); the third step.
 Forward, backward, step: the highest point of the phase, by the kernel's peak counter (`VmHWM`, reset through
 `clear_refs` when the phase begins); glibc writes to each new block, since untouched pages are not resident. After step:
-by the memory that no other process shares (USS). The fullest rank is shown; the verdict is about all of them: PASS if
+by the memory of its own, without pages of files. The fullest rank is shown; the verdict is about all of them: PASS if
 no difference is above {100 * TOLERANCE:g} %, neither in these nor in the accountant's own two checks of the second
 step.
 
@@ -226,7 +226,7 @@ class Result:
             "peak, storages": max(checks[phase].ours for phase in PHASES),
             "peak, kernel": max(checks[phase].theirs for phase in PHASES),
             "after step, storages": checks["after step"].ours,
-            "after step, USS": checks["after step"].theirs,
+            "after step, kernel": checks["after step"].theirs,
         }
 
     def row(self) -> str:

@@ -49,7 +49,9 @@ class ProcessView:
     """Bytes of this process as the operating system sees them.
 
     Attributes:
-        unique: not shared with any other process (USS).
+        unique: its own: anonymous memory, and its part of what is shared, without pages of files. Where the kernel does
+            not tell these apart, what no other process shares (USS), which falls when another one maps a library of
+            this one's.
         resident: in memory now.
         peak: the most that was ever resident since it was last reset; None where the kernel does not say.
     """
@@ -65,8 +67,9 @@ class ProcessView:
 
         peak = _peak()  # before anything here adds to it
         _trim()
-        memory = psutil.Process().memory_full_info()
-        return cls(int(memory.uss), int(memory.rss), peak)
+        process, own = psutil.Process(), _without_files()
+        resident = int(process.memory_info().rss)
+        return cls(int(process.memory_full_info().uss) if own is None else own, resident, peak)
 
 
 class Probe(Protocol):
@@ -252,6 +255,16 @@ def _peak() -> int | None:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    return None
+
+
+def _without_files() -> int | None:
+    """Bytes of anonymous memory, and of what is shared with other processes in equal parts; from Linux 5.9 on."""
+    with contextlib.suppress(OSError):
+        lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
+        found = [int(words[1]) * 1024 for words in lines if words[0] in ("Pss_Anon:", "Pss_Shmem:")]
+        if len(found) == 2:
+            return sum(found)
     return None
 
 
