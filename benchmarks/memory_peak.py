@@ -4,7 +4,7 @@
 
 A Llama of 53 M parameters on two gloo processes, ZeRO-2 and ZeRO-3, bf16 with an fp32 master and fp32. Every phase of a
 step is measured twice: by the live tensor storages, and by the kernel's peak counter, which is reset when the phase
-begins; what stays after the step is held against the memory that no other process shares. Exit status 1 if the two
+begins; what stays after the step is held against the process's own memory. Exit status 1 if the two
 views differ by more than 2 % anywhere on any rank, or if the peak falls by less than 90 % of the state that Adam-mini
 saves. About four minutes on two idle cores, ten on busy ones.
 """
@@ -67,7 +67,7 @@ Adam-mini against torch's fused AdamW (a client optimizer of DeepSpeed) and ours
 gloo processes. Each cell: MB by the live tensor storages / MB by the operating system (difference); the third step.
 Forward, backward, step: the highest point of the phase, by the kernel's peak counter (`VmHWM`, reset through
 `clear_refs` when the phase begins); glibc writes to each new block, since untouched pages are not resident. After step:
-by the memory of its own, without pages of files. The fullest rank is shown; the verdict is about all of them: PASS if
+by the process's own memory, without pages of files. The fullest rank is shown; the verdict is about all: PASS if
 no difference is above {100 * TOLERANCE:g} %, neither in these nor in the accountant's own two checks of the second
 step.
 

@@ -116,11 +116,16 @@ def triton_problem() -> str:
     return ""
 
 
-def compiles_codes(states: int, *, is_rocm: bool) -> bool:
-    """Whether Triton compiles a program over so many states in eight bits: its compilers for AMD end so long only
-    since 3.6, which torch 2.10 brought (Adan's three, in bf16 or fp32, take 3.4 and 3.5 longer than anybody waits).
+def compiles_codes(states: int, rocm: str | None) -> bool:
+    """Whether Triton compiles programs over so many states in eight bits.
+
+    For AMD's GPUs it does not finish those over three (Adan's) before 3.6, which came with torch 2.10.
+
+    Args:
+        states: of a formula, per element.
+        rocm: the release of ROCm that torch was built for, None if for none.
     """
-    return states < 3 or not is_rocm or not TORCH.is_before("2.10")
+    return states < 3 or rocm is None or not TORCH.is_before("2.10")
 
 
 def sums_for_averages(device_type: str) -> bool:

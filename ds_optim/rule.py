@@ -309,6 +309,10 @@ class Refresh(NamedTuple):
     frequency: int
     is_staggered: bool
 
+    def share(self, count: int) -> int:
+        """How many of so many blocks the fullest step refreshes where they are evenly spread."""
+        return -(-count // self.frequency) if self.is_staggered else count
+
 
 @dataclass(frozen=True, kw_only=True)
 class WholeMatrix(Rule):
@@ -331,7 +335,8 @@ class WholeMatrix(Rule):
         first_step: of a parameter's steps, from 1, the first that moves its blocks, decay included; those before only
             look at gradients.
         workspace: bytes that the update of a stack takes at its fullest beside gradients and state, by settings, shape
-            of a block, how many blocks, and device type: counted in tests/test_workspace.py.
+            of a block, how many blocks, and device type. Of a steady step with its share of refreshes; on a CPU of one
+            thread and one stack. Counted in tests/test_workspace.py.
         others: the rule of what is no matrix.
     """
 

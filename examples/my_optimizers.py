@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ds_optim.linalg.polar import newton_schulz
+from ds_optim.linalg.polar import cubic, newton_schulz, polynomial_workspace
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
 from ds_optim.optimizers.matrix_roles import is_matrix, true_matrices
@@ -106,6 +106,13 @@ def spectral_work(settings, shape):
     return Work(step_flops=flops, state_bytes=bytes_of(spectral_state(settings, shape)))
 
 
+def spectral_workspace(settings, shape, count, device_type):
+    """Bytes that an update takes beside gradients and state: the memory accountant predicts with it."""
+    steps = cubic(0.5, settings["ns_steps"])
+    unit_and_momentum = 2 * 4 * count * math.prod(shape)
+    return unit_and_momentum + polynomial_workspace((count, *sorted(shape)), steps, "ieee", device_type)
+
+
 def spectral_update(group, stack):
     """Turn a stack of gradients (B, m, n) into updates, in place; blocks that are not good keep their momentum."""
     momentum = stack.average_(stack.state["momentum"], stack.grads, group["betas"][0])
@@ -140,7 +147,7 @@ class Spectral(ShardedOptimizer):
         update=spectral_update,
         step_size=lambda group: group["lr"],
         first_step=1,
-        stack_temporaries=4,
+        workspace=spectral_workspace,
         others=adam_rule(lambda group: {**group, "betas": (group["betas"][0], 0.95), "eps": 1e-8}),
     )
 

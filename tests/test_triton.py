@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,6 @@ from ds_optim.kernels import triton as by_triton
 from ds_optim.kernels.tables import table_of
 from ds_optim.kernels.triton import access, elements, launches
 from ds_optim.linalg import triangle
-from ds_optim.releases import TORCH
 from test_kernels import ADAM_MINI, FLOATS, FORMULAS, NO_SUMS, SCALARS, VARIED, Blocks, Tensors, same_bits
 
 ROW = launches.ROW
@@ -322,17 +322,24 @@ def test_without_a_driver_there_is_one_warning_and_eager(monkeypatch: pytest.Mon
     kernels.device_backend.cache_clear()
 
 
-def test_where_a_compiler_does_not_end_state_in_eight_bits_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    is_old = TORCH.is_before("2.10")
-    assert known_torch.compiles_codes(3, is_rocm=True) == (not is_old)
-    assert known_torch.compiles_codes(2, is_rocm=True)
-    assert known_torch.compiles_codes(3, is_rocm=False)
-    assert kernels._of_codes("triton", FORMULAS["adan"]) == "triton"
-    monkeypatch.setattr(kernels, "compiles_codes", lambda states, *, is_rocm: states < 3)
-    with pytest.warns(UserWarning, match="no Triton kernel for the elementwise formula 'adan'.*in eight bits"):
-        assert kernels._of_codes("triton", FORMULAS["adan"]) == "eager"
-    assert kernels._of_codes("native", FORMULAS["adan"]) == "native"
-    assert kernels._of_codes("triton", FORMULAS["adamw"]) == "triton"
+def test_where_a_compiler_does_not_finish_state_in_eight_bits_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    coded = {name: replace(FORMULAS[name], codes=("signed",) * FORMULAS[name].states) for name in ("adan", "adamw")}
+    monkeypatch.setenv("DS_OPTIM_KERNELS", "triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for version, found in (("2.9.1", "eager"), ("2.10.0", "triton")):
+        monkeypatch.setattr(torch, "__version__", version)
+        kernels._warn_without_kernel.cache_clear()
+        with (
+            pytest.warns(UserWarning, match="'adan'.*3 per element in eight bits")
+            if found == "eager"
+            else nullcontext()
+        ):
+            assert kernels.backend_for(coded["adan"], torch.device("cpu")) == found
+        assert kernels.backend_for(FORMULAS["adan"], torch.device("cpu")) == "triton"
+        assert kernels.backend_for(coded["adamw"], torch.device("cpu")) == "triton"
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    assert kernels.backend_for(coded["adan"], torch.device("cpu")) == "triton"
 
 
 @pytest.mark.parametrize(

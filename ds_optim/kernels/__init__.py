@@ -39,7 +39,7 @@ from ds_optim.kernels.build import UnavailableError
 from ds_optim.kernels.operands import Formula, FormulaKind, Operands, Scalars, check_blocks
 from ds_optim.kernels.rounding import Place, Places, Rounding, Words
 from ds_optim.kernels.tables import Select, Tables
-from ds_optim.known_torch import compiles_codes, triton_problem
+from ds_optim.known_torch import triton_problem
 
 __all__ = [
     "Backend",
@@ -148,15 +148,6 @@ def device_backend(device_type: str) -> Backend:
         f"compute the same several times slower. Reason: {reason}",
         stacklevel=3,
     )
-    return "eager"
-
-
-def _of_codes(backend: Backend, formula: Formula) -> Backend:
-    """The backend for state in eight bits, where another is for fp32: plain torch operations, with a warning."""
-    if backend != "triton" or compiles_codes(formula.states, is_rocm=torch.version.hip is not None):
-        return backend
-    states = f"{formula.states} in eight bits, for which this release's compiler does not end"
-    _warn_without_kernel("Triton", formula.name, formula.kind, states, formula.block_states, "cuda")
     return "eager"
 
 
@@ -271,7 +262,7 @@ def coded(backend: Backend, formula: Formula, operands: Operands, select: Select
         ValueError: as for `elementwise`.
     """
     check_blocks(formula, operands)
-    _DRIVERS[_of_codes(backend, formula)].coded(formula, operands, select)
+    _DRIVERS[backend].coded(formula, operands, select)
 
 
 def descend(backend: Backend, target: Tensor, update: Tensor, decay: float | Tensor, words: Words) -> None:

@@ -127,7 +127,7 @@ def inverse_roots_stepwise(
 
 
 def roots_workspace(orders: Mapping[int, int], method: Method, precision: MatmulPrecision = "ieee") -> int:
-    """Bytes that `inverse_roots` takes for stacks side by side, with the stacks themselves and their roots.
+    """Bytes that `inverse_roots` takes for stacks side by side on one thread, with the stacks and their roots.
 
     Args:
         orders: matrices of each order, each a stack of its own.

@@ -93,7 +93,7 @@ def polynomial_steps(stack: Tensor, steps: Sequence[Coefficients], precision: Ma
     Returns:
         (B, s, l) fp32, a new tensor.
 
-    What it takes, result included, says `polynomial_workspace`: on a CPU, where batches of different sizes round
+    `polynomial_workspace` says what it takes, result included: on a CPU, where batches of different sizes round
     differently with several threads and a result must not depend on its neighbours, the iterates of one matrix.
     """
     shape = rows, columns = stack.shape[1:]
@@ -138,13 +138,16 @@ def _rooms(
 def polynomial_workspace(
     shape: Sequence[int], steps: Sequence[Coefficients], precision: MatmulPrecision, device_type: str
 ) -> int:
-    """Bytes that `polynomial_steps` takes on a stack (B, s, l), its result included: at most four stacks of squares."""
+    """Bytes that `polynomial_steps` takes on a stack (B, s, l), its result included."""
     size, dtype, room, count = _rooms(shape, steps, precision, device_type)
     square = size * shape[1] ** 2
     found = dtype.itemsize * (2 * room + count * square)
     if size < shape[0] or dtype != torch.float32:
         found += 4 * math.prod(shape)
-    return found + rounding_workspace(math.prod(shape[1:]), precision, device_type)
+    if device_type == "cpu":  # elsewhere iterates are bf16
+        largest = math.prod(shape[1:])
+        found += rounding_workspace((largest, largest), square, 1, precision, device_type)
+    return found
 
 
 def _aligned(count: int, dtype: torch.dtype) -> int:

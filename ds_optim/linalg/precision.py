@@ -58,9 +58,21 @@ def rounded(stack: Tensor, precision: MatmulPrecision) -> Tensor:
     return torch.where(stack.isfinite(), cut.view(torch.float32), stack)
 
 
-def rounding_workspace(elements: int, precision: MatmulPrecision, device_type: str) -> int:
-    """Bytes that a product takes to round operands of so many elements at most; an accelerator does it by itself."""
-    return 6 * 4 * elements if device_type == "cpu" and precision != "ieee" else 0
+def rounding_workspace(
+    operands: tuple[int, int], result: int, count: int, precision: MatmulPrecision, device_type: str
+) -> int:
+    """Bytes that a product of stacks of fp32 takes beside its result for operands of fewer bits.
+
+    Args:
+        operands: elements of a matrix of each.
+        result: of one of the result.
+        count: matrices.
+        precision, device_type: on a CPU matrices are rounded one by one, by operations that have temporaries; an
+            accelerator has bf16 copies of whole stacks, and reads fp32 as TF32 by itself.
+    """
+    if device_type == "cpu" and precision != "ieee":
+        return 6 * 4 * max(operands)
+    return count * (2 * sum(operands) + 4 * result) if precision == "bf16" else 0
 
 
 def _tf32(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:

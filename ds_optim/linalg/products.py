@@ -88,22 +88,38 @@ def products_workspace(shape: Sequence[int], count: int, precision: MatmulPrecis
     """
     numel, most = math.prod(shape), 0
     for axis, size in enumerate(shape):
-        together = min(count, max(_UNPACKED // size**2, 1)) if device_type == "cpu" else count
+        unpacked = _together(count, size, device_type) * size**2
         stacks = chained_stacks(len(shape)) if axis else 1
-        most = max(most, together * size**2 + max(together * size**2 // 2, stacks * count * numel))
-    return 4 * most + rounding_workspace(max(numel, max(shape) ** 2), precision, device_type)
+        rounding = rounding_workspace((size**2, numel), numel, count, precision, device_type)
+        most = max(most, 4 * (unpacked + stacks * count * numel) + rounding)
+    return max(most, average_workspace(shape, count, precision, device_type))
+
+
+def average_workspace(shape: Sequence[int], count: int, precision: MatmulPrecision, device_type: str) -> int:
+    """Bytes that `add_gram_` takes on a stack of blocks: a product and its triangle, or what it unpacks."""
+    order, numel = max(shape), math.prod(shape)
+    if device_type == "cpu" and precision == "ieee":
+        return 4 * _together(count, order, device_type) * order**2
+    return 6 * count * order**2 + rounding_workspace((numel, numel), order**2, count, precision, device_type)
 
 
 def chained_stacks(axes: int) -> int:
-    """Of a block with so many axes: what it was along the last axis and becomes along this, and a copy in its order."""
+    """Stacks that are alive at once while blocks are multiplied along one axis after another.
+
+    What was computed along the axis before and what is along this one, and of more than two axes a copy.
+    """
     return 2 if axes < 3 else 3
+
+
+def _together(count: int, order: int, device_type: str) -> int:
+    """How many of so many packed matrices are unpacked at a time."""
+    return min(count, max(_UNPACKED // max(order * order, 1), 1)) if device_type == "cpu" else count
 
 
 def _parts(packed: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """What of a stack of packed matrices is unpacked at a time, and room for it, the same for all."""
-    most, order = len(packed), order_of(packed.shape[1])
-    if packed.device.type == "cpu":
-        most = min(most, max(_UNPACKED // max(order * order, 1), 1))
+    order = order_of(packed.shape[1])
+    most = _together(len(packed), order, packed.device.type)
     room = packed.new_empty(most, order, order)
     for first in range(0, len(packed), most or 1):
         yield slice(first, first + most), room[: len(packed) - first]

@@ -37,7 +37,7 @@ class Job(NamedTuple):
 Stepwise: TypeAlias = Generator[Sequence[Job], None, _T]
 """Yields jobs that may run in any order and at the same time; goes on when they are done."""
 
-_ELEMENTS = 1 << 20  # kept per thread for jobs that wait, beyond which they are enough as well
+_ELEMENTS = 1 << 20  # jobs that keep so many per thread are enough to start as well
 _JOBS_PER_THREAD = 8
 """Jobs that are enough to start: more of them fill threads better, and have more computations under way."""
 
@@ -87,26 +87,27 @@ def finish_all(tasks: Iterable[Stepwise[Any]]) -> None:
     """Run computations to their ends: several are under way as long as they have too few jobs for all threads."""
     waiting, jobs = list[Stepwise[Any]](), list[Job]()
     for task in tasks:
-        waiting += _advance(task, jobs)
+        if _advance(task, jobs):
+            waiting.append(task)
         threads = torch.get_num_threads()
         if len(jobs) >= _JOBS_PER_THREAD * threads or sum(job.elements for job in jobs) >= _ELEMENTS * threads:
             _finish_waiting(waiting, jobs)
     _finish_waiting(waiting, jobs)
 
 
-def _advance(task: Stepwise[Any], jobs: list[Job]) -> list[Stepwise[Any]]:
-    """Put a task's next jobs to the others; the task, if it has any."""
+def _advance(task: Stepwise[Any], jobs: list[Job]) -> bool:
+    """Put a task's next jobs to the others; whether it has any."""
     found = next(task, None)
     jobs += found or ()
-    return [] if found is None else [task]
+    return found is not None
 
 
 def _finish_waiting(waiting: list[Stepwise[Any]], jobs: list[Job]) -> None:
-    """Run tasks that have handed out these jobs to their ends; both lists are emptied."""
+    """Run tasks that have handed out these jobs to their ends, and empty both lists."""
     while waiting:
         on_one_thread_each(jobs)
         jobs.clear()
-        waiting[:] = [task for one in waiting for task in _advance(one, jobs)]
+        waiting[:] = [task for task in waiting if _advance(task, jobs)]
 
 
 def on_one_thread_each(jobs: Sequence[Job]) -> None:
@@ -117,7 +118,7 @@ def on_one_thread_each(jobs: Sequence[Job]) -> None:
         if threads > 1:
             torch.set_num_threads(1)  # of this thread; the linear algebra library's are everybody's, restored below
         if threads > 1 and len(jobs) > 1:
-            list(_workers(threads).map(_run, jobs))
+            list(_workers(threads).map(_run, [[job] for job in jobs]))
         else:
             for job in jobs:
                 job.run()
@@ -126,9 +127,9 @@ def on_one_thread_each(jobs: Sequence[Job]) -> None:
             torch.set_num_threads(threads)
 
 
-def _run(job: Job) -> None:
+def _run(single: list[Job]) -> None:
     torch.set_num_threads(1)  # of this thread
-    job.run()
+    single.pop().run()  # which this thread forgets before others hear that it is done
 
 
 @functools.cache

@@ -49,14 +49,14 @@ class ProcessView:
     """Bytes of this process as the operating system sees them.
 
     Attributes:
-        unique: its own: anonymous memory, and its part of what is shared, without pages of files. Where the kernel does
-            not tell these apart, what no other process shares (USS), which falls when another one maps a library of
-            this one's.
+        own: its anonymous memory and its share of shared memory; pages of files, of libraries and of tensors that are
+            mapped from a checkpoint, are not counted. Where the kernel does not tell these apart, what no other process
+            shares (USS), which falls when another one maps a library of this one's.
         resident: in memory now.
         peak: the most that was ever resident since it was last reset; None where the kernel does not say.
     """
 
-    unique: int
+    own: int
     resident: int
     peak: int | None
 
@@ -166,7 +166,7 @@ class ProcessProbe:
             Check(
                 name="alive after the step, against the growth of the process since the accountant was entered",
                 ours=closing,
-                theirs=view.unique - before.unique,
+                theirs=view.own - before.own,
                 method=CountedBy.PROCESS,
                 tolerance=self._tolerance,
                 allowance=self._allowance,
@@ -259,10 +259,10 @@ def _peak() -> int | None:
 
 
 def _without_files() -> int | None:
-    """Bytes of anonymous memory, and of what is shared with other processes in equal parts; from Linux 5.9 on."""
+    """Bytes of anonymous memory and of a fair share of shared memory; None where the kernel does not say."""
     with contextlib.suppress(OSError):
         lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()]
-        found = [int(words[1]) * 1024 for words in lines if words[0] in ("Pss_Anon:", "Pss_Shmem:")]
+        found = [int(words[1]) * 1024 for words in lines if words[0] in ("Anonymous:", "Pss_Shmem:")]
         if len(found) == 2:
             return sum(found)
     return None

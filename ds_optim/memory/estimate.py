@@ -306,8 +306,8 @@ def _entries(stepper: Stepper) -> list[StateEntry]:
 def _workspaces(request: Request, stepper: Stepper) -> list[Bytes]:
     """What the optimizer itself makes at the fullest moments of its step.
 
-    Elementwise and blockwise rules work in place; whole-matrix rules have exchange buffers (exact) and temporaries (a
-    multiple of the largest stack).
+    Elementwise and blockwise rules work in place; whole-matrix rules have exchange buffers (exact) and temporaries
+    (what the rule states, of the dearest stack).
     """
     found = stepper.workspace("cuda" if request.accelerator else "cpu")
     return [{Category.EXCHANGE: exchange, Category.WORKSPACE: scratch} for exchange, scratch in found] or [{}]

@@ -121,6 +121,12 @@ def update_matrices_(stack: Tensor, update: Callable[[Tensor, int], object]) -> 
         moved.copy_(matrices.view(moved.shape))
 
 
+def sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shorter and the longer side of the matrix that a block of `matrix_tiles` is."""
+    before, outputs, behind = shape
+    return min(before * behind, outputs), max(before * behind, outputs)
+
+
 def moved_bytes(shape: tuple[int, ...], count: int) -> int:
     """What `update_matrices_` copies of so many blocks."""
     before, _, behind = shape

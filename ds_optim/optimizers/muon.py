@@ -39,7 +39,7 @@ from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
 from ds_optim.optimizers.matrix_passes import MOMENTUM, momentum_scalars
-from ds_optim.optimizers.matrix_roles import matrix_tiles, moved_bytes, update_matrices_
+from ds_optim.optimizers.matrix_roles import matrix_tiles, moved_bytes, sides, update_matrices_
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
@@ -144,8 +144,7 @@ def muon_from_adam(moments: AdamMoments, group: Settings) -> dict[str, Tensor]:
 
 def iteration_flops(settings: Settings, shape: tuple[int, ...]) -> float:
     """Of a step on one block."""
-    short, long = sorted((shape[0] * shape[2], shape[1]))
-    return polynomial_flops(short, long, coefficients(settings), settings["matmul_precision"])
+    return polynomial_flops(*sides(shape), coefficients(settings), settings["matmul_precision"])
 
 
 def muon_work(settings: Settings, shape: tuple[int, ...]) -> Work:
@@ -155,9 +154,8 @@ def muon_work(settings: Settings, shape: tuple[int, ...]) -> Work:
 
 def muon_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
     """What the iteration takes."""
-    sides = (count, *sorted((shape[0] * shape[2], shape[1])))
-    found = polynomial_workspace(sides, coefficients(settings), settings["matmul_precision"], device_type)
-    return moved_bytes(shape, count) + found
+    stack, steps = (count, *sides(shape)), coefficients(settings)
+    return moved_bytes(shape, count) + polynomial_workspace(stack, steps, settings["matmul_precision"], device_type)
 
 
 def muon_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:

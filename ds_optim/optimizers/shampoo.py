@@ -152,12 +152,17 @@ def shampoo_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     )
 
 
+def shampoo_refresh(settings: Settings) -> Refresh:
+    """When roots are taken."""
+    return Refresh(_frequency(settings), settings["refresh"] == "staggered")
+
+
 def shampoo_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
-    """What the products take, or the roots of the blocks of one step, as many as a step has on average."""
+    """What the products take, or the roots of the blocks that are due."""
     method = _method(settings, len(shape), torch.device(device_type))
-    due = -(-count // _frequency(settings)) if settings["refresh"] == "staggered" else count
+    due = shampoo_refresh(settings).share(count)
     if method == "newton":
-        due = -(-count // _PARTS)
+        due = min(due, -(-count // _PARTS))
     orders = {size: due * shape.count(size) for size in shape}
     precision = settings["matmul_precision"]
     products = products_workspace(shape, count, precision, device_type)
@@ -336,7 +341,7 @@ class Shampoo(ShardedOptimizer):
         element_state=("momentum", "graft"),
         non_negative=("graft",),
         work=shampoo_work,
-        refresh=lambda settings: Refresh(_frequency(settings), settings["refresh"] == "staggered"),
+        refresh=shampoo_refresh,
         update=shampoo_update,
         step_size=lambda group: group["lr"],
         first_step=1,

@@ -33,7 +33,7 @@ from torch import Tensor
 from ds_optim.linalg.eigenbases import first_bases, next_bases
 from ds_optim.linalg.packed import unpack
 from ds_optim.linalg.precision import rounding_workspace
-from ds_optim.linalg.products import chained_stacks, rotate_along, stacked_matmul, unfolded
+from ds_optim.linalg.products import average_workspace, chained_stacks, rotate_along, stacked_matmul, unfolded
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
 from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, adam_graft_scalars
@@ -99,13 +99,19 @@ def soap_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     )
 
 
+def soap_refresh(settings: Settings) -> Refresh:
+    """When bases are turned."""
+    return Refresh(int(settings["precondition_frequency"]), settings["refresh"] == "staggered")
+
+
 def soap_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
-    """What the products take, or new bases: all factors unpacked, and one axis's products and their decomposition."""
-    numel, largest = math.prod(shape), max(shape) ** 2
-    bases = sum(size**2 for size in shape) + 2 * largest
-    rounding = rounding_workspace(max(numel, largest), settings["matmul_precision"], device_type)
-    rotations = 4 * count * chained_stacks(len(shape)) * numel + rounding
-    return max(4 * count * bases, 4 * count * numel + 6 * count * largest, rotations)
+    """What the products take, or new bases: factors of all axes, one's products and their decomposition."""
+    numel, largest, precision = math.prod(shape), max(shape) ** 2, settings["matmul_precision"]
+    bases = soap_refresh(settings).share(count) * (sum(size**2 for size in shape) + 2 * largest)
+    average = average_workspace(shape, count, precision, device_type)
+    rotation = 4 * count * (chained_stacks(len(shape)) - 1) * numel
+    rotation += rounding_workspace((largest, numel), numel, count, precision, device_type)
+    return max(4 * bases, 4 * count * numel + max(average, rotation))
 
 
 def soap_update(group: Settings, stack: Stack) -> Stepwise[Mapping[str, Tensor]]:
@@ -241,7 +247,7 @@ class SOAP(ShardedOptimizer):
         element_state=("momentum", "second_moment"),
         non_negative=("second_moment",),
         work=soap_work,
-        refresh=lambda settings: Refresh(settings["precondition_frequency"], settings["refresh"] == "staggered"),
+        refresh=soap_refresh,
         update=soap_update,
         step_size=lambda group: group["lr"] * (1 - group["lr"] * group["weight_decay"]),
         first_step=_FIRST,

@@ -28,7 +28,7 @@ from ds_optim.linalg.polar import cubic, newton_schulz, polynomial_flops, polyno
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
-from ds_optim.optimizers.matrix_roles import matrix_tiles, moved_bytes, update_matrices_
+from ds_optim.optimizers.matrix_roles import matrix_tiles, moved_bytes, sides, update_matrices_
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
@@ -102,16 +102,15 @@ def nothing_from_adam(moments: AdamMoments, group: Settings) -> Mapping[str, Ten
 
 def swan_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     """What Newton-Schulz takes."""
-    short, long = sorted((shape[0] * shape[2], shape[1]))
     steps = cubic(settings["ns_beta"], settings["ns_steps"])
-    return Work(step_flops=polynomial_flops(short, long, steps, settings["matmul_precision"]))
+    return Work(step_flops=polynomial_flops(*sides(shape), steps, settings["matmul_precision"]))
 
 
 def swan_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
     """What Newton-Schulz takes."""
     steps = cubic(settings["ns_beta"], settings["ns_steps"])
-    sides = (count, *sorted((shape[0] * shape[2], shape[1])))
-    return moved_bytes(shape, count) + polynomial_workspace(sides, steps, settings["matmul_precision"], device_type)
+    stack = count, *sides(shape)
+    return moved_bytes(shape, count) + polynomial_workspace(stack, steps, settings["matmul_precision"], device_type)
 
 
 def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:

@@ -25,7 +25,7 @@ from ds_optim.kernels.rounding import Words
 from ds_optim.kernels.tables import Select
 from ds_optim.kernels.triton import launches
 from ds_optim.kernels.triton.launches import Dtypes, LaunchGroup
-from ds_optim.known_torch import current
+from ds_optim.known_torch import compiles_codes, current
 
 PROGRAMS = frozenset(("adamw", "lion", "adan", "momentum", "adam_graft", "adam_mini"))
 """The names of the formulas that there are programs for."""
@@ -35,9 +35,10 @@ _FUSION = {"enable_fp_fusion": False}
 
 
 def has(formula: Formula) -> bool:
-    """Whether there is a program for a formula: one of its name, kind and numbers of states."""
-    is_known = formula.name in PROGRAMS and native.has(formula)
-    return is_known and not (formula.codes and formula.block_states)
+    """Whether there is a program for a formula: one of its name, kind and numbers of states, which compiles here."""
+    if formula.codes and (formula.block_states or not compiles_codes(formula.states, torch.version.hip)):
+        return False
+    return formula.name in PROGRAMS and native.has(formula)
 
 
 def serves(device_type: str) -> bool:
