@@ -119,13 +119,13 @@ def triton_problem() -> str:
 def compiles_codes(states: int, rocm: str | None) -> bool:
     """Whether Triton compiles programs over so many states in eight bits.
 
-    For AMD's GPUs it does not finish those over three (Adan's) before 3.6, which came with torch 2.10.
+    For AMD's GPUs it does not finish those over four (Adan's) before 3.6, which came with torch 2.10.
 
     Args:
         states: of a formula, per element.
         rocm: the release of ROCm that torch was built for, None if for none.
     """
-    return states < 3 or rocm is None or not TORCH.is_before("2.10")
+    return states < 4 or rocm is None or not TORCH.is_before("2.10")
 
 
 def sums_for_averages(device_type: str) -> bool:

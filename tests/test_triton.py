@@ -330,7 +330,7 @@ def test_where_a_compiler_does_not_finish_state_in_eight_bits_is_eager(monkeypat
         monkeypatch.setattr(torch, "__version__", version)
         kernels._warn_without_kernel.cache_clear()
         with (
-            pytest.warns(UserWarning, match="'adan'.*3 per element in eight bits")
+            pytest.warns(UserWarning, match="'adan'.*4 per element in eight bits")
             if found == "eager"
             else nullcontext()
         ):

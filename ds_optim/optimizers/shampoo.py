@@ -73,13 +73,10 @@ def _frequency(settings: Settings) -> int:
     return int(settings["precondition_frequency"])
 
 
-def _exponent(settings: Settings, axes: int) -> float:
-    return float(settings["exponent"] or -0.5 / axes)
-
-
-def _method(settings: Settings, axes: int, device: torch.device) -> Method:
-    method = method_for(device)
-    return "eigh" if method == "newton" and not (-1 / _exponent(settings, axes)).is_integer() else method
+def _roots_of(settings: Settings, axes: int, device: torch.device) -> tuple[float, Method]:
+    """The exponent of every axis's root, and how it is taken."""
+    exponent, method = float(settings["exponent"] or -0.5 / axes), method_for(device)
+    return exponent, "eigh" if method == "newton" and not (-1 / exponent).is_integer() else method
 
 
 def _start(settings: Settings) -> int:
@@ -159,7 +156,7 @@ def shampoo_refresh(settings: Settings) -> Refresh:
 
 def shampoo_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
     """What the products take, or the roots of the blocks that are due."""
-    method = _method(settings, len(shape), torch.device(device_type))
+    _, method = _roots_of(settings, len(shape), torch.device(device_type))
     due = shampoo_refresh(settings).share(count)
     if method == "newton":
         due = min(due, -(-count // _PARTS))
@@ -201,8 +198,7 @@ def _refresh(group: Settings, stack: Stack) -> Stepwise[Tensor]:
     What an accelerator's iteration could not do is decomposed in fp64 in the next step, block by block: only then
     is it known on the host, without waiting.
     """
-    exponent = _exponent(group, len(stack.shape))
-    method = _method(group, len(stack.shape), stack.grads.device)
+    exponent, method = _roots_of(group, len(stack.shape), stack.grads.device)
     flags = torch.zeros_like(stack.good)
     due, waiting = _due(group, stack), stack.state["waiting"]
     if method == "newton":
