@@ -9,13 +9,16 @@ elements) sees its own gradients, and every published recipe gives them to Adam.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 from torch import Tensor
 
 from ds_optim.linalg.packed import packed_diagonal
+from ds_optim.linalg.polar import Coefficients, polynomial_workspace
+from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.roles.role import WITH_HEADS, Part, Role, is_vector, matrix_view
+from ds_optim.rule import Refresh, Settings
 from ds_optim.sharding.assignment import Tile
 from ds_optim.sharding.boxes import Box, tiles
 
@@ -127,10 +130,18 @@ def sides(shape: tuple[int, ...]) -> tuple[int, int]:
     return min(before * behind, outputs), max(before * behind, outputs)
 
 
-def moved_bytes(shape: tuple[int, ...], count: int) -> int:
-    """What `update_matrices_` copies of so many blocks."""
+def iteration_workspace(
+    shape: tuple[int, ...], count: int, steps: Sequence[Coefficients], precision: MatmulPrecision, device_type: str
+) -> int:
+    """Bytes that `update_matrices_` takes with `polynomial_steps` on so many blocks of `matrix_tiles`."""
     before, _, behind = shape
-    return 4 * count * math.prod(shape) if min(before, behind) > 1 else 0
+    moved = 4 * count * math.prod(shape) if min(before, behind) > 1 else 0
+    return moved + polynomial_workspace((count, *sides(shape)), steps, precision, device_type)
+
+
+def blocks_refresh(settings: Settings) -> Refresh:
+    """When the blocks of `grid_tiles` are refreshed."""
+    return Refresh(int(settings["precondition_frequency"]), settings["refresh"] == "staggered")
 
 
 def grid_tiles(role: Role, shape: tuple[int, ...], largest: int) -> list[Tile]:

@@ -33,13 +33,12 @@ from ds_optim.linalg.polar import (
     Coefficients,
     polynomial_flops,
     polynomial_steps,
-    polynomial_workspace,
 )
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
 from ds_optim.optimizers.matrix_passes import MOMENTUM, momentum_scalars
-from ds_optim.optimizers.matrix_roles import matrix_tiles, moved_bytes, sides, update_matrices_
+from ds_optim.optimizers.matrix_roles import iteration_workspace, matrix_tiles, sides, update_matrices_
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
@@ -154,8 +153,7 @@ def muon_work(settings: Settings, shape: tuple[int, ...]) -> Work:
 
 def muon_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
     """What the iteration takes."""
-    stack, steps = (count, *sides(shape)), coefficients(settings)
-    return moved_bytes(shape, count) + polynomial_workspace(stack, steps, settings["matmul_precision"], device_type)
+    return iteration_workspace(shape, count, coefficients(settings), settings["matmul_precision"], device_type)
 
 
 def muon_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:

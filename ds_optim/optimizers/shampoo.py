@@ -33,14 +33,13 @@ from ds_optim.linalg.products import apply_along, block_norms, products_workspac
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
 from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, MOMENTUM, adam_graft_scalars, momentum_scalars
-from ds_optim.optimizers.matrix_roles import diagonal_factors, grid_tiles
+from ds_optim.optimizers.matrix_roles import blocks_refresh, diagonal_factors, grid_tiles
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
     Betas,
     FromAdam,
     PackedSymmetric,
-    Refresh,
     Settings,
     Stack,
     StateSpec,
@@ -149,15 +148,10 @@ def shampoo_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     )
 
 
-def shampoo_refresh(settings: Settings) -> Refresh:
-    """When roots are taken."""
-    return Refresh(_frequency(settings), settings["refresh"] == "staggered")
-
-
 def shampoo_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
     """What the products take, or the roots of the blocks that are due."""
     _, method = _roots_of(settings, len(shape), torch.device(device_type))
-    due = shampoo_refresh(settings).share(count)
+    due = blocks_refresh(settings).share(count)
     if method == "newton":
         due = min(due, -(-count // _PARTS))
     orders = {size: due * shape.count(size) for size in shape}
@@ -337,7 +331,7 @@ class Shampoo(ShardedOptimizer):
         element_state=("momentum", "graft"),
         non_negative=("graft",),
         work=shampoo_work,
-        refresh=shampoo_refresh,
+        refresh=blocks_refresh,
         update=shampoo_update,
         step_size=lambda group: group["lr"],
         first_step=1,

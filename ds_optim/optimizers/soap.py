@@ -37,14 +37,13 @@ from ds_optim.linalg.products import average_workspace, chained_stacks, rotate_a
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
 from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, adam_graft_scalars
-from ds_optim.optimizers.matrix_roles import diagonal_factors, grid_tiles, is_matrix
+from ds_optim.optimizers.matrix_roles import blocks_refresh, diagonal_factors, grid_tiles, is_matrix
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
     Betas,
     FromAdam,
     PackedSymmetric,
-    Refresh,
     Settings,
     Stack,
     StateSpec,
@@ -99,15 +98,10 @@ def soap_work(settings: Settings, shape: tuple[int, ...]) -> Work:
     )
 
 
-def soap_refresh(settings: Settings) -> Refresh:
-    """When bases are turned."""
-    return Refresh(int(settings["precondition_frequency"]), settings["refresh"] == "staggered")
-
-
 def soap_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
     """What the products take, or new bases: factors of all axes, one's products and their decomposition."""
     numel, largest, precision = math.prod(shape), max(shape) ** 2, settings["matmul_precision"]
-    bases = soap_refresh(settings).share(count) * (sum(size**2 for size in shape) + 2 * largest)
+    bases = blocks_refresh(settings).share(count) * (sum(size**2 for size in shape) + 2 * largest)
     average = average_workspace(shape, count, precision, device_type)
     rotation = 4 * count * (chained_stacks(len(shape)) - 1) * numel
     rotation += rounding_workspace((largest, numel), numel, count, precision, device_type)
@@ -247,7 +241,7 @@ class SOAP(ShardedOptimizer):
         element_state=("momentum", "second_moment"),
         non_negative=("second_moment",),
         work=soap_work,
-        refresh=soap_refresh,
+        refresh=blocks_refresh,
         update=soap_update,
         step_size=lambda group: group["lr"] * (1 - group["lr"] * group["weight_decay"]),
         first_step=_FIRST,

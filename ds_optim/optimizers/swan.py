@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.linalg.polar import cubic, newton_schulz, polynomial_flops, polynomial_workspace
+from ds_optim.linalg.polar import cubic, newton_schulz, polynomial_flops
 from ds_optim.linalg.precision import MatmulPrecision
 from ds_optim.linalg.products import block_norms
 from ds_optim.optimizers.adamw import adam_rule
-from ds_optim.optimizers.matrix_roles import matrix_tiles, moved_bytes, sides, update_matrices_
+from ds_optim.optimizers.matrix_roles import iteration_workspace, matrix_tiles, sides, update_matrices_
 from ds_optim.rule import (
     AdamMoments,
     BatchScaling,
@@ -109,8 +109,7 @@ def swan_work(settings: Settings, shape: tuple[int, ...]) -> Work:
 def swan_workspace(settings: Settings, shape: tuple[int, ...], count: int, device_type: str) -> int:
     """What Newton-Schulz takes."""
     steps = cubic(settings["ns_beta"], settings["ns_steps"])
-    stack = count, *sides(shape)
-    return moved_bytes(shape, count) + polynomial_workspace(stack, steps, settings["matmul_precision"], device_type)
+    return iteration_workspace(shape, count, steps, settings["matmul_precision"], device_type)
 
 
 def swan_update(group: Settings, stack: Stack) -> Mapping[str, Tensor]:
