@@ -4,7 +4,7 @@
     python benchmarks/convergence.py report             # docs/results/convergence.{json,md,png}
     python benchmarks/convergence.py axis               # SWAN with each norm_axis: how its default was chosen
     python benchmarks/convergence.py repeat --seed 1    # each optimizer's best learning rate again
-    python benchmarks/convergence.py int8               # state in eight bits against fp32: final losses within 1 %
+    python benchmarks/convergence.py int8               # state in eight bits against fp32, and against other packages'
 
 Every optimizer trains the same model from the same weights on the same batches, under the same schedule (linear
 warm-up, cosine to a tenth) and gradient clipping; each has its own three learning rates, AdamW too, and where the best
@@ -27,6 +27,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
@@ -136,6 +138,10 @@ RECIPES = {
     "SOAP": Recipe((1e-3, 2e-3, 4e-3), 0.1, {"max_preconditioner_dim": 256}),
 }
 AXES = ("in", "out", "long")
+# Others' AdamW with its state in eight bits; their modules are optional.
+RIVALS = {"bitsandbytes.optim.AdamW8bit": RECIPES[BASE], "torchao.optim.AdamW8bit": RECIPES[BASE]}
+IN_EIGHT_BITS: tuple[tuple[str, Any], ...] = (("state_dtype", "int8"), ("int8_embeddings", True))
+WITHIN = 1.01  # of the final loss with state in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +149,7 @@ class Run:
     """One training run.
 
     Attributes:
-        optimizer: its name in `ds_optim` and `RECIPES`.
+        optimizer: its name in `ds_optim` and `RECIPES`, or one of `RIVALS`.
         lr: the peak learning rate.
         extra: options beyond the recipe's.
         seed: of the initial weights and of the order of the text.
@@ -166,8 +172,12 @@ class Run:
         return cls(content["optimizer"], content["lr"], extra, content.get("seed", 0))
 
     @property
+    def recipe(self) -> Recipe:
+        return (RECIPES | RIVALS)[self.optimizer]
+
+    @property
     def options(self) -> dict[str, Any]:
-        return RECIPES[self.optimizer].options | dict(self.extra)
+        return self.recipe.options | dict(self.extra)
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -221,8 +231,10 @@ def train(run: Run, setting: Setting, status: Path, cache: Path) -> dict[str, An
         return next_token_loss(model, ids)
 
     step_loss = torch.compile(loss_of, dynamic=False) if setting.compile else loss_of
-    groups = ds_optim.param_groups(model, RECIPES[run.optimizer].weight_decay)
-    optimizer = getattr(ds_optim, run.optimizer)(groups, lr=run.lr, roles=model, **run.options)
+    groups = ds_optim.param_groups(model, run.recipe.weight_decay)
+    module, _, kind = run.optimizer.rpartition(".")
+    roles = {} if module else {"roles": model}
+    optimizer = getattr(importlib.import_module(module or "ds_optim"), kind)(groups, lr=run.lr, **roles, **run.options)
     windows = corpus.Windows(text.train, setting.seq_length, run.seed)
     held_out = torch.from_numpy(
         corpus.Windows(text.held_out, setting.seq_length, 0).global_batch(0, setting.held_out_sequences)
@@ -261,7 +273,7 @@ def train(run: Run, setting: Setting, status: Path, cache: Path) -> dict[str, An
     return {
         "run": asdict(run) | {"name": run.name},
         "options": run.options,
-        "weight_decay": RECIPES[run.optimizer].weight_decay,
+        "weight_decay": run.recipe.weight_decay,
         "setting": asdict(setting) | {"steps": setting.steps},
         "parameters": sum(p.numel() for p in model.parameters()),
         "text": text.about,
@@ -465,8 +477,10 @@ def markdown(records: dict[Run, Record]) -> str:
         "## Every run",
         "\n".join(_every(records, base)),
     ]
-    if any(run.extra for run in records):
+    if any(run.optimizer == "SWAN" and run.extra for run in records):
         parts[-2:-2] = ["## SWAN's `norm_axis`", "\n".join(_axes(records, base))]
+    if pairs := in_both(records):
+        parts[-2:-2] = ["## State in eight bits", "\n".join(_eight_bits(records, pairs))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -558,7 +572,7 @@ def _seeds(records: dict[Run, Record], repeated: Sequence[Record]) -> str:
 
 def _axes(records: dict[Run, Record], base: Record) -> list[str]:
     """Final loss (tokens to reach) by axis and learning rate; SWAN's own default has its runs without the option."""
-    rates = sorted({run.lr for run in records if run.extra})
+    rates = sorted({run.lr for run in records if run.optimizer == "SWAN" and run.extra})
     lines = [f"| norm_axis | {' | '.join(f'lr {lr:g}' for lr in rates)} |", f"|---|{'---:|' * len(rates)}"]
     for axis_name in (None, *AXES):
         extra = () if axis_name is None else (("norm_axis", axis_name),)
@@ -569,13 +583,40 @@ def _axes(records: dict[Run, Record], base: Record) -> list[str]:
     return [*lines, "", f"Final held-out loss, and tokens to reach {BASE}'s best. One seed."]
 
 
+def in_both(records: dict[Run, Record]) -> list[tuple[Record, Record]]:
+    """Runs in fp32 beside those that differ only in keeping their state in eight bits."""
+    found = [(records.get(replace(run, extra=())), records[run]) for run in records if run.extra == IN_EIGHT_BITS]
+    return [(plain, coded) for plain, coded in found if plain is not None]
+
+
+def _eight_bits(records: dict[Run, Record], pairs: list[tuple[Record, Record]]) -> list[str]:
+    """Final losses with either state, and of other packages' AdamW, all at the recipe's middle learning rate."""
+    lines = [
+        "| optimizer | lr | final held-out loss, fp32 | in eight bits | difference | within 1 % |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    rivals = [(records.get(Run(BASE, run.lr)), records[run]) for run in records if run.optimizer in RIVALS]
+    for plain, coded in [*pairs, *rivals]:
+        if plain is not None:
+            share = coded.final_loss / plain.final_loss
+            lines.append(
+                f"| {coded.run.optimizer} | {coded.run.lr:g} | {plain.final_loss:.4f} | {coded.final_loss:.4f} | "
+                f"{share - 1:+.2%} | {'yes' if share <= WITHIN else 'NO'} |"
+            )
+    return [
+        *lines,
+        "",
+        f"Embeddings' state too is in eight bits. In fp32 the other packages' is our {BASE}'s run. One seed.",
+    ]
+
+
 def _every(records: dict[Run, Record], base: Record) -> list[str]:
     lines = [
         "| run | final held-out loss | tokens to reach | seconds | of them in the optimizer | source |",
         "|---|---:|---:|---:|---:|---|",
     ]
     for record in sorted(
-        records.values(), key=lambda r: (list(RECIPES).index(r.run.optimizer), r.run.seed, r.run.name)
+        records.values(), key=lambda r: ([*RECIPES, *RIVALS].index(r.run.optimizer), r.run.seed, r.run.name)
     ):
         content = record.content
         final = "diverged" if content["diverged"] else f"{record.final_loss:.4f}"
@@ -683,20 +724,22 @@ def in_eight_bits(
     out: Out = DEFAULT_OUT,
     jobs: Jobs = 1,
     compile_model: Compiled = True,
-    tokens: Annotated[int, typer.Option(min=1, help="Of each run.")] = Setting.tokens,
+    tokens: Annotated[int, typer.Option(min=1, help="Of each run.")] = Setting().tokens,
 ) -> None:
-    """Train with state in fp32 and in eight bits at the recipe's middle learning rate, and compare the ends."""
+    """Train with state in fp32 and in eight bits at the recipe's middle learning rate, and compare the ends.
+
+    With AdamW train bitsandbytes' and torchao's AdamW8bit as well, where they are installed.
+    """
     names = _known(optimizer or ["AdamW", "AdamMini", "Lion"])
-    bits: tuple[tuple[str, Any], ...] = (("state_dtype", "int8"), ("int8_embeddings", True))
-    pairs = [(Run(name, rate := RECIPES[name].learning_rates[1]), Run(name, rate, bits)) for name in names]
-    train_all(
-        lambda _: [run for pair in pairs for run in pair], out, jobs, Setting(compile=compile_model, tokens=tokens)
-    )
-    records = finished(out)
-    for plain, coded in pairs:
-        wanted, found = records[plain].final_loss, records[coded].final_loss
-        verdict = "PASS" if found <= wanted * 1.01 else "FAIL"
-        Console().print(f"{plain.optimizer}: {wanted:.4f} fp32, {found:.4f} int8, {found / wanted - 1:+.2%}: {verdict}")
+    runs = [Run(name, RECIPES[name].learning_rates[1], extra) for name in names for extra in ((), IN_EIGHT_BITS)]
+    if BASE in names:
+        installed = [name for name in RIVALS if importlib.util.find_spec(name.partition(".")[0])]
+        runs += [Run(name, RECIPES[BASE].learning_rates[1]) for name in installed]
+    train_all(lambda _: runs, out, jobs, Setting(compile=compile_model, tokens=tokens))
+    records = {run: record for run, record in finished(out).items() if run in runs}
+    pairs = in_both(records)
+    Console(soft_wrap=True).print("\n".join(_eight_bits(records, pairs)), markup=False)
+    raise typer.Exit(int(any(coded.final_loss > WITHIN * plain.final_loss for plain, coded in pairs)))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""How long a step of Shampoo and of SWAN takes on a CPU: how even it is, and how much of it are matrix products.
+"""How long a step of the whole-matrix optimizers takes on a CPU: how even it is, how much of it are products.
 
     python benchmarks/matrix_step.py [--markdown docs/results/matrix_step.md] [--json FILE]
 
@@ -12,6 +12,8 @@ eigendecompositions, one matrix after the other into memory that is there alread
 
 SWAN is held to a share of the rate of matrix products: `products alone` are its own `X X^T` and `W X` as plain
 ``torch.matmul(..., out=...)``; the share is the median over the rounds of their time over SWAN's.
+
+Muon, NorMuon and SOAP stand beside the packages that have them, and are held to nothing.
 
 Rivals are optional: ``pip install --no-deps pytorch-optimizer==4.1.0 heavyball==3.2.1`` (without --no-deps, heavyball's
 opt-einsum; with dependencies pip may replace torch). --rivals DIR looks for them in the target of
@@ -291,14 +293,31 @@ SWAN = [
     Contender("ds_optim SWAN", f"SWAN, {NS_STEPS} steps of 2 products", ours("SWAN", ns_steps=NS_STEPS), held=True),
     Contender(PRODUCTS_ALONE, "nothing else", newton_schulz_products),
     Contender("torch Muon", "momentum, 5 steps of 3 products, bf16", theirs("torch.optim", "Muon"), rare=True),
-    Contender(
-        "pytorch-optimizer Muon",
-        "momentum, 5 steps of 3 products",
-        theirs("pytorch_optimizer", "Muon"),
-        rare=True,
-    ),
-    Contender("heavyball Muon", "momentum, 5 steps of 3 products", theirs("heavyball", "Muon"), rare=True),
 ]
+MUON = [
+    Contender("ds_optim Muon", "momentum, 5 steps of 3 products", ours("Muon")),
+    Contender("ds_optim Muon, bf16", "the same, products in bf16", ours("Muon", matmul_precision="bf16")),
+    Contender("ds_optim NorMuon", "the same, rows of equal length", ours("NorMuon")),
+    Contender("torch Muon", "momentum, 5 steps of 3 products, bf16", theirs("torch.optim", "Muon")),
+    Contender("pytorch-optimizer Muon", "momentum, 5 steps of 3 products, bf16", theirs("pytorch_optimizer", "Muon")),
+    Contender("heavyball Muon", "momentum, 5 steps of 3 products", theirs("heavyball", "Muon")),
+]
+
+
+def soap(block: int) -> list[Contender]:
+    """SOAP's field at one block size; those without blocks are given them as parameters."""
+    eigen = {"lr": 1e-3, "precondition_frequency": FREQUENCY}
+    settings = {"max_preconditioner_dim": block, "precondition_frequency": FREQUENCY}
+    whole = f"all bases in one step; given the blocks of {block} as parameters, since it has none"
+    return [
+        Contender("ds_optim SOAP", "SOAP, bases in turn", ours("SOAP", **settings)),
+        Contender("ds_optim SOAP, together", "all bases in one step", ours("SOAP", **settings, refresh="together")),
+        Contender("pytorch-optimizer SOAP", whole, theirs("pytorch_optimizer", "SOAP", **eigen), block=block),
+        Contender("heavyball SOAP", whole, theirs("heavyball", "SOAP", **eigen, merge_dims=False), block=block),
+    ]
+
+
+RULES = ("Shampoo", "SWAN", "Muon", "SOAP")
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -400,13 +419,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100, help="timed steps of whatever is held to something")
     parser.add_argument("--warmup", type=int, default=20, help="steps before, so that all roots exist")
-    parser.add_argument("--blocks", type=int, nargs="*", default=[256, 512], help="Shampoo's block sizes")
+    parser.add_argument("--blocks", type=int, nargs="*", default=[256, 512], help="block sizes of Shampoo and SOAP")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--ffn", type=int, default=1376)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--only", default="", help="contenders whose names contain this")
-    parser.add_argument("--no-swan", action="store_true")
+    parser.add_argument("--rules", nargs="*", choices=RULES, default=RULES, help="only the tables of these")
     parser.add_argument("--compile", help="how heavyball compiles; not at all by default")
     parser.add_argument("--rivals", type=Path, help="a folder that rivals were installed to")
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -421,8 +440,9 @@ def main() -> int:
     console = Console(width=None if sys.stdout.isatty() else 180)
     shapes = llama_like(arguments.hidden, arguments.ffn, arguments.layers)
     fields = {f"Shampoo, blocks of {block}": shampoo(block) for block in arguments.blocks}
-    if not arguments.no_swan:
-        fields["SWAN"] = SWAN
+    fields |= {"SWAN": SWAN, "Muon": MUON}
+    fields |= {f"SOAP, blocks of {block}": soap(block) for block in arguments.blocks}
+    fields = {title: field for title, field in fields.items() if title.split(",")[0] in arguments.rules}
     tables: dict[str, list[Result]] = {}
     for title, everyone in fields.items():
         contenders = [each for each in everyone if arguments.only in each.name]
@@ -449,7 +469,7 @@ def markdown(
     numel = sum(rows * columns for rows, columns in shapes.values())
     command = " ".join(["python benchmarks/matrix_step.py", *sys.argv[1:]])
     lines = [
-        "# Step time of Shampoo and SWAN on a CPU",
+        "# The time of a matrix step",
         "",
         f"`{command}`: {where}.",
         "",

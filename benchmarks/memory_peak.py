@@ -2,11 +2,12 @@
 
     python benchmarks/memory_peak.py [--markdown docs/results/memory_peak.md]
 
-A Llama of 53 M parameters on two gloo processes, ZeRO-2 and ZeRO-3, bf16 with an fp32 master and fp32. Every phase of a
-step is measured twice: by the live tensor storages, and by the kernel's peak counter, which is reset when the phase
-begins; what stays after the step is held against the process's own memory. Exit status 1 if the two
-views differ by more than 2 % anywhere on any rank, or if the peak falls by less than 90 % of the state that Adam-mini
-saves. About four minutes on two idle cores, ten on busy ones.
+A Llama of 53 M parameters on two gloo processes, ZeRO-2 and ZeRO-3, bf16 with an fp32 master and fp32; ZeRO-2 with
+state in eight bits; and bf16 throughout without a master, as plain torch trains, every process by itself. Every phase
+of a step is measured twice: by the live tensor storages, and by the kernel's peak counter, which is reset when the
+phase begins; what stays after the step is held against the process's own memory. Exit status 1 if the two views differ
+by more than 2 % anywhere on any rank, if the peak falls by less than 90 % of the state that Adam-mini saves, or if the
+state of an optimizer of ours is not what is predicted, to the byte. About six minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,9 +34,11 @@ from rich.progress import track
 
 from ds_optim.memory.accountant import MemoryAccountant
 from ds_optim.memory.cross_checks import ProcessView, give_back_freed_blocks, reset_peak, write_to_new_blocks
+from ds_optim.memory.estimate import Request, predict
 from ds_optim.memory.provenance import versions
 from ds_optim.memory.record import Check, CountedBy, MomentName, Phase, RankRecord, human
 from ds_optim.memory.steps import PHASES
+from ds_optim.optimizers.registry import optimizers
 from pool import Pools
 
 SHAPE = {
@@ -55,21 +58,24 @@ TOKENS = 64
 BUCKET = 2_000_000
 TOLERANCE = 0.02
 LEAST_STATE = 200_000_000  # of the baseline's optimizer, per rank
+PRECISIONS: tuple[Literal["bf16"], Literal["fp32"]] = ("bf16", "fp32")
 LEAST_FALL = 0.9  # of the state that is saved
 BASELINE = "torch AdamW (fused)"
 OPTIMIZERS = (BASELINE, "ds_optim.AdamW", "AdamMini")
+INT8 = {"state_dtype": "int8", "int8_embeddings": True}
 BEFORE: dict[Phase, MomentName] = {"forward": "after init", "backward": "after forward", "step": "after backward"}
 
 
 ABOUT = f"""# The peak falls
 
 Adam-mini against torch's fused AdamW (a client optimizer of DeepSpeed) and ours, on real DeepSpeed engines over {RANKS}
-gloo processes. Each cell: MB by the live tensor storages / MB by the operating system (difference); the third step.
-Forward, backward, step: the highest point of the phase, by the kernel's peak counter (`VmHWM`, reset through
-`clear_refs` when the phase begins); glibc writes to each new block, since untouched pages are not resident. After step:
-by the process's own memory, without pages of files. The fullest rank is shown; the verdict is about all: PASS if
-no difference is above {100 * TOLERANCE:g} %, neither in these nor in the accountant's own two checks of the second
-step.
+gloo processes; *pure bf16* is plain torch on each of them: weights, gradients and torch's state in bf16, no master,
+ours with stochastic rounding. Each cell: MB by the live tensor storages / MB by the operating system (difference); the
+third step. Forward, backward, step: the highest point of the phase, by the kernel's peak counter (`VmHWM`, reset
+through `clear_refs` when the phase begins); glibc writes to each new block, since untouched pages are not resident.
+After step: by the process's own memory, without pages of files. The fullest rank is shown; the verdict is about all:
+PASS if no difference is above {100 * TOLERANCE:g} %, neither in these nor in the accountant's own two checks of the
+second step, and the state of ours has on every rank the bytes that `ds-optim estimate` predicts.
 
 A Llama {SHAPE["hidden_size"]} wide with {SHAPE["num_hidden_layers"]} layers, {{parameters:,}} parameters, one
 sequence of {TOKENS} tokens per rank, buckets of {BUCKET // 1_000_000} M elements (DeepSpeed's own, 500 M, would be
@@ -90,16 +96,44 @@ class Case:
 
     Attributes:
         optimizer: as in a JSON, or `BASELINE`, which is handed to DeepSpeed ready-made.
-        stage: of ZeRO.
-        precision: bf16 (with an fp32 master) or fp32.
+        stage: of ZeRO; None: plain torch, without DeepSpeed.
+        precision: bf16 (with an fp32 master), fp32, or pure bf16.
+        in_eight_bits: whether the state is, embeddings' too.
     """
 
     optimizer: str
-    stage: int
-    precision: str
+    stage: int | None
+    precision: Literal["bf16", "fp32", "pure bf16"]
+    in_eight_bits: bool = False
 
     def __str__(self) -> str:
-        return f"ZeRO-{self.stage} {self.precision}"
+        return self.precision if self.stage is None else f"ZeRO-{self.stage} {self.precision}"
+
+    @property
+    def name(self) -> str:
+        """Of the optimizer, with what its state is kept in."""
+        return self.optimizer + ", int8" * self.in_eight_bits
+
+    @property
+    def baseline(self) -> Case:
+        """Torch's AdamW, trained so."""
+        return Case(BASELINE, self.stage, self.precision)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of an optimizer of ours."""
+        return {"lr": 1e-4, **(INT8 if self.in_eight_bits else {})}
+
+    def predicted_state(self) -> list[int]:
+        """Bytes of optimizer state of each rank, as predicted; of torch's optimizer, none."""
+        if self.optimizer == BASELINE:
+            return []
+        name, ranks = self.optimizer.split(".")[-1], 1 if self.stage is None else RANKS
+        asked = Request(
+            MODEL, "Llama", name, self.settings, self.stage, ranks, self.precision, seq_length=TOKENS, states_only=True
+        )
+        found = [rank.state_bytes for rank in predict(asked).ranks]
+        return found * (RANKS // ranks)
 
     def config(self) -> dict[str, Any]:
         """The DeepSpeed JSON; with DeepSpeed's own buckets (500 M elements) nothing else would be seen."""
@@ -113,14 +147,13 @@ class Case:
             **(
                 {"zero_allow_untested_optimizer": True}
                 if self.optimizer == BASELINE
-                else {"optimizer": {"type": self.optimizer, "params": {"lr": 1e-4}}}
+                else {"optimizer": {"type": self.optimizer, "params": self.settings}}
             ),
         }
 
 
 def measured(case: Case, model: dict[str, Any]) -> str:
     """The account of this rank's third step, as JSON; its checks hold every phase against the operating system."""
-    import deepspeed
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kernel: dict[Phase, int] = {}
@@ -136,23 +169,19 @@ def measured(case: Case, model: dict[str, Any]) -> str:
     write_to_new_blocks(True)
     with MemoryAccountant(cross_check="process", os_tolerance=TOLERANCE, os_allowance=0) as account:
         network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
-        fused = case.optimizer == BASELINE
-        ready = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True) if fused else None
-        engine, *_ = deepspeed.initialize(model=network, optimizer=ready, config=case.config())
-        gc.collect()  # DeepSpeed leaves a gathered parameter in a cycle
-        account.watch(engine)
+        training = plain(case, network, account) if case.stage is None else engine(case, network, account)
         ids = torch.arange(TOKENS).view(1, TOKENS)
         for _ in range(2):  # the accountant's own checks are of the second step as a whole
-            engine.backward(engine(input_ids=ids, labels=ids).loss)
-            engine.step()
+            training.backward(training.forward(input_ids=ids, labels=ids).loss)
+            training.step()
         account.cross_check = None
-        loss = peak_in("forward", lambda: engine(input_ids=ids, labels=ids).loss)
-        peak_in("backward", lambda: engine.backward(loss))
-        peak_in("step", engine.step)
+        loss = peak_in("forward", lambda: training.forward(input_ids=ids, labels=ids).loss)
+        peak_in("backward", lambda: training.backward(loss))
+        peak_in("step", training.step)
         after = ProcessView.now()
         rank = account.record().ranks[0]
     write_to_new_blocks(False)
-    engine.destroy()
+    training.end()
     phases = [check_of(rank, phase, kernel[phase] - before.resident) for phase in PHASES]
     steady = Check(
         name="after step",
@@ -162,6 +191,46 @@ def measured(case: Case, model: dict[str, Any]) -> str:
         tolerance=TOLERANCE,
     )
     return rank.model_copy(update={"checks": [*phases, steady, *rank.checks]}).model_dump_json()
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The phases of a step, and what lets go of it all."""
+
+    forward: Callable[..., Any]
+    backward: Callable[[Any], Any]
+    step: Callable[[], Any]
+    end: Callable[[], Any]
+
+
+def engine(case: Case, network: torch.nn.Module, account: MemoryAccountant) -> Training:
+    """By DeepSpeed, watched."""
+    import deepspeed
+
+    fused = case.optimizer == BASELINE
+    ready = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True) if fused else None
+    made, *_ = deepspeed.initialize(model=network, optimizer=ready, config=case.config())
+    gc.collect()  # DeepSpeed leaves a gathered parameter in a cycle
+    account.watch(made)
+    return Training(made, made.backward, made.step, made.destroy)
+
+
+def plain(case: Case, network: torch.nn.Module, account: MemoryAccountant) -> Training:
+    """By torch alone, bf16 throughout, watched."""
+    network.bfloat16()
+    if case.optimizer == BASELINE:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
+    else:
+        kind = optimizers()[case.optimizer.split(".")[-1]]
+        given = {"state_dtype": torch.bfloat16, **case.settings}
+        optimizer = kind(network.named_parameters(), roles=network, bf16_stochastic_round=True, **given)
+    account.watch(network, optimizer)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Training(network, torch.Tensor.backward, step, lambda: None)
 
 
 def check_of(rank: RankRecord, phase: Phase, theirs: int) -> Check:
@@ -214,7 +283,14 @@ class Result:
 
     @property
     def agrees(self) -> bool:
-        return all(check.passed is not False for rank in self.ranks for check in rank.checks)
+        checked = all(check.passed is not False for rank in self.ranks for check in rank.checks)
+        return checked and self.as_predicted is not False
+
+    @property
+    def as_predicted(self) -> bool | None:
+        """Whether every rank's state has the predicted bytes; None of an optimizer that is not ours."""
+        wanted = self.case.predicted_state()
+        return [rank.state_bytes for rank in self.ranks] == wanted if wanted else None
 
     def views(self) -> dict[str, int]:
         """What is to be compared with the baseline, bytes of the fullest rank."""
@@ -233,14 +309,15 @@ class Result:
         """Of the table of views."""
         rank = self.fullest
         states = [rank.state_bytes, sum(rank.model_states.values())]
-        cells = [f"{count / 1e6:.1f}" for count in states]
+        told = {None: "", True: " = predicted", False: " NOT AS PREDICTED"}[self.as_predicted]
+        cells = [f"{states[0] / 1e6:.1f}{told}", f"{states[1] / 1e6:.1f}"]
         cells += [
             f"{check.ours / 1e6:.1f} / {check.theirs / 1e6:.1f} ({100 * check.difference:+.2f} %)"
             for check in rank.checks[: len(PHASES) + 1]
         ]
         worst = max((check for one in self.ranks for check in one.checks), key=lambda check: abs(check.difference))
         cells += [f"{100 * worst.difference:+.2f} %", "PASS" if self.agrees else "FAIL"]
-        return f"| {self.case.optimizer} | {self.case} | {rank.rank} | " + " | ".join(cells) + " |"
+        return f"| {self.case.name} | {self.case} | {rank.rank} | " + " | ".join(cells) + " |"
 
 
 def saving(result: Result, baseline: Result) -> tuple[str, bool]:
@@ -251,7 +328,7 @@ def saving(result: Result, baseline: Result) -> tuple[str, bool]:
     falls = theirs["optimizer state"] >= LEAST_STATE and all(
         saved[name] >= LEAST_FALL * saved["optimizer state"] > 0 for name in ("peak, storages", "peak, kernel")
     )
-    return f"| {result.case} | " + " | ".join([*cells, "PASS" if falls else "FAIL"]) + " |", falls
+    return f"| {result.case.name} | {result.case} | " + " | ".join([*cells, "PASS" if falls else "FAIL"]) + " |", falls
 
 
 def main() -> int:
@@ -261,7 +338,10 @@ def main() -> int:
     arguments = parser.parse_args()
     started = time.time()
     pool = _pools(RANKS)
-    cases = [Case(name, stage, kind) for kind in ("bf16", "fp32") for stage in (2, 3) for name in OPTIMIZERS]
+    cases = [Case(name, stage, kind) for kind in PRECISIONS for stage in (2, 3) for name in OPTIMIZERS]
+    cases += [Case(name, 2, "bf16", in_eight_bits=True) for name in OPTIMIZERS[1:]]
+    cases += [Case(name, None, "pure bf16") for name in OPTIMIZERS]
+    cases += [Case(name, None, "pure bf16", in_eight_bits=True) for name in OPTIMIZERS[1:]]
     results: dict[Case, Result] = {}
     for case in track(cases, description="cases"):
         pool.run(measured, case, WARM_UP)  # libraries take memory at their first use
@@ -272,8 +352,8 @@ def main() -> int:
     good = all(result.agrees for result in results.values())
     savings = []
     for case, result in results.items():
-        if case.optimizer == "AdamMini":
-            row, falls = saving(result, results[Case(BASELINE, case.stage, case.precision)])
+        if case.optimizer == "AdamMini" or case.in_eight_bits:
+            row, falls = saving(result, results[case.baseline])
             savings.append(row)
             good &= falls
     names = list(next(iter(results.values())).views())
@@ -285,14 +365,22 @@ def main() -> int:
         "|---|---|---|---|---|---|---|---|---|---|---|",
         *(result.row() for result in results.values()),
         "",
-        f"## What Adam-mini saves against {BASELINE}",
+        f"## What Adam-mini and eight bits save against {BASELINE}",
         "",
         "MB on the fullest rank, and the share of the baseline's. PASS: by either view the peak falls by at least "
         f"{100 * LEAST_FALL:.0f} % of the state that is saved.",
         "",
-        "| strategy | " + " | ".join(names) + " | verdict |",
-        "|---" * (len(names) + 2) + "|",
+        "| optimizer | strategy | " + " | ".join(names) + " | verdict |",
+        "|---" * (len(names) + 3) + "|",
         *savings,
+        "",
+        "Without a master, bytes per parameter of weights, gradients and state together: "
+        + ", ".join(
+            f"{case.name} {sum(result.fullest.model_states.values()) / result.fullest.elements:.2f}"
+            for case, result in results.items()
+            if case.stage is None
+        )
+        + ".",
         "",
         UNSEEN + "| call | result | memory beyond it |\n|---|---|---|",
         *(f"| {name} | {human(size)} | {human(beyond)} |" for name, size, beyond in copies),

@@ -7,8 +7,8 @@ whatever else the machine does hits them alike. Whoever turns out ten times slow
 five. Reported are the median over the rounds and its ratio to the unit, torch's fused AdamW on the same parameters.
 
 Traffic counts how often a step must move each element between memory and core (a read or a write of four bytes):
-AdamW 7 (param and two states in and out, gradient in), Adam-mini and Lion 5, Adan 11. A step bound by memory takes
-traffic / 7 of AdamW's time.
+AdamW 7 (param and two states in and out, gradient in), Adam-mini and Lion 5, Adan 11; state in eight bits counts a
+quarter. A step bound by memory takes traffic / 7 of AdamW's time.
 
 Extra memory is the process's peak resident memory during one step (Linux: ``/proc/self/clear_refs``, ``VmHWM``) less
 what was resident before it, as a share of the partition: the parameters' bytes.
@@ -56,13 +56,22 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer to be built on a case's parameters; ``limit`` is the ratio it is held to, of ``limit_of``."""
+    """An optimizer to be built on a case's parameters; ``limit`` is the ratio it is held to, of ``limit_of``.
+
+    ``state_bytes`` is what an element of its state takes.
+    """
 
     name: str
     rule: str
     build: Callable[[Parameters], Step]
     limit: float | None = None
     limit_of: str = UNIT
+    state_bytes: int = 4
+
+    def traffic(self, grad_bytes: int) -> float:
+        """Values of four bytes that a step moves for each element, over AdamW's in fp32."""
+        state = STREAMS[self.rule] - 3
+        return (2 + grad_bytes / 4 + state * self.state_bytes / 4) / STREAMS["AdamW"]
 
 
 @dataclass
@@ -133,10 +142,18 @@ ROLES = {
 }
 
 
-def adam_mini(backend: str, parameters: Parameters) -> Step:
+def adam_mini(backend: str, parameters: Parameters, **settings: Any) -> Step:
     """AdamMini with the roles that apply to the names at hand."""
     claimed = {name: next(role for pattern, role in ROLES.items() if Path(name).match(pattern)) for name in parameters}
-    return ours("AdamMini", backend, roles=claimed)(parameters)
+    return ours("AdamMini", backend, roles=claimed, **settings)(parameters)
+
+
+INT8 = {"state_dtype": "int8", "roles": {"*": "mlp"}}
+
+
+def in_eight_bits(name: str, build: Callable[[Parameters], Step], limit: float | None = None) -> Contender:
+    """One of ours with its state in eight bits, held to its own time in fp32."""
+    return Contender(f"ds_optim {name} int8", name, build, limit, f"ds_optim {name}", state_bytes=1)
 
 
 ALL = [
@@ -162,6 +179,10 @@ ALL = [
     Contender("ds_optim Adan", "Adan", ours("Adan", "native"), 1.6),
     Contender("ds_optim Adan compiled", "Adan", ours("Adan", "compiled")),
     Contender("ds_optim Adan eager", "Adan", ours("Adan", "eager")),
+    in_eight_bits("AdamW", ours("AdamW", "native", **INT8), 1.1),
+    in_eight_bits("AdamMini", functools.partial(adam_mini, "native", state_dtype="int8")),
+    in_eight_bits("Lion", ours("Lion", "native", **INT8)),
+    in_eight_bits("Adan", ours("Adan", "native", **INT8)),
 ]
 PRODUCT = [
     each for each in ALL if each.name in (UNIT, *(f"ds_optim {rule}" for rule in STREAMS)) or "DeepSpeed" in each.name
@@ -238,14 +259,14 @@ def measure(case: int, elements: int, rounds: int) -> list[Result]:
     partition = sum(4 * parameter.numel() for parameter in wanted.values())
     results, steps = [], {}
     for contender in contenders:
-        result = Result(contender.name, contender.rule, traffic=STREAMS[contender.rule] / STREAMS["AdamW"])
+        result = Result(contender.name, contender.rule, traffic=contender.traffic(4))
         results.append(result)
         mine = contender.name.startswith("ds_optim")
         if grad_dtype != torch.float32 and not mine and contender.name != UNIT:
             result.note = "takes no bf16 gradients for fp32 parameters"
             continue
         if grad_dtype != torch.float32 and mine:
-            result.traffic = (STREAMS[contender.rule] - 0.5) / STREAMS["AdamW"]
+            result.traffic = contender.traffic(grad_dtype.itemsize)
         try:
             step = contender.build(wanted if mine else ordinary)
             step()  # state is allocated, kernels are built
