@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 import ds_optim
+from ds_optim.memory.tracker import StorageTracker
 from engines import Case, state_bytes
 from pool import Pools
 
@@ -34,8 +37,47 @@ def medium_model() -> nn.Module:
     )
 
 
-def measure(case: Case) -> dict[str, Any]:
+class ByAllocations:
+    """Follows every allocation, inside of operators too; but not what a thread of a communication library frees."""
+
+    def __enter__(self) -> ByAllocations:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def growth(self, call: Callable[[], Any]) -> int:
+        """The most bytes that a call took at once."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        return highest(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+class ByStorages(StorageTracker):
+    """Follows every tensor that it saw made, whoever lets go of it last; but nothing inside of an operator."""
+
+    def growth(self, call: Callable[[], Any]) -> int:
+        """The most bytes that a call took at once."""
+        self.log.clear()
+        self.recording = True
+        call()
+        self.recording = False
+        return highest(change for _, change, _ in self.log)
+
+
+def highest(changes: Iterable[int]) -> int:
+    """The largest sum of the first so many changes; none is 0."""
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def measure(case: Case, witness: type[ByAllocations] | type[ByStorages] = ByAllocations) -> dict[str, Any]:
     """Bytes of state after a step, and the largest growth of memory inside the optimizer's second step."""
+    with witness() as growing:
+        return _measured(case, growing)
+
+
+def _measured(case: Case, growing: ByAllocations | ByStorages) -> dict[str, Any]:
     import deepspeed
 
     model = medium_model()
@@ -45,17 +87,9 @@ def measure(case: Case) -> dict[str, Any]:
     tokens = torch.arange(16).view(1, 16)
     peaks = []
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: Any, **kwargs: Any) -> None:
         """One call of the basic optimizer's step (DeepSpeed makes one per group), its allocations followed."""
-        profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        with profiler:
-            result = type(basic).step(basic, *args, **kwargs)
-        grown = [0]
-        for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-            if event.name() == "[memory]":
-                grown.append(grown[-1] + event.nbytes())
-        peaks.append(max(grown))
-        return result
+        peaks.append(growing.growth(lambda: type(basic).step(basic, *args, **kwargs)))
 
     for last in (False, True):
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
@@ -125,7 +159,7 @@ def measure_matrices(case: Case) -> dict[str, Any]:
 
     cls.rule = replace(rule, update=watched)
     try:
-        report = measure(case)
+        report = measure(case, ByStorages)
     finally:
         cls.rule = rule
     return {**report, "stack": max(largest)}
