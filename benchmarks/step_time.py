@@ -161,23 +161,19 @@ ALL = [
     Contender("torch AdamW foreach", "AdamW", theirs("torch.optim", "AdamW", foreach=True)),
     Contender("DeepSpeedCPUAdam", "AdamW", theirs("deepspeed.ops.adam", "DeepSpeedCPUAdam", adamw_mode=True)),
     Contender("ds_optim AdamW", "AdamW", ours("AdamW", "native"), 1.05),
-    Contender("ds_optim AdamW compiled", "AdamW", ours("AdamW", "compiled")),
     Contender("ds_optim AdamW eager", "AdamW", ours("AdamW", "eager")),
     Contender("official adam-mini", "AdamMini", official_adam_mini),
     Contender("ds_optim AdamMini", "AdamMini", functools.partial(adam_mini, "native"), 0.80),
-    Contender("ds_optim AdamMini compiled", "AdamMini", functools.partial(adam_mini, "compiled")),
     Contender("ds_optim AdamMini eager", "AdamMini", functools.partial(adam_mini, "eager")),
     Contender("DeepSpeedCPULion", "Lion", theirs("deepspeed.ops.lion", "DeepSpeedCPULion")),
     Contender("lion-pytorch Lion", "Lion", theirs("lion_pytorch", "Lion")),
     Contender("pytorch-optimizer Lion", "Lion", theirs("pytorch_optimizer", "Lion")),
     Contender("ds_optim Lion", "Lion", ours("Lion", "native"), 1.0, "DeepSpeedCPULion"),
-    Contender("ds_optim Lion compiled", "Lion", ours("Lion", "compiled")),
     Contender("ds_optim Lion eager", "Lion", ours("Lion", "eager")),
     Contender("adan-pytorch Adan", "Adan", theirs("adan_pytorch", "Adan")),
     Contender("pytorch-optimizer Adan", "Adan", theirs("pytorch_optimizer", "Adan", foreach=True)),
     Contender("timm Adan", "Adan", theirs("timm.optim.adan", "Adan", foreach=True)),
     Contender("ds_optim Adan", "Adan", ours("Adan", "native"), 1.6),
-    Contender("ds_optim Adan compiled", "Adan", ours("Adan", "compiled")),
     Contender("ds_optim Adan eager", "Adan", ours("Adan", "eager")),
     in_eight_bits("AdamW", ours("AdamW", "native", **INT8), 1.1),
     in_eight_bits("AdamMini", functools.partial(adam_mini, "native", state_dtype="int8")),
@@ -386,7 +382,8 @@ def markdown(where: str, arguments: argparse.Namespace, tables: dict[str, list[R
         f"{arguments.elements:,} fp32 parameters, {arguments.rounds} rounds; one step of every contender per round, in "
         "turn, in one process (very slow ones in every fifth round). `ratio`: median over torch's fused AdamW's. "
         "`traffic`: what counting bytes predicts for it. `extra memory`: peak resident memory during a step less what "
-        "was resident before, over the parameters' bytes.",
+        "was resident before, over the parameters' bytes. Why state in eight bits takes longer than its traffic says: "
+        "[counted_instructions.md](counted_instructions.md).",
     ]
     for title, results in tables.items():
         lines += ["", f"## {title}", "", f"| {' | '.join(COLUMNS)} |", "|---|" + "---:|" * 5 + "---|"]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ds_optim import kernels
-from ds_optim.kernels import Formula, Scalars
+from ds_optim.kernels import Formula, Scalars, triangles
+from ds_optim.linalg import packed
+from ds_optim.linalg.packed import Triangles
 from ds_optim.linalg.precision import MatmulPrecision
-from ds_optim.linalg.products import add_gram_
+from ds_optim.linalg.products import add_gram_, apply_along
 
 
 @dataclass(slots=True)
@@ -94,12 +96,21 @@ class Stack:
         weight = 1 if beta == 1 else 1 - beta
         if kept.device.type == "cpu":
             before = {index: kept[index].clone() for index, good in enumerate(self.good.tolist()) if not good}
-            add_gram_(kept, self.grads, axis, beta, weight, self.matmul_precision)
+            add_gram_(kept, self.grads, axis, beta, weight, self.matmul_precision, _triangles(kept))
             for index, one in before.items():
                 kept[index] = one
             return kept
         kept.mul_(self._keep(beta, kept))
         return add_gram_(kept, self.grads, axis, 1.0, weight, self.matmul_precision)
+
+    def applied(self, matrices: Tensor, blocks: Tensor, axis: int) -> Tensor:
+        """Blocks multiplied along one axis by matrices of the state, packed: `ds_optim.linalg.products.apply_along`."""
+        return apply_along(matrices, blocks, axis, self.matmul_precision, _triangles(matrices))
+
+
+def _triangles(kept: Tensor) -> Triangles:
+    """Who packs and unpacks these matrices."""
+    return triangles if kernels.backend_for(None, kept.device) == "native" else packed
 
 
 def are_finite(blocks: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ import meshes
 from ds_optim import Shampoo, checkpoint
 from ds_optim.checkpoint.convert import convert
 from ds_optim.checkpoint.directory import read_about
-from ds_optim.linalg.packed import order_of, pack, packed_diagonal, packed_size, unpack, unpack_lower
+from ds_optim.kernels import triangles as in_cpp
+from ds_optim.linalg import packed as in_torch
+from ds_optim.linalg.packed import Triangles, order_of, pack, packed_diagonal, packed_size, unpack
 from ds_optim.rule import PackedSymmetric, bytes_of, kept_whole
 from ds_optim.stepping.former_state import in_todays_form, packed_again, room_for_stored
 from ds_optim.stepping.logical_tensors import Logical, LogicalRange
@@ -51,13 +53,45 @@ def symmetric(count: int, order: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_a_symmetric_matrix_comes_back_as_it_was(count: int, order: int, seed: int) -> None:
+@pytest.mark.parametrize("by", [in_torch, in_cpp], ids=["torch", "C++"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_symmetric_matrix_comes_back_as_it_was(
+    by: Triangles, count: int, order: int, threads: int, seed: int
+) -> None:
     matrices = symmetric(count, order, seed)
-    packed = pack(matrices)
-    assert packed.shape == (count, packed_size(order))
-    assert order_of(packed_size(order)) == order
+    size = packed_size(order)
+    assert order_of(size) == order
+    spoilt = matrices + torch.full((order, order), 1e9).triu(1)  # the other triangle is not looked at
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        packed = by.pack(spoilt, out=torch.full((count, size), torch.nan))
+        both = by.unpack(packed, out=torch.full_like(matrices, torch.nan))
+        lower = by.unpack_lower(packed, out=torch.full_like(matrices, torch.nan))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(packed, pack(matrices))
+    assert torch.equal(both, matrices)
+    assert torch.equal(lower.tril(), matrices.tril())
     assert torch.equal(unpack(packed), matrices)
-    assert torch.equal(unpack_lower(packed, out=torch.empty_like(matrices)).tril(), matrices.tril())
+
+
+def test_what_does_not_belong_together_is_not_copied() -> None:
+    matrices, packed = symmetric(2, 5, 0), torch.empty(2, packed_size(5))
+    for wrong_packed, wrong in (
+        (packed[:1], matrices),
+        (torch.empty(2, packed_size(6)), matrices),
+        (packed.double(), matrices),
+        (packed, matrices.double()),
+        (packed, torch.empty(2, 5, 10)[..., ::2]),
+        (packed, torch.empty(2, 5, 6)),
+    ):
+        for copy in (
+            lambda packed=wrong_packed, squares=wrong: in_cpp.unpack(packed, out=squares),
+            lambda packed=wrong_packed, squares=wrong: in_cpp.pack(squares, out=packed),
+        ):
+            with pytest.raises(ValueError, match="contiguous fp32 matrices on the CPU"):
+                copy()
 
 
 def test_rows_of_the_lower_triangle_lie_behind_one_another(seed: int) -> None:
@@ -228,8 +262,9 @@ def test_a_directory_of_deepspeeds_becomes_a_canonical_checkpoint_of_today(tmp_p
     assert agree("0.1.0", "deepspeed", "Shampoo", weights(model))
 
 
-def test_an_optimizer_counts_the_tables_of_its_own_matrices_alone(seed: int) -> None:
+def test_an_optimizer_counts_the_tables_of_its_own_matrices_alone(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are the process's: another model's, of other orders, must not be counted as this one's memory."""
+    monkeypatch.setenv("DS_OPTIM_KERNELS", "eager")  # the C++ kernels need none
 
     def stepped(side: int) -> int:
         weight = nn.Parameter(torch.ones(side, side))

@@ -12,7 +12,7 @@
 //
 // storage.h: tensors and their formats. rounding.h: stochastic rounding to bf16. threads.h: who works on what.
 // elementwise.h: AdamW, Lion, Adan, passes of whole-matrix rules. blocks.h: blocks and their sums. adam_mini.h: Adam-mini.
-// coded.h: state in eight bits. This file: the interface, and the step of whole-matrix rules, whose updates are known.
+// coded.h: state in eight bits. triangles.h: packed symmetric matrices. This file: the interface, and the step of whole-matrix rules, whose updates are known.
 
 #include <algorithm>
 #include <cstdint>
@@ -25,6 +25,7 @@
 #include "elementwise.h"
 #include "storage.h"
 #include "threads.h"
+#include "triangles.h"
 
 namespace {
 
@@ -219,6 +220,16 @@ void ds_optim_descend(void* param, int64_t dtype, const float* update, int64_t r
       }
     }
   });
+}
+
+// Matrices one behind the other, contiguous.
+void ds_optim_pack(const uint32_t* squares, uint32_t* packed, int64_t count, int64_t order, int64_t threads) {
+  pack_triangles(squares, packed, count, order, threads);
+}
+
+void ds_optim_unpack(const uint32_t* packed, uint32_t* squares, int64_t count, int64_t order, int64_t both,
+                     int64_t threads) {
+  unpack_triangles(packed, squares, count, order, both != 0, threads);
 }
 
 }  // extern "C"

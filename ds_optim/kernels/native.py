@@ -115,6 +115,9 @@ def library() -> ctypes.CDLL:
     ]
     loaded.ds_optim_descend.restype = None
     loaded.ds_optim_descend.argtypes = [pointer, word, pointer, word, word, word, ctypes.c_float, pointer, word]
+    loaded.ds_optim_pack.restype = loaded.ds_optim_unpack.restype = None
+    loaded.ds_optim_pack.argtypes = [pointer, pointer, word, word, word]
+    loaded.ds_optim_unpack.argtypes = [pointer, pointer, word, word, word, word]
     _lend_threads(loaded)
     return loaded
 

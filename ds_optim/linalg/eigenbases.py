@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.alignment import aligned
@@ -116,6 +117,25 @@ def _decompose(compute: Callable[[], Tensor], found: Tensor) -> None:
         found.fill_(math.nan)
 
 
+def _are_lost(products: Tensor, lengths: Tensor) -> Tensor:
+    """Columns of (..., n, n) of which nothing but rounding is left beside those before them: flags (..., n).
+
+    A column that has only a small share of itself left passes its own rounding on, magnified by as much, to what is
+    left of those behind it. Two looks: what the first one takes for a direction may itself be such a remainder.
+
+    Args:
+        lengths: (..., n), what is left of each column, as a QR decomposition has it.
+    """
+    least = LOST * lengths.amax(-1, keepdim=True)
+    shares = lengths / products.norm(dim=-2).clamp_min(torch.finfo(lengths.dtype).tiny)
+    is_lost = lengths <= least
+    for _ in range(2):
+        smallest = torch.where(is_lost, 1.0, shares).cummin(-1).values
+        before = pad(smallest.narrow(-1, 0, smallest.shape[-1] - 1), (1, 0), value=1.0)
+        is_lost = lengths <= least / before
+    return is_lost
+
+
 def _orthonormal(products: Tensor, bases: Tensor, order: Tensor, *, is_certain: bool) -> Tensor:
     """Orthonormal columns that span what those of ``products`` do, with old ones where those add nothing.
 
@@ -127,8 +147,7 @@ def _orthonormal(products: Tensor, bases: Tensor, order: Tensor, *, is_certain: 
     """
     basis: Tensor
     basis, triangle = torch.linalg.qr(products, mode="reduced" if is_certain else "r")
-    lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
-    is_lost = lengths <= LOST * lengths.amax(-1, keepdim=True)
+    is_lost = _are_lost(products, triangle.diagonal(dim1=-2, dim2=-1).abs())
     if is_certain and not bool(is_lost.any()):
         return basis
     del basis, triangle  # the room of two

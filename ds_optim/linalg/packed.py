@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,16 @@ _TABLES_KEPT = 64  # orders of matrices, of which a model's blocks have a few
 _LONG = 128  # rows of a matrix that are worth a call of their own
 
 _tables: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+class Triangles(Protocol):
+    """Who copies between matrices and their triangles: this module, or one that does the same faster."""
+
+    def pack(self, stack: Tensor, *, out: Tensor) -> Tensor: ...
+
+    def unpack(self, packed: Tensor, *, out: Tensor) -> Tensor: ...
+
+    def unpack_lower(self, packed: Tensor, *, out: Tensor) -> Tensor: ...
 
 
 def packed_size(order: int) -> int:

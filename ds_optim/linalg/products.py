@@ -15,14 +15,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ds_optim.linalg import packed as in_torch
 from ds_optim.linalg.alignment import one_by_one
-from ds_optim.linalg.packed import order_of, pack, unpack, unpack_lower
+from ds_optim.linalg.packed import Triangles, order_of, pack
 from ds_optim.linalg.precision import MatmulPrecision, own_gram, product_in, rounding_workspace
 
 _WHOLE = 256
 """Rows of a matrix whose product with itself is cheaper whole than by its halves."""
 
-_UNPACKED = 1 << 17
+_UNPACKED = 1 << 19
 """Elements of matrices that are unpacked at a time on a CPU, unless a single one has more."""
 
 
@@ -57,7 +58,13 @@ def unfolded(stack: Tensor, axis: int) -> Tensor:
 
 
 def add_gram_(
-    kept: Tensor, stack: Tensor, axis: int, beta: float, weight: float, precision: MatmulPrecision = "ieee"
+    kept: Tensor,
+    stack: Tensor,
+    axis: int,
+    beta: float,
+    weight: float,
+    precision: MatmulPrecision = "ieee",
+    triangles: Triangles = in_torch,
 ) -> Tensor:
     """``kept <- beta kept + weight gram(stack, axis)``, in place: on a CPU, where nothing is lost, inside the product.
 
@@ -66,6 +73,7 @@ def add_gram_(
         stack, axis, precision: as for `gram`.
         beta: of what is kept.
         weight: of what is new.
+        triangles: unpacks and packs on a CPU.
     """
     if kept.device.type != "cpu":
         return (kept if beta == 1 else kept.mul_(beta)).add_(pack(gram(stack, axis, precision)), alpha=weight)
@@ -77,7 +85,8 @@ def add_gram_(
 
     rows = unfolded(stack, axis)
     for part, room in _parts(kept):
-        pack(one_by_one(product, unpack_lower(kept[part], out=room), rows[part], is_added=True), out=kept[part])
+        lower = triangles.unpack_lower(kept[part], out=room)
+        triangles.pack(one_by_one(product, lower, rows[part], is_added=True), out=kept[part])
     return kept
 
 
@@ -125,13 +134,13 @@ def _parts(packed: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield slice(first, first + most), room[: len(packed) - first]
 
 
-def _squares(matrices: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _squares(matrices: Tensor, triangles: Triangles) -> Iterator[tuple[slice, Tensor]]:
     """A stack of square matrices, as it is; of packed ones some at a time."""
     if matrices.dim() > 2:
         yield slice(None), matrices
         return
     for part, room in _parts(matrices):
-        yield part, unpack(matrices[part], out=room)
+        yield part, triangles.unpack(matrices[part], out=room)
 
 
 def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) -> None:
@@ -148,7 +157,13 @@ def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) ->
     torch.addmm(corner, lower, upper.mT, beta=beta, alpha=weight, out=corner)
 
 
-def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPrecision = "ieee") -> Tensor:
+def apply_along(
+    matrices: Tensor,
+    stack: Tensor,
+    axis: int,
+    precision: MatmulPrecision = "ieee",
+    triangles: Triangles = in_torch,
+) -> Tensor:
     """Every block multiplied by its matrix along one axis: the mode product.
 
     Args:
@@ -157,11 +172,12 @@ def apply_along(matrices: Tensor, stack: Tensor, axis: int, precision: MatmulPre
         stack: (B, d_0, ..., d_K).
         axis: which of the block's axes.
         precision: of the product.
+        triangles: unpacks what is packed.
     """
     is_last = stack.dim() > 2 and axis == stack.dim() - 2  # rows are multiplied from the right, nothing is moved
     operand = stack.flatten(1, -2) if is_last else unfolded(stack, axis)
     result = operand.new_empty(operand.shape)
-    for part, squares in _squares(matrices):
+    for part, squares in _squares(matrices, triangles):
         factors = (operand[part], squares) if is_last else (squares, operand[part])
         one_by_one(product_in(precision), result[part], *factors)
     if is_last:

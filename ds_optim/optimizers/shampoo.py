@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ds_optim.linalg.inverse_roots import Method, inverse_roots_stepwise, method_for, roots_workspace
 from ds_optim.linalg.packed import pack, unpack
-from ds_optim.linalg.products import apply_along, block_norms, products_workspace
+from ds_optim.linalg.products import block_norms, products_workspace
 from ds_optim.linalg.workers import Stepwise, side_by_side
 from ds_optim.optimizers.adamw import adam_from_adam, adam_rule
 from ds_optim.optimizers.matrix_passes import ADAM_GRAFT, MOMENTUM, adam_graft_scalars, momentum_scalars
@@ -177,7 +177,7 @@ def shampoo_update(group: Settings, stack: Stack) -> Stepwise[Mapping[str, Tenso
     if step < _start(group):
         return {}
     for axis in axes:
-        direction = apply_along(state[f"root_{axis}"], direction, axis, stack.matmul_precision)
+        direction = stack.applied(state[f"root_{axis}"], direction, axis)
     if group["graft"]:
         lengths = block_norms(stack.grads) / (block_norms(direction) + 1e-16 * bias1)
         replace_(stack.grads, direction, state["rooted"] > 0, lengths)
