@@ -172,9 +172,11 @@ def measured(case: Case, model: dict[str, Any]) -> str:
         training = plain(case, network, account) if case.stage is None else engine(case, network, account)
         ids = torch.arange(TOKENS).view(1, TOKENS)
         for _ in range(2):  # the accountant's own checks are of the second step as a whole
+            training.begin()
             training.backward(training.forward(input_ids=ids, labels=ids).loss)
             training.step()
         account.cross_check = None
+        training.begin()
         loss = peak_in("forward", lambda: training.forward(input_ids=ids, labels=ids).loss)
         peak_in("backward", lambda: training.backward(loss))
         peak_in("step", training.step)
@@ -186,7 +188,7 @@ def measured(case: Case, model: dict[str, Any]) -> str:
     steady = Check(
         name="after step",
         ours=rank.moments[-1].total,
-        theirs=after.unique - before.unique,
+        theirs=after.own - before.own,
         method=CountedBy.PROCESS,
         tolerance=TOLERANCE,
     )
@@ -195,8 +197,9 @@ def measured(case: Case, model: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """The phases of a step, and what lets go of it all."""
+    """What comes before a step, its phases, and what lets go of it all."""
 
+    begin: Callable[[], Any]
     forward: Callable[..., Any]
     backward: Callable[[Any], Any]
     step: Callable[[], Any]
@@ -212,12 +215,13 @@ def engine(case: Case, network: torch.nn.Module, account: MemoryAccountant) -> T
     made, *_ = deepspeed.initialize(model=network, optimizer=ready, config=case.config())
     gc.collect()  # DeepSpeed leaves a gathered parameter in a cycle
     account.watch(made)
-    return Training(made, made.backward, made.step, made.destroy)
+    return Training(lambda: None, made, made.backward, made.step, made.destroy)
 
 
 def plain(case: Case, network: torch.nn.Module, account: MemoryAccountant) -> Training:
     """By torch alone, bf16 throughout, watched."""
     network.bfloat16()
+    optimizer: torch.optim.Optimizer
     if case.optimizer == BASELINE:
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     else:
@@ -226,11 +230,7 @@ def plain(case: Case, network: torch.nn.Module, account: MemoryAccountant) -> Tr
         optimizer = kind(network.named_parameters(), roles=network, bf16_stochastic_round=True, **given)
     account.watch(network, optimizer)
 
-    def step() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Training(network, torch.Tensor.backward, step, lambda: None)
+    return Training(optimizer.zero_grad, network, torch.Tensor.backward, optimizer.step, lambda: None)
 
 
 def check_of(rank: RankRecord, phase: Phase, theirs: int) -> Check:
