@@ -6,7 +6,7 @@ A process steps one parameter on one thread while its parent lets it execute one
 counts: what is counted is what runs, whatever the machine's load. Two sizes are counted and their difference is
 divided by the elements between them, so that neither Python nor a call's own costs are in it. Bytes are those that a
 step must move between memory and core. Vector instructions count as one each: the figures depend on the width of the
-processor's vectors. Linux on x86-64; a minute of one core.
+processor's vectors. Linux on x86-64; some minutes of one core.
 """
 
 from __future__ import annotations

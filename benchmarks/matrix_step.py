@@ -300,7 +300,7 @@ MUON = [
     Contender("ds_optim NorMuon", "the same, rows of equal length", ours("NorMuon")),
     Contender("torch Muon", "momentum, 5 steps of 3 products, bf16", theirs("torch.optim", "Muon")),
     Contender("pytorch-optimizer Muon", "momentum, 5 steps of 3 products, bf16", theirs("pytorch_optimizer", "Muon")),
-    Contender("heavyball Muon", "momentum, 5 steps of 3 products", theirs("heavyball", "Muon")),
+    Contender("heavyball Muon", "momentum, 5 steps of 3 products, bf16", theirs("heavyball", "Muon")),
 ]
 
 
