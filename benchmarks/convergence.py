@@ -250,8 +250,12 @@ def train(run: Run, setting: Setting, status: Path, cache: Path) -> dict[str, An
     seconds = in_optimizer = 0.0
     for step in range(setting.steps):
         started = time.perf_counter()
+        rate = run.lr * setting.learning_rate_share(step)
         for group in optimizer.param_groups:
-            group["lr"] = run.lr * setting.learning_rate_share(step)
+            if isinstance(group["lr"], torch.Tensor):  # torchao's
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         ids = torch.from_numpy(windows.global_batch(step, setting.batch_size))
         loss = step_loss(ids)
         loss.backward()
