@@ -19,6 +19,8 @@ what a run of that shorter length would end with.
 A run is one JSON file in the work folder, written when it ends. An interrupted one begins again; finished ones are kept
 whatever has changed in the package since (each says which source it ran): choose another folder to start afresh.
 
+`int8` compares with ``pip install bitsandbytes torchao`` where they are installed (0.50.2 and 0.18.0 were).
+
 Drawing needs matplotlib: ``pip install "ds-optim[plot]"``.
 """
 
@@ -28,6 +30,7 @@ import contextlib
 import datetime
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -290,6 +293,7 @@ def train(run: Run, setting: Setting, status: Path, cache: Path) -> dict[str, An
         "source": _source(Path(ds_optim.__file__).parent),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"package": f"{module} {importlib.metadata.version(module.partition('.')[0])}"} if module else {}),
     }
 
 
@@ -481,7 +485,7 @@ def markdown(records: dict[Run, Record]) -> str:
         "## Every run",
         "\n".join(_every(records, base)),
     ]
-    if any(run.optimizer == "SWAN" and run.extra for run in records):
+    if any("norm_axis" in dict(run.extra) for run in records):
         parts[-2:-2] = ["## SWAN's `norm_axis`", "\n".join(_axes(records, base))]
     if pairs := in_both(records):
         parts[-2:-2] = ["## State in eight bits", "\n".join(_eight_bits(records, pairs))]
@@ -576,7 +580,7 @@ def _seeds(records: dict[Run, Record], repeated: Sequence[Record]) -> str:
 
 def _axes(records: dict[Run, Record], base: Record) -> list[str]:
     """Final loss (tokens to reach) by axis and learning rate; SWAN's own default has its runs without the option."""
-    rates = sorted({run.lr for run in records if run.optimizer == "SWAN" and run.extra})
+    rates = sorted({run.lr for run in records if "norm_axis" in dict(run.extra)})
     lines = [f"| norm_axis | {' | '.join(f'lr {lr:g}' for lr in rates)} |", f"|---|{'---:|' * len(rates)}"]
     for axis_name in (None, *AXES):
         extra = () if axis_name is None else (("norm_axis", axis_name),)
@@ -728,7 +732,6 @@ def in_eight_bits(
     out: Out = DEFAULT_OUT,
     jobs: Jobs = 1,
     compile_model: Compiled = True,
-    tokens: Annotated[int, typer.Option(min=1, help="Of each run.")] = Setting().tokens,
 ) -> None:
     """Train with state in fp32 and in eight bits at the recipe's middle learning rate, and compare the ends.
 
@@ -739,7 +742,7 @@ def in_eight_bits(
     if BASE in names:
         installed = [name for name in RIVALS if importlib.util.find_spec(name.partition(".")[0])]
         runs += [Run(name, RECIPES[BASE].learning_rates[1]) for name in installed]
-    train_all(lambda _: runs, out, jobs, Setting(compile=compile_model, tokens=tokens))
+    train_all(lambda _: runs, out, jobs, replace(Setting(), compile=compile_model))
     records = {run: record for run, record in finished(out).items() if run in runs}
     pairs = in_both(records)
     Console(soft_wrap=True).print("\n".join(_eight_bits(records, pairs)), markup=False)

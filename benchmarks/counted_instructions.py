@@ -17,6 +17,7 @@ import datetime
 import os
 import platform
 import signal
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,9 @@ def instructions(name: str, elements: int, settings: dict[str, Any]) -> int:
     if child == 0:
         try:
             _step_under_count(name, elements, settings)
-        finally:
-            os._exit(1)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
     _, status = os.waitpid(child, 0)  # it stops by itself, where counting begins
     count = 0
     step, wait, stopped_by = LIBC.ptrace, os.waitpid, os.WSTOPSIG
@@ -76,7 +78,8 @@ def _step_under_count(name: str, elements: int, settings: dict[str, Any]) -> Non
     for turn in range(WARM + 1):
         parameter.grad = torch.randn(parameter.shape, generator=generator) * 0.01
         if turn == WARM:
-            LIBC.ptrace(TRACE_ME, 0, None, None)
+            if LIBC.ptrace(TRACE_ME, 0, None, None) < 0:
+                raise OSError(ctypes.get_errno(), "this process may not be traced")
             os.kill(os.getpid(), signal.SIGSTOP)
         optimizer.step()
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,10 +1,11 @@
 """How long a step of the whole-matrix optimizers takes on a CPU: how even it is, how much of it are products.
 
-    python benchmarks/matrix_step.py [--markdown docs/results/matrix_step.md] [--json FILE]
+    python benchmarks/matrix_step.py [--markdown FILE] [--json FILE]
 
 The matrices of a Llama-like model without its embeddings, fp32, one process, fresh random gradients in every round
 (outside the timing). All contenders of a table step in turn (who begins, changes), so that whatever else the machine
-does hits them alike. Those that only serve the comparison sit out four rounds of five.
+does hits them alike. The slower of those that only serve the comparison sit out four rounds of five: with rounds in
+fifties each has one refresh in ten of its steps. docs/results/matrix_step.md is put together from several runs.
 
 Shampoo is held to the evenness of its steps: their 99th percentile over their median (the largest over the median,
 where there are fewer than 100). `products and roots alone` are the same statistics, applications and fp64
@@ -230,6 +231,22 @@ def newton_schulz_products(parameters: dict[str, torch.nn.Parameter]) -> Step:
     return step
 
 
+def muon_products(parameters: dict[str, torch.nn.Parameter]) -> Step:
+    """The matrix products of a step of Muon as it is published, in fp32, and nothing else."""
+    wide = [tuple(sorted(parameter.shape)) for parameter in parameters.values()]
+    buffers = {shape: (torch.randn(shape), *torch.empty(2, shape[0], shape[0]), torch.empty(shape)) for shape in wide}
+
+    def step() -> None:
+        for shape in wide:
+            x, s, w, y = buffers[shape]
+            for _ in range(5):
+                torch.matmul(x, x.mT, out=s)
+                torch.matmul(s, s, out=w)
+                torch.matmul(w, x, out=y)
+
+    return step
+
+
 def shampoo(block: int) -> list[Contender]:
     """Shampoo's field at one block size."""
     settings = {"max_preconditioner_dim": block, "precondition_frequency": FREQUENCY, "graft": "adam"}
@@ -295,6 +312,7 @@ SWAN = [
     Contender("torch Muon", "momentum, 5 steps of 3 products, bf16", theirs("torch.optim", "Muon"), rare=True),
 ]
 MUON = [
+    Contender(PRODUCTS_ALONE, "nothing else", muon_products),
     Contender("ds_optim Muon", "momentum, 5 steps of 3 products", ours("Muon")),
     Contender("ds_optim Muon, bf16", "the same, products in bf16", ours("Muon", matmul_precision="bf16")),
     Contender("ds_optim NorMuon", "the same, rows of equal length", ours("NorMuon")),

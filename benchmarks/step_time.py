@@ -152,7 +152,7 @@ INT8 = {"state_dtype": "int8", "roles": {"*": "mlp"}}
 
 
 def in_eight_bits(name: str, build: Callable[[Parameters], Step], limit: float | None = None) -> Contender:
-    """One of ours with its state in eight bits, held to its own time in fp32."""
+    """One of ours with its state in eight bits; a limit is of its own time in fp32."""
     return Contender(f"ds_optim {name} int8", name, build, limit, f"ds_optim {name}", state_bytes=1)
 
 

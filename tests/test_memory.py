@@ -127,17 +127,18 @@ def test_adam_mini_halves_adamws_state(pool: Pools) -> None:
     assert sum(mini) / sum(adamw) == pytest.approx(0.5, abs=0.005)
 
 
-def measure_eager(case: Case) -> dict[str, Any]:
+def measure_eager(case: Case, witness: type[ByAllocations] | type[ByStorages]) -> dict[str, Any]:
     os.environ["DS_OPTIM_KERNELS"] = "eager"
     try:
-        return measure(case)
+        return measure(case, witness)
     finally:
         del os.environ["DS_OPTIM_KERNELS"]
 
 
-def test_the_measurement_sees_temporaries(pool: Pools) -> None:
+@pytest.mark.parametrize("witness", [ByAllocations, ByStorages])
+def test_the_measurement_sees_temporaries(pool: Pools, witness: type[ByAllocations] | type[ByStorages]) -> None:
     """Plain torch operations allocate a piece at a time: the same measurement must notice."""
-    for report in pool(1).run(measure_eager, Case("ds_optim.AdamW", stage=2, precision="bf16")):
+    for report in pool(1).run(measure_eager, Case("ds_optim.AdamW", stage=2, precision="bf16"), witness):
         assert report["peak"] > 0.01 * report["partition"]
 
 

@@ -76,6 +76,25 @@ def test_a_symmetric_matrix_comes_back_as_it_was(
     assert torch.equal(unpack(packed), matrices)
 
 
+def test_a_stack_on_a_cpu_has_its_triangles_copied_by_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else would tell: the bits are the same."""
+    copied = []
+    for name in ("pack", "unpack", "unpack_lower"):
+        copy = getattr(in_cpp, name)
+        monkeypatch.setattr(
+            in_cpp, name, lambda *args, copy=copy, **kwargs: copied.append(copy) or copy(*args, **kwargs)
+        )
+    weight = nn.Parameter(torch.ones(16, 16))
+    optimizer = Shampoo([("w", weight)], roles={"w": "linear"}, precondition_frequency=1)
+    weight.grad = torch.eye(16)
+    optimizer.step()
+    assert {copy.__name__ for copy in copied} == {"pack", "unpack", "unpack_lower"}
+    copied.clear()
+    monkeypatch.setenv("DS_OPTIM_KERNELS", "eager")
+    optimizer.step()
+    assert not copied
+
+
 def test_what_does_not_belong_together_is_not_copied() -> None:
     matrices, packed = symmetric(2, 5, 0), torch.empty(2, packed_size(5))
     for wrong_packed, wrong in (
@@ -262,13 +281,12 @@ def test_a_directory_of_deepspeeds_becomes_a_canonical_checkpoint_of_today(tmp_p
     assert agree("0.1.0", "deepspeed", "Shampoo", weights(model))
 
 
-def test_an_optimizer_counts_the_tables_of_its_own_matrices_alone(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_counts_the_tables_of_its_own_matrices_alone(seed: int) -> None:
     """They are the process's: another model's, of other orders, must not be counted as this one's memory."""
-    monkeypatch.setenv("DS_OPTIM_KERNELS", "eager")  # the C++ kernels need none
 
     def stepped(side: int) -> int:
         weight = nn.Parameter(torch.ones(side, side))
-        optimizer = Shampoo([("w", weight)], roles={"w": "linear"})
+        optimizer = Shampoo([("w", weight)], roles={"w": "linear"}, precondition_frequency=1)
         weight.grad = torch.randn(side, side, generator=torch.Generator().manual_seed(seed))
         optimizer.step()
         return sum(one.nbytes for one in optimizer.stepper.buffers() if one.dtype == torch.int32 and one.numel() >= 100)

@@ -12,7 +12,8 @@
 //
 // storage.h: tensors and their formats. rounding.h: stochastic rounding to bf16. threads.h: who works on what.
 // elementwise.h: AdamW, Lion, Adan, passes of whole-matrix rules. blocks.h: blocks and their sums. adam_mini.h: Adam-mini.
-// coded.h: state in eight bits. triangles.h: packed symmetric matrices. This file: the interface, and the step of whole-matrix rules, whose updates are known.
+// coded.h: state in eight bits. triangles.h: packed symmetric matrices. This file: the interface, and the step of
+// whole-matrix rules, whose updates are known.
 
 #include <algorithm>
 #include <cstdint>

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ds_optim.known_torch import fp32_products
 from ds_optim.linalg.alignment import aligned
@@ -28,7 +27,7 @@ from ds_optim.linalg.workers import Stepwise, matrix_by_matrix
 NULL = 1e-12
 """Eigenvalues of a product in fp64 below this part of its largest are those of its null space."""
 LOST = 1e-6
-"""Eigenvalues and columns of a product in fp32 below this part of the largest are rounding."""
+"""Eigenvalues of a product in fp32 below this part of the largest are rounding; columns, see `_are_lost`."""
 
 
 def first_basis(rows: Tensor) -> Tensor:
@@ -117,22 +116,37 @@ def _decompose(compute: Callable[[], Tensor], found: Tensor) -> None:
         found.fill_(math.nan)
 
 
-def _are_lost(products: Tensor, lengths: Tensor) -> Tensor:
-    """Columns of (..., n, n) of which nothing but rounding is left beside those before them: flags (..., n).
+def _lost_alone(triangle: Tensor) -> Tensor:
+    """Columns of which next to nothing is left beside those before them: flags (..., n)."""
+    lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
+    return lengths <= LOST * lengths.amax(-1, keepdim=True)
 
-    A column that has only a small share of itself left passes its own rounding on, magnified by as much, to what is
-    left of those behind it. Two looks: what the first one takes for a direction may itself be such a remainder.
+
+def _are_lost(triangle: Tensor) -> Tensor:
+    """Columns of which nothing but rounding is left beside those before them: flags (..., n).
+
+    A column is a mixture of those before it, and what is left. What is left has the rounding of the column itself and,
+    by their weights in the mixture, that of the others: where they are nearly dependent, weights are large. Weights are
+    looked at where some column is lost without them; twice, since what the first look takes for a direction may be such
+    a remainder.
 
     Args:
-        lengths: (..., n), what is left of each column, as a QR decomposition has it.
+        triangle: (..., n, n), of the columns' QR decomposition; is written to.
     """
+    is_lost, n = _lost_alone(triangle), triangle.shape[-1]
+    is_singular = is_lost.any(-1, keepdim=True)
+    own = triangle.diagonal(dim1=-2, dim2=-1)
+    lengths = own.abs()
     least = LOST * lengths.amax(-1, keepdim=True)
-    shares = lengths / products.norm(dim=-2).clamp_min(torch.finfo(lengths.dtype).tiny)
-    is_lost = lengths <= least
+    row = torch.zeros(2 * n - 1, dtype=triangle.dtype, device=triangle.device)
+    row.narrow(0, n - 1, 1).fill_(1.0)
+    backwards = row.unfold(0, n, 1).expand_as(triangle)  # the identity from right to left, without the room of one
     for _ in range(2):
-        smallest = torch.where(is_lost, 1.0, shares).cummin(-1).values
-        before = pad(smallest.narrow(-1, 0, smallest.shape[-1] - 1), (1, 0), value=1.0)
-        is_lost = lengths <= least / before
+        triangle.masked_fill_(is_lost.unsqueeze(-1), 0.0)
+        own.masked_fill_(is_lost, 1.0)
+        mixtures = torch.linalg.solve_triangular(triangle, backwards, upper=True)
+        is_lost = (lengths <= least * (mixtures.norm(dim=-2).flip(-1) * own.abs())) & is_singular
+        del mixtures  # a stack's room
     return is_lost
 
 
@@ -147,10 +161,11 @@ def _orthonormal(products: Tensor, bases: Tensor, order: Tensor, *, is_certain: 
     """
     basis: Tensor
     basis, triangle = torch.linalg.qr(products, mode="reduced" if is_certain else "r")
-    is_lost = _are_lost(products, triangle.diagonal(dim1=-2, dim2=-1).abs())
-    if is_certain and not bool(is_lost.any()):
+    if is_certain and not bool(_lost_alone(triangle).any()):
         return basis
-    del basis, triangle  # the room of two
+    del basis  # its room
+    is_lost = _are_lost(triangle)
+    del triangle
     torch.where(is_lost.unsqueeze(-2), _in_order(bases, order), products, out=products)
     basis, _ = torch.linalg.qr(products)
     return basis
