@@ -467,9 +467,8 @@ def markdown(records: dict[Run, Record]) -> str:
     parts = [
         "# Convergence: tokens to AdamW's loss",
         f"`python benchmarks/convergence.py run`, then `report`: {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, "
-        f"{', '.join(sorted({r.content['machine'] for r in records.values()}))}, one thread per run, torch "
-        f"{base.content['torch']}, transformers {base.content['transformers']}. Raw curves: "
-        "[convergence.json](convergence.json).",
+        f"{_all(records, 'machine')}, one thread per run, torch {_all(records, 'torch')}, transformers "
+        f"{_all(records, 'transformers')}. Raw curves: [convergence.json](convergence.json).",
         f"A Llama of {base.content['parameters']:,} parameters ({shared['num_hidden_layers']} layers, "
         f"{shared['hidden_size']} wide, vocabulary {shared['vocab_size']:,}, untied), fp32, on the source and language "
         f"reference of Python ({base.content['text']}). {shared['steps']} steps of {shared['batch_size']} sequences "
@@ -490,6 +489,11 @@ def markdown(records: dict[Run, Record]) -> str:
     if pairs := in_both(records):
         parts[-2:-2] = ["## State in eight bits", "\n".join(_eight_bits(records, pairs))]
     return "\n\n".join(parts) + "\n"
+
+
+def _all(records: dict[Run, Record], key: str) -> str:
+    """What the records have for a key, each once."""
+    return ", ".join(sorted({record.content[key] for record in records.values() if key in record.content}))
 
 
 def _summary(tables: dict[str, list[Record]], base: Record) -> list[str]:
@@ -614,7 +618,8 @@ def _eight_bits(records: dict[Run, Record], pairs: list[tuple[Record, Record]]) 
     return [
         *lines,
         "",
-        f"Embeddings' state too is in eight bits. In fp32 the other packages' is our {BASE}'s run. One seed.",
+        f"Embeddings' state too is in eight bits. In fp32 the other packages' is our {BASE}'s run. One seed. "
+        + _all(records, "package"),
     ]
 
 
