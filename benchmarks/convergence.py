@@ -619,7 +619,7 @@ def _eight_bits(records: dict[Run, Record], pairs: list[tuple[Record, Record]]) 
         *lines,
         "",
         f"Embeddings' state too is in eight bits. In fp32 the other packages' is our {BASE}'s run. One seed. "
-        + _all(records, "package"),
+        f"{_all(records, 'package')}".rstrip(),
     ]
 
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
 import importlib
 import importlib.metadata
@@ -216,33 +217,19 @@ def products_and_roots(parameters: dict[str, torch.nn.Parameter]) -> Step:
     return step
 
 
-def newton_schulz_products(parameters: dict[str, torch.nn.Parameter]) -> Step:
-    """The matrix products of a step of SWAN, and nothing else."""
-    wide = [tuple(sorted(parameter.shape)) for parameter in parameters.values()]
-    buffers = {shape: (torch.randn(shape), torch.empty(shape[0], shape[0]), torch.empty(shape)) for shape in wide}
-
-    def step() -> None:
-        for shape in wide:
-            x, w, y = buffers[shape]
-            for _ in range(NS_STEPS):
-                torch.matmul(x, x.mT, out=w)
-                torch.matmul(w, x, out=y)
-
-    return step
-
-
-def muon_products(parameters: dict[str, torch.nn.Parameter]) -> Step:
-    """The matrix products of a step of Muon as it is published, in fp32, and nothing else."""
+def newton_schulz_products(parameters: dict[str, torch.nn.Parameter], steps: int, is_quintic: bool) -> Step:
+    """The matrix products of so many cubic or quintic steps on every matrix, in fp32, and nothing else."""
     wide = [tuple(sorted(parameter.shape)) for parameter in parameters.values()]
     buffers = {shape: (torch.randn(shape), *torch.empty(2, shape[0], shape[0]), torch.empty(shape)) for shape in wide}
 
     def step() -> None:
         for shape in wide:
             x, s, w, y = buffers[shape]
-            for _ in range(5):
+            for _ in range(steps):
                 torch.matmul(x, x.mT, out=s)
-                torch.matmul(s, s, out=w)
-                torch.matmul(w, x, out=y)
+                if is_quintic:
+                    torch.matmul(s, s, out=w)
+                torch.matmul(w if is_quintic else s, x, out=y)
 
     return step
 
@@ -308,11 +295,13 @@ def shampoo(block: int) -> list[Contender]:
 PRODUCTS_ALONE = "products alone"
 SWAN = [
     Contender("ds_optim SWAN", f"SWAN, {NS_STEPS} steps of 2 products", ours("SWAN", ns_steps=NS_STEPS), held=True),
-    Contender(PRODUCTS_ALONE, "nothing else", newton_schulz_products),
+    Contender(
+        PRODUCTS_ALONE, "nothing else", functools.partial(newton_schulz_products, steps=NS_STEPS, is_quintic=False)
+    ),
     Contender("torch Muon", "momentum, 5 steps of 3 products, bf16", theirs("torch.optim", "Muon"), rare=True),
 ]
 MUON = [
-    Contender(PRODUCTS_ALONE, "nothing else", muon_products),
+    Contender(PRODUCTS_ALONE, "nothing else", functools.partial(newton_schulz_products, steps=5, is_quintic=True)),
     Contender("ds_optim Muon", "momentum, 5 steps of 3 products", ours("Muon")),
     Contender("ds_optim Muon, bf16", "the same, products in bf16", ours("Muon", matmul_precision="bf16")),
     Contender("ds_optim NorMuon", "the same, rows of equal length", ours("NorMuon")),

@@ -581,7 +581,8 @@ def test_where_a_matrix_is_singular_its_old_vectors_stay(seed: int) -> None:
     """Columns that the iteration would draw out of rounding; also if the matrix has left the old range altogether.
 
     A column that is drawn out of rounding turns by about one (by 0.4 and more in one of ten such matrices, before it
-    was told how much rounding the columns before it pass on); of 12,000 now none turned by more than 0.03.
+    was told how much rounding the columns before it pass on); of 12,000 now none turned by more than 0.03, and one in
+    some hundreds by more than 1e-3.
     """
     count = 40
     first, second = wide_stack(count, 18, 4, seed), wide_stack(count, 18, 4, seed + 1)
@@ -591,7 +592,9 @@ def test_where_a_matrix_is_singular_its_old_vectors_stay(seed: int) -> None:
         found, order = finish(next_bases(factor, old))
         nudged, _ = finish(next_bases(factor * (1 + 1e-7), old))
         torch.testing.assert_close(found.mT @ found, torch.eye(18).expand(count, 18, 18), rtol=0, atol=1e-5)
-        torch.testing.assert_close(nudged, found, rtol=0, atol=0.1)
+        turned = (nudged - found).abs().amax((1, 2))
+        assert turned.max() <= (1e-3 if rows is first else 0.1)
+        assert int((turned > 1e-3).sum()) <= count // 10
         if rows is first:
             signs = (found * old.take_along_dim(order[:, None], -1)).sum(-2, keepdim=True).abs()
             torch.testing.assert_close(signs, torch.ones_like(signs), rtol=0, atol=1e-3)

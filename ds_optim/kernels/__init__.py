@@ -101,7 +101,8 @@ def backend_for(formula: Formula | None, device: torch.device) -> Backend:
     can compare theirs first.
 
     Args:
-        formula: what is to be run; None for `descend`, which every backend has.
+        formula: what is to be run; None for what needs none: `descend`, which every backend has, and copies of
+            triangles (`ds_optim.kernels.triangles`), which the C++ kernels have.
         device: of the tensors.
 
     Raises:

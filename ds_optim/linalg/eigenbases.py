@@ -116,13 +116,7 @@ def _decompose(compute: Callable[[], Tensor], found: Tensor) -> None:
         found.fill_(math.nan)
 
 
-def _lost_alone(triangle: Tensor) -> Tensor:
-    """Columns of which next to nothing is left beside those before them: flags (..., n)."""
-    lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
-    return lengths <= LOST * lengths.amax(-1, keepdim=True)
-
-
-def _are_lost(triangle: Tensor) -> Tensor:
+def _are_lost(triangle: Tensor, lengths: Tensor, least: Tensor) -> Tensor:
     """Columns of which nothing but rounding is left beside those before them: flags (..., n).
 
     A column is a mixture of those before it, and what is left. What is left has the rounding of the column itself and,
@@ -132,12 +126,12 @@ def _are_lost(triangle: Tensor) -> Tensor:
 
     Args:
         triangle: (..., n, n), of the columns' QR decomposition; is written to.
+        lengths: (..., n), of what is left of each column: the triangle's diagonal without signs.
+        least: (..., 1), what a column is lost with that mixes no others.
     """
-    is_lost, n = _lost_alone(triangle), triangle.shape[-1]
+    is_lost, n = lengths <= least, triangle.shape[-1]
     is_singular = is_lost.any(-1, keepdim=True)
     own = triangle.diagonal(dim1=-2, dim2=-1)
-    lengths = own.abs()
-    least = LOST * lengths.amax(-1, keepdim=True)
     row = torch.zeros(2 * n - 1, dtype=triangle.dtype, device=triangle.device)
     row.narrow(0, n - 1, 1).fill_(1.0)
     backwards = row.unfold(0, n, 1).expand_as(triangle)  # the identity from right to left, without the room of one
@@ -161,10 +155,12 @@ def _orthonormal(products: Tensor, bases: Tensor, order: Tensor, *, is_certain: 
     """
     basis: Tensor
     basis, triangle = torch.linalg.qr(products, mode="reduced" if is_certain else "r")
-    if is_certain and not bool(_lost_alone(triangle).any()):
+    lengths = triangle.diagonal(dim1=-2, dim2=-1).abs()
+    least = LOST * lengths.amax(-1, keepdim=True)
+    if is_certain and not bool((lengths <= least).any()):
         return basis
     del basis  # its room
-    is_lost = _are_lost(triangle)
+    is_lost = _are_lost(triangle, lengths, least)
     del triangle
     torch.where(is_lost.unsqueeze(-2), _in_order(bases, order), products, out=products)
     basis, _ = torch.linalg.qr(products)
