@@ -5,10 +5,11 @@
 Real engines over gloo train two layers of a Llama of the 60M shape for three steps, at ZeRO 1, 2 and 3, in fp32, all
 ranks on the same tokens, so that averaged gradients are those of one rank, with DeepSpeed's clipping at 1.0. Counted in
 the third step, backward and all: bytes that a rank must send for the collectives that torch sees (of a ring), and
-floating-point operations of matrix products. What AdamW takes in the same engine is subtracted: the model's own, and
-ZeRO's. *Memory*: bytes of all tensors that live after the last step, AdamW's subtracted, on the fullest rank. *Off*:
-how far the weights of matrices are from those of plain torch on one process that clips the gradient and then takes
-Muon's step as it is published (fp32 products), in distances moved.
+floating-point operations of matrix products, means over ranks. What AdamW takes in the same engine is subtracted: the
+model's own, and ZeRO's. *Memory*: bytes of all tensors that live after the last step, AdamW's subtracted, on the
+fullest rank. *Off*: how far the weights of matrices are from those of plain torch on one process that clips the
+gradient and then takes Muon's step as it is published (fp32 products), in distances moved: 1 is not to move at all.
+*Unclipped*: the same where nobody clips, which tells clipping too late from other products.
 
 Both take the published step length (``adjust_lr="original"``), momentum 0.95, five quintic steps and a learning rate of
 0.02. DeepSpeed's multiplies in bf16 or fp16, as its method wants, ours in fp32: some of *off* is that.
@@ -108,7 +109,7 @@ def matrices(model: nn.Module) -> list[str]:
     return [name for name, one in model.named_parameters() if one.dim() == 2 and "proj" in name]
 
 
-def published() -> dict[str, Tensor]:
+def published(clipping: float) -> dict[str, Tensor]:
     """Weights of matrices after these steps in one process, as the equations have them: clipped, then averaged."""
     from reference.adamw import adamw
     from reference.muon import muon
@@ -119,7 +120,8 @@ def published() -> dict[str, Tensor]:
     for step, tokens in enumerate(batches(), 1):
         model.zero_grad()
         model(input_ids=tokens, labels=tokens).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        if clipping:
+            nn.utils.clip_grad_norm_(model.parameters(), clipping)
         params = {name: one.detach().clone() for name, one in model.named_parameters()}
         grads = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
         ours = {name: params[name] for name in listed}
@@ -132,7 +134,7 @@ def published() -> dict[str, Tensor]:
     return {name: one.detach().clone() for name, one in model.named_parameters() if name in listed}
 
 
-def trained(kind: str, stage: int) -> dict[str, Any]:
+def trained(kind: str, stage: int, clipping: float) -> dict[str, Any]:
     """What one engine sends, multiplies and keeps on this rank, and the matrices that it ends with."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -145,7 +147,7 @@ def trained(kind: str, stage: int) -> dict[str, Any]:
         model=model,
         config={
             "train_micro_batch_size_per_gpu": 4,
-            "gradient_clipping": CLIPPING,
+            "gradient_clipping": clipping,
             "zero_optimization": zero,
             "optimizer": copy.deepcopy(OPTIMIZERS[kind]),
         },
@@ -194,18 +196,20 @@ def off(found: dict[str, Tensor], wanted: dict[str, Tensor], begin: dict[str, Te
 
 def table(pools: Pools, ranks: Sequence[int]) -> list[str]:
     """One line for each number of ranks, stage and optimizer."""
-    wanted, begin = published(), {name: one.detach() for name, one in llama().named_parameters()}
+    wanted, unclipped = published(CLIPPING), published(0.0)
+    begin = {name: one.detach() for name, one in llama().named_parameters()}
     lines = [
-        "| ranks | ZeRO | Muon | sent by a rank, MB, mean | GFLOP of a rank, mean | of all | memory, MB, most | off |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ranks | ZeRO | Muon | sent by a rank, MB | GFLOP of a rank | of all | memory, MB, most | off | unclipped |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for count in ranks:
         for stage in (1, 2, 3):
-            reports = {kind: pools(count).run(trained, kind, stage) for kind in OPTIMIZERS}
+            reports = {kind: pools(count).run(trained, kind, stage, CLIPPING) for kind in OPTIMIZERS}
             unknown = {name for listed in reports.values() for one in listed for name in one["unknown"]}
             assert not unknown, f"not counted: {unknown}"
             base = reports["AdamW"]
             for kind in ("ours", "DeepSpeed's"):
+                freely = pools(count).run(trained, kind, stage, 0.0)[0]["weights"]
                 more = {
                     key: [one[key] - other[key] for one, other in zip(reports[kind], base, strict=True)]
                     for key in ("sent", "flops", "kept")
@@ -216,6 +220,7 @@ def table(pools: Pools, ranks: Sequence[int]) -> list[str]:
                     f"{sum(more['flops']) / 1e9:.1f}",
                     f"{max(more['kept']) / 1e6:.1f}",
                     f"{off(reports[kind][0]['weights'], wanted, begin):.1e}",
+                    f"{off(freely, unclipped, begin):.1e}",
                 )
                 lines.append(f"| {count} | {stage} | {kind} | {' | '.join(cells)} |")
                 print(lines[-1], flush=True)
