@@ -138,7 +138,7 @@ RECIPES = {
     # AdamW's own rates: what "match_rms_adamw" promises.
     "Muon": Recipe((5e-4, 1e-3, 2e-3), 0.1),
     "NorMuon": Recipe((5e-4, 1e-3, 2e-3), 0.1),
-    "SOAP": Recipe((1e-3, 2e-3, 4e-3, 8e-3), 0.1, {"max_preconditioner_dim": 256}),
+    "SOAP": Recipe((1e-3, 2e-3, 4e-3), 0.1, {"max_preconditioner_dim": 256}),
 }
 AXES = ("in", "out", "long")
 # Others' AdamW with its state in eight bits; their modules are optional.

@@ -1,4 +1,4 @@
-"""How the six optimizers scale: counted on the ranks at hand, planned for up to 1,024.
+"""How all optimizers scale: counted on the ranks at hand, planned for up to 1,024.
 
     python benchmarks/scaling.py [--markdown docs/results/scaling.md] [--only measured|planned|nothing]
     deepspeed --hostfile hosts benchmarks/scaling.py --measure --model configs/models/llama2_7b.json
@@ -95,7 +95,7 @@ def measured(pools: Pools, model: Mapping[str, Any], tokens: int) -> list[dict[s
     for ranks, stage in track(CASES, description="counting"):
         reports = pools(ranks).run(measure, dict(model), optimizers, stage, tokens, ROUNDS)
         for name, options in optimizers.items():
-            predicted = plan_scaling(model, name, stage, ranks, options=options)
+            predicted = plan_scaling(model, name, stage, ranks, options=options, on_cpu=True)
             rows.append(row(name, stage, ranks, [one[name] for one in reports], predicted))
     return rows
 
@@ -131,7 +131,8 @@ def measured_here(arguments: argparse.Namespace, assumptions: Assumptions) -> in
             options = OPTIONS.get(name, {})
             reports = gathered(measure(model, {name: options}, stage, tokens, ROUNDS)[name])
             if dist.get_rank() == 0:
-                predicted = plan_scaling(model, name, stage, ranks, about, options)
+                on_cpu = not torch.accelerator.is_available()
+                predicted = plan_scaling(model, name, stage, ranks, about, options, on_cpu=on_cpu)
                 rows.append(row(name, stage, ranks, reports, predicted))
             dist.barrier()
     status = 0

@@ -19,6 +19,7 @@ from torch import nn
 from ds_optim.blueprint import blueprint, meta_model
 from ds_optim.deepspeed.facts import zero_settings
 from ds_optim.deepspeed.predict import predicted_layouts
+from ds_optim.linalg.products import own_product_flops
 from ds_optim.optimizers.adamw import AdamW
 from ds_optim.rule import bytes_of
 from ds_optim.sharding.assignment import Floats, holdings
@@ -179,6 +180,8 @@ def plan_scaling(
     ranks: int,
     assumptions: Assumptions | None = None,
     options: Mapping[str, Any] | None = None,
+    *,
+    on_cpu: bool = False,
 ) -> Planned:
     """What a step costs, from the layout alone.
 
@@ -189,6 +192,7 @@ def plan_scaling(
         ranks: data-parallel ranks.
         assumptions: of the machine; `Assumptions` has the defaults.
         options: of the optimizer.
+        on_cpu: statistics are multiplied by halves, as on a CPU.
 
     Raises:
         ds_optim.blueprint.BlueprintError: no such model or optimizer.
@@ -201,7 +205,7 @@ def plan_scaling(
     layouts = predicted_layouts(made.groups, stage, ranks)
     stepper = made.optimizer.predicted(layouts, 0)
     if isinstance(stepper, OwnedBlocks):
-        step = _whole_matrix(stepper, layouts, ranks, about)
+        step = _whole_matrix(stepper, layouts, ranks, about, _spared(stepper) if on_cpu else {})
     else:
         step = _elementwise(stepper, layouts, ranks, about)
     gradients, parameters = zero_bytes(made.specs, layouts, stage, ranks)
@@ -295,7 +299,24 @@ def _elementwise(stepper: InPlace, layouts: Sequence[Layout], ranks: int, about:
     )
 
 
-def _whole_matrix(stepper: OwnedBlocks, layouts: Sequence[Layout], ranks: int, about: Assumptions) -> _Step:
+def _spared(stepper: OwnedBlocks) -> dict[tuple[int, ...], float]:
+    """Flops of a step that blocks of a shape are spared on a CPU, which computes half of a large symmetric product."""
+    found = {}
+    for plan in stepper.plans.listed:
+        for shape in {block.tile.shape for block in plan.blocks}:
+            kept, numel = stepper.plans.state_of_block(shape), math.prod(shape)
+            orders = [size for axis, size in enumerate(shape) if f"factor_{axis}" in kept]
+            found[shape] = sum(2.0 * numel * size - own_product_flops(size, numel // size) for size in orders)
+    return found
+
+
+def _whole_matrix(
+    stepper: OwnedBlocks,
+    layouts: Sequence[Layout],
+    ranks: int,
+    about: Assumptions,
+    spared: Mapping[tuple[int, ...], float],
+) -> _Step:
     """Shampoo and SWAN: blocks travel to their owners and back; the rest is Adam's where it lies."""
     (plan,) = stepper.plans.listed
     costs, owners = plan.costs, np.array(plan.owners)
@@ -311,7 +332,8 @@ def _whole_matrix(stepper: OwnedBlocks, layouts: Sequence[Layout], ranks: int, a
     width = stepper.options.exchange_dtype.itemsize
     exchanges = math.ceil(max(float(owned.max()), busiest) / message_size(stepper.options.exchange_bucket_size))
     verdict = 2 * 4 * (ranks - 1) / ranks if plan.blocks else 0.0
-    products = np.bincount(owners, weights=[one.work.step_flops for one in plan.blocks], minlength=ranks)
+    steady = [one.work.step_flops - spared.get(one.tile.shape, 0.0) for one in plan.blocks]
+    products = np.bincount(owners, weights=steady, minlength=ranks)
     arithmetic = products.mean() + about.root_factor * float((costs.flops - products).mean())
     waiting = plan.waiting(stepper.options.exchange_bucket_size)
     kept = 0 if plan.stateless else _IDENTITY

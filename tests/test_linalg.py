@@ -17,6 +17,7 @@ from ds_optim.linalg import inverse_roots as module
 from ds_optim.linalg import polar
 from ds_optim.linalg.eigenbases import first_bases, next_bases
 from ds_optim.linalg.inverse_roots import Method, inverse_roots, method_for, schedule
+from ds_optim.linalg.packed import pack
 from ds_optim.linalg.polar import (
     POLAR_EXPRESS,
     QUINTIC,
@@ -27,7 +28,7 @@ from ds_optim.linalg.polar import (
     polynomial_steps,
 )
 from ds_optim.linalg.precision import MatmulPrecision, product_for_roots, product_in, rounded
-from ds_optim.linalg.products import apply_along, gram, stacked_matmul
+from ds_optim.linalg.products import add_gram_, apply_along, gram, own_product_flops, stacked_matmul
 from ds_optim.linalg.workers import finish
 
 METHODS: tuple[Method, ...] = ("eigh", "eigh32", "newton")
@@ -676,3 +677,15 @@ def test_a_polar_factor_in_fewer_bits_is_near_and_its_own(precision: MatmulPreci
     assert bound / 100 <= error(found, wanted) <= bound
     assert torch.equal(newton_schulz(stack[1:2], 10, 0.5, precision), found[1:2])
     assert (precision == "bf16") == torch.equal(found, found.bfloat16().float())
+
+
+@pytest.mark.parametrize("order", [5, 256, 257, 700])
+def test_the_flops_of_an_own_product_are_those_that_are_counted(order: int) -> None:
+    """On a CPU, where half of a large symmetric product is left out; what is kept is right all the same."""
+    stack = torch.randn(2, order, 3, generator=torch.Generator().manual_seed(order))
+    kept = pack(torch.eye(order).repeat(2, 1, 1))
+    with FlopCounterMode(display=False) as counter:
+        add_gram_(kept, stack, 0, 0.5, 0.25)
+    assert counter.get_total_flops() == 2 * own_product_flops(order, 3)
+    assert (order > 256) == (own_product_flops(order, 3) < 2 * order**2 * 3)
+    torch.testing.assert_close(kept, pack(0.5 * torch.eye(order) + 0.25 * stack @ stack.mT))

@@ -149,12 +149,26 @@ def _add_own_product_(kept: Tensor, rows: Tensor, beta: float, weight: float) ->
     if count <= _WHOLE:
         torch.addmm(kept, rows, rows.mT, beta=beta, alpha=weight, out=kept)
         return
-    half = count // 2 // 16 * 16  # where a cache line begins
+    half = _half(count)
     upper, lower = rows[:half], rows[half:]
     _add_own_product_(kept[:half, :half], upper, beta, weight)
     _add_own_product_(kept[half:, half:], lower, beta, weight)
     corner = kept[half:, :half]
     torch.addmm(corner, lower, upper.mT, beta=beta, alpha=weight, out=corner)
+
+
+def _half(count: int) -> int:
+    """Rows of the first half of so many: it ends where a cache line does."""
+    return count // 2 // 16 * 16
+
+
+def own_product_flops(order: int, others: int) -> int:
+    """Floating-point operations of `add_gram_` on a CPU, of a block of so many rows and elements in each of them."""
+    if order <= _WHOLE:
+        return 2 * order**2 * others
+    half = _half(order)
+    halves = own_product_flops(half, others) + own_product_flops(order - half, others)
+    return halves + 2 * half * (order - half) * others
 
 
 def apply_along(
