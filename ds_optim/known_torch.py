@@ -42,6 +42,12 @@ def fsdp_parameters(module: Any) -> Iterator[Any]:
             yield from group.fsdp_params
 
 
+def split_factor(placement: Any) -> int | None:
+    """Into how many parts a shard's dimension was cut before, of a strided shard (FSDP2 over tensor parallelism)."""
+    factor = getattr(placement, "split_factor", None)
+    return None if factor is None else int(factor)
+
+
 def current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a device the current one, on which Triton launches: it need not be that of the tensors."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

@@ -6,6 +6,7 @@ Also: of which true matrices a stacked or fused weight is made, which decides th
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 from ds_optim.optimizers.matrix_roles import is_matrix, is_preconditioned, true_matrices
 from ds_optim.roles import resolve_roles
 from ds_optim.roles.role import Part, Role
-from ds_optim.sharding.boxes import Box, elements_before, rectangles, strides_of, tiles
+from ds_optim.sharding.boxes import Box, elements_before, placed, rectangles, stretches, strides_of, tiles
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
 
@@ -64,6 +65,21 @@ def test_elements_before_a_position_are_counted_as_slicing_counts_them(drawn: tu
     positions = np.arange(math.prod(shape) + 1)
     inside = taken(shape, box)
     assert elements_before(shape, box, positions).tolist() == [int((inside < p).sum()) for p in positions]
+
+
+@given(shapes_and_boxes(), st.data())
+def test_a_range_of_a_boxs_own_order_is_found_in_the_parameter(
+    drawn: tuple[tuple[int, ...], Box], data: st.DataObject
+) -> None:
+    shape, box = drawn
+    inside = taken(shape, box)
+    start, stop = sorted((data.draw(st.integers(0, len(inside))), data.draw(st.integers(0, len(inside)))))
+    flat = numbered(shape).flatten()
+    reached = [flat.as_strided(o.shape, strides_of(shape), o.offset).flatten() for o in placed(shape, box, start, stop)]
+    assert torch.equal(torch.cat([*reached, inside[:0]]), inside[start:stop])
+    ranges = list(stretches(shape, box, start, stop))
+    assert [element for low, high in ranges for element in range(low, high)] == inside[start:stop].tolist()
+    assert all(end < begin for (_, end), (begin, _) in pairwise(ranges)), "neighbours are one range"
 
 
 @given(shapes_and_boxes())

@@ -15,15 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from allpairspy import AllPairs
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import ds_optim
 import meshes
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.sharding import dtensor
-from ds_optim.sharding.binding import BoundTensor
-from ds_optim.sharding.layout import ParameterSpec, Scattered
 from ds_optim.stepping import eight_bits
 from ds_optim.stepping.eight_bits import coded_keys
 from engines import Case, assembled, build_model, run
@@ -234,11 +235,26 @@ def test_bad_settings_are_named_all_at_once(name: str) -> None:
             cls(parameter, exchange_dtype="int8")
 
 
-def test_what_is_scattered_over_ranks_is_refused_with_the_remedy() -> None:
+def scattered() -> dict[str, list[str]]:
+    """What is said of parameters along dimension 1 and along dimension 0."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {}
+    for dim in (1, 0):
+        weight = distribute_tensor(torch.ones(8, 4), mesh, [Shard(dim)], src_data_rank=None)
+        bound = dtensor.read("wide.weight", weight)
+        found[f"codes {dim}"] = dtensor.problems(weight, bound, stochastic=False, in_codes=True)
+        half = dtensor.problems(weight.bfloat16(), bound, stochastic=True, in_codes=False)
+        found[f"rounded {dim}"] = half
+        assert dtensor.problems(weight, bound, stochastic=True, in_codes=False) == []
+    return found
+
+
+def test_what_is_no_range_of_its_elements_is_refused_with_the_remedy(pool: Pools) -> None:
     """Tensor parallelism along dimension 1: 256 neighbouring elements lie on several ranks."""
-    layout = Scattered(ParameterSpec("wide.weight", (8, 4)), placements="(Shard(dim=1),)")
-    settings = {"is_elementwise": True, "stochastic": False}
-    assert dtensor.problems(torch.ones(8, 4), BoundTensor(layout), **settings, in_codes=False) == []
-    (said,) = dtensor.problems(torch.ones(8, 4), BoundTensor(layout), **settings, in_codes=True)
-    assert said.startswith("wide.weight lies as")
-    assert said.endswith('or set state_dtype="fp32"')
+    for said in pool(2).run(scattered):
+        assert said["codes 0"] == said["rounded 0"] == []
+        (codes,), (rounded,) = said["codes 1"], said["rounded 1"]
+        assert codes.startswith("wide.weight lies as")
+        assert codes.endswith('or set state_dtype="fp32"')
+        assert rounded.startswith("wide.weight lies as")
+        assert rounded.endswith("or set bf16_stochastic_round=False")

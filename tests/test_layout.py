@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,7 +13,17 @@ from hypothesis import strategies as st
 
 from ds_optim.sharding.block_runs import block_runs, held_spans
 from ds_optim.sharding.blocks import BlockGrid
-from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters, check, digest
+from ds_optim.sharding.boxes import Box
+from ds_optim.sharding.layout import (
+    Boxed,
+    FlatPartition,
+    Layout,
+    ParameterSpec,
+    Replicated,
+    SlicedParameters,
+    check,
+    digest,
+)
 
 
 @st.composite
@@ -38,6 +50,30 @@ def layouts(draw: st.DrawFn) -> tuple[Layout, dict[str, BlockGrid]]:
     return FlatPartition(specs, tuple(offsets), -(-end // (2 * world)) * 2, world), found
 
 
+@st.composite
+def boxed(draw: st.DrawFn) -> tuple[Layout, dict[str, BlockGrid]]:
+    """A parameter that is cut along one or two of its dimensions."""
+    grid = draw(grids())
+    shape = (grid.batch, grid.reduce, grid.axis, grid.inner)
+    edges = [[0, size] for size in shape]
+    for dim in draw(st.lists(st.integers(0, 3), min_size=1, max_size=2, unique=True)):
+        edges[dim] = sorted([0, shape[dim], *draw(st.lists(st.integers(0, shape[dim]), min_size=1, max_size=3))])
+    corners = product(*(pairwise(of_dim) for of_dim in edges))
+    boxes = [Box(tuple(low for low, _ in one), tuple(high for _, high in one)) for one in corners]
+    return Boxed(ParameterSpec("p0", shape), tuple(draw(st.permutations(boxes)))), {"p0": grid}
+
+
+def elements_of(layout: Layout, rank: int) -> dict[int, tuple[int, int]]:
+    """Parameter and row-major element at every offset of a local tensor: by slicing."""
+    found = {}
+    for one in layout.fragments(rank):
+        shape, box = layout.parameters[one.parameter].shape, layout.parts(one.parameter)[one.part]
+        slices = tuple(slice(start, stop) for start, stop in zip(box.start, box.stop, strict=True))
+        elements = torch.arange(math.prod(shape)).view(shape)[slices].flatten()[one.start : one.stop].tolist()
+        found.update({one.offset + index: (one.parameter, element) for index, element in enumerate(elements)})
+    return found
+
+
 def block_of(grid: BlockGrid, element: int) -> int:
     """The definition: unravel the element's index, find its segment by counting."""
     batch, rest = divmod(element, grid.reduce * grid.axis * grid.inner)
@@ -51,21 +87,35 @@ def block_of(grid: BlockGrid, element: int) -> int:
     raise AssertionError
 
 
-@given(layouts())
+def sizes_of(grid: BlockGrid) -> list[int]:
+    """How many elements every block has."""
+    return torch.tensor([block_of(grid, element) for element in range(grid.numel)]).bincount().tolist()
+
+
+def first_element(grid: BlockGrid, block: int) -> int:
+    """The row-major element with which a block begins."""
+    return next(element for element in range(grid.numel) if block_of(grid, element) == block)
+
+
+@given(layouts() | boxed())
 def test_a_layout_holds_every_element_once(drawn: tuple[Layout, dict[str, BlockGrid]]) -> None:
     layout, _ = drawn
     assert check(layout) == []
-    for parameter in range(len(layout.parameters)):
-        ends = sorted(
-            fragment.stop
-            for rank in range(layout.world_size)
-            for fragment in layout.fragments(rank)
-            if fragment.parameter == parameter
-        )
-        assert layout.cuts(parameter) == ends[:-1]
+    held = [elements_of(layout, rank) for rank in range(layout.world_size)]
+    for parameter, spec in enumerate(layout.parameters):
+        everyones = sorted(element for found in held for owner, element in found.values() if owner == parameter)
+        assert everyones == list(range(spec.numel))
+        for part, share in enumerate(layout.shares(parameter)):
+            stated = dict(zip(share.ranks, pairwise(share.edges), strict=True))
+            for rank in range(layout.world_size):
+                listed = layout.fragments(rank)
+                mine = [one for one in listed if (one.parameter, one.part) == (parameter, part)]
+                assert [(one.start, one.stop) for one in mine] == [
+                    edges for holder, edges in stated.items() if holder == rank and edges[0] < edges[1]
+                ]
 
 
-@given(layouts())
+@given(layouts() | boxed())
 def test_runs_name_every_block_element_by_element(drawn: tuple[Layout, dict[str, BlockGrid]]) -> None:
     """Walk the tables as a kernel would and compare with the definition of a block."""
     layout, found = drawn
@@ -75,14 +125,13 @@ def test_runs_name_every_block_element_by_element(drawn: tuple[Layout, dict[str,
     for rank in range(layout.world_size):
         runs = block_runs(layout, rank, found)
         num_cuts.add(runs.num_cuts)
-        element_of = {}
-        for fragment in layout.fragments(rank):
-            for index in range(fragment.numel):
-                element_of[fragment.offset + index] = (fragment.parameter, fragment.start + index)
+        element_of = elements_of(layout, rank)
         slots: dict[int, tuple[int, int]] = {}
         seen = set()
-        for start, length, phase, width, slot, cut_first, cut_last, parameter in runs.rows:
+        for start, length, phase, width, slot, cut_first, cut_last, parameter, first in runs.rows:
             blocks = (phase + length - 1) // width
+            assert first == block_of(found[layout.parameters[parameter].name], element_of[start][1])
+            assert phase > 0 or element_of[start][1] == first_element(found[layout.parameters[parameter].name], first)
             for index in range(length):
                 which = (phase + index) // width
                 seen.add(start + index)
@@ -94,7 +143,7 @@ def test_runs_name_every_block_element_by_element(drawn: tuple[Layout, dict[str,
                 cut = cut_first if which == 0 else cut_last if which == blocks else -1
                 if cut >= 0:
                     assert cut_names.setdefault(cut, block) == block
-        for start, length, phase, row, begin, end, width, slot, cut, block_numel, parameter in runs.columns:
+        for start, length, phase, row, begin, end, width, slot, cut, numel, parameter, first, is_first in runs.columns:
             grid = found[layout.parameters[parameter].name]
             for index in range(length):
                 column = (phase + index) % row
@@ -104,7 +153,10 @@ def test_runs_name_every_block_element_by_element(drawn: tuple[Layout, dict[str,
                 owner, element = element_of[start + index]
                 block = (owner, block_of(grid, element))
                 which = (column - begin) // width
-                assert block_numel == grid.reduce * width
+                assert numel == sizes_of(grid)[block[1]]
+                assert block[1] == first + which
+                if phase + index == begin + which * width:
+                    assert is_first == (element == first_element(grid, block[1]))
                 assert slots.setdefault(slot + which, block) == block
                 holders.setdefault(block, set()).add(rank)
                 if cut >= 0:
@@ -117,7 +169,7 @@ def test_runs_name_every_block_element_by_element(drawn: tuple[Layout, dict[str,
     assert set(cut_names) <= set(range(num_cuts.pop()))
 
 
-@given(layouts())
+@given(layouts() | boxed())
 def test_spans_leave_padding_out(drawn: tuple[Layout, dict[str, BlockGrid]]) -> None:
     layout, _ = drawn
     for rank in range(layout.world_size):

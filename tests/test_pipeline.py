@@ -109,11 +109,11 @@ def one_step(kind: str, world_size: int, dtype: torch.dtype, bucket_size: int) -
         for values, one in zip(work.split([one.numel for one in bucket.owned]), bucket.owned, strict=True):
             values += one.block
 
-    def apply(piece: Piece, update: Tensor) -> None:
+    def apply(piece: Piece, update: list[Tensor]) -> None:
         for target, count, part in zip(
             pipeline.views(updates[piece.tensor], piece),
             pipeline.views(times[piece.tensor], piece),
-            pipeline.parts(update, piece),
+            update,
             strict=True,
         ):
             target.copy_(part)
@@ -224,7 +224,7 @@ def one_owner(world_size: int) -> list[list[float]]:
                 work.mul_(2).add_(owner)
 
             def apply(piece: Piece, update: Tensor, result: Tensor = result) -> None:
-                result.copy_(update)
+                result.copy_(update[0].flatten())
 
             pipeline.run(moved.schedule([0], rank, 100), wire, lambda piece: torch.arange(4.0), compute, apply)
             found.append(result.tolist())

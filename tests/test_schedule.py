@@ -19,7 +19,7 @@ from ds_optim.sharding.assignment import Block, Tile, Work, holdings
 from ds_optim.sharding.boxes import Box, tiles
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 from ds_optim.sharding.plan import Plan
-from ds_optim.sharding.schedule import Bucket, Piece
+from ds_optim.sharding.schedule import Bucket, InBlock, Piece
 
 Flat = NDArray[np.float64]
 
@@ -128,7 +128,7 @@ def write(flats: Sequence[Flat], piece: Piece, values: Flat) -> None:
     flats[piece.tensor][index] = values
 
 
-def positions(piece: Piece) -> list[NDArray[np.int64]]:
+def positions(piece: Piece | InBlock) -> list[NDArray[np.int64]]:
     found = []
     for one in piece.rectangles:
         index = np.array(one.offset)
@@ -136,6 +136,12 @@ def positions(piece: Piece) -> list[NDArray[np.int64]]:
             index = index[..., None] + np.arange(size) * stride
         found.append(index.reshape(-1))
     return found
+
+
+def in_block(place: InBlock | None) -> NDArray[np.int64]:
+    """Where elements lie in their block, in the order of the wire."""
+    assert place is not None
+    return np.concatenate(positions(place))
 
 
 def begins(counts: Sequence[int]) -> list[int]:
@@ -171,13 +177,13 @@ def gathered(case: Case, number: int, locals_: Sequence[Sequence[Flat]]) -> list
         for one in part.owned:
             values, times = np.full(one.numel, np.nan), np.zeros(one.numel, dtype=int)
             if one.local is not None:
-                stretch = slice(one.local.start, one.local.start + one.local.numel)
-                values[stretch] = read(locals_[rank], one.local)
-                times[stretch] += 1
+                here = in_block(one.local.inside)
+                values[here] = read(locals_[rank], one.local)
+                times[here] += 1
             for segment in one.remote:
-                stretch = slice(segment.block_start, segment.block_start + segment.numel)
-                values[stretch] = received[rank][segment.buffer_start : segment.buffer_start + segment.numel]
-                times[stretch] += 1
+                here = in_block(segment.place)
+                values[here] = received[rank][segment.buffer_start : segment.buffer_start + segment.numel]
+                times[here] += 1
             assert (times == 1).all()
             blocks[one.block] = values
         found.append(blocks)
@@ -193,11 +199,11 @@ def returned(case: Case, number: int, blocks: Sequence[dict[int, Flat]], locals_
         for one in part.owned:
             values = blocks[rank][one.block]
             if one.local is not None:
-                write(locals_[rank], one.local, values[one.local.start : one.local.start + one.local.numel])
+                write(locals_[rank], one.local, values[in_block(one.local.inside)])
             for segment in one.remote:
                 stretch = slice(segment.buffer_start, segment.buffer_start + segment.numel)
                 assert np.isnan(buffer[stretch]).all()
-                buffer[stretch] = values[segment.block_start : segment.block_start + segment.numel]
+                buffer[stretch] = values[in_block(segment.place)]
         assert not np.isnan(buffer).any()
         buffers.append(buffer)
     received = exchange(buffers, [one.from_ranks for one in parts], [one.to_ranks for one in parts])
@@ -308,7 +314,7 @@ def test_updates_of_replicated_parameters_lie_where_an_all_gather_of_equal_share
             for one in part.owned:
                 assert not one.remote
                 assert one.local is not None
-                assert (one.local.start, one.local.numel) == (0, one.numel)
+                assert in_block(one.local.inside).tolist() == list(range(one.numel))
                 write(results[rank], one.local, updates[rank][begin : begin + one.numel])
                 begin += one.numel
             for piece in part.others:

@@ -18,9 +18,9 @@ from ds_optim.checkpoint.warm_start import block_means, block_range, box_runs, w
 from ds_optim.linalg.packed import pack, packed_size
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box
-from ds_optim.stepping.logical_tensors import block_at
 from engines import Case, OddLlama, assembled, build_model, engine_for, learning_rate, masters, train
 from expected import block_labels, gradient, is_matrix, weight_decays
+from test_layout import block_of
 
 K = 5
 BETAS = (0.9, 0.95)
@@ -193,7 +193,7 @@ def test_state_keeps_its_own_dtype() -> None:
 )
 def test_block_means_of_any_part_of_any_grid(grid: BlockGrid) -> None:
     values = torch.rand(grid.numel)
-    labels = torch.tensor([block_at(grid, element) for element in range(grid.numel)])
+    labels = torch.tensor([block_of(grid, element) for element in range(grid.numel)])
     wanted = torch.stack([values[labels == block].double().mean() for block in range(grid.num_blocks)])
     for first in range(grid.num_blocks):
         for stop in range(first + 1, grid.num_blocks + 1):

@@ -20,10 +20,8 @@ from torch import Tensor, nn
 from ds_optim.checkpoint.ranges import CHUNK_ELEMENTS, Ranges
 from ds_optim.deepspeed import engine_state
 from ds_optim.roles import canonical_name, logical_shape
-from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.exchange import ALONE, Ranks
-from ds_optim.sharding.layout import Scattered
 from ds_optim.stepping.former_state import room_for_stored
 from ds_optim.stepping.kernel_calls import row_major
 from ds_optim.stepping.logical_tensors import Logical, LogicalParameter, LogicalRange, slices
@@ -43,15 +41,15 @@ class TrainingState:
         engine: the DeepSpeed engine, if there is one.
         ranks: that save or load it together.
         parameters: what the optimizer keeps, by local tensor.
-        untrained: the model's other parameters and its buffers: logical shape, where this rank's part of it begins,
-            and that part.
+        untrained: the model's other parameters and its buffers: logical shape, which elements are here, and where
+            they are.
     """
 
     model: nn.Module
     optimizer: ShardedOptimizer | None
     engine: Any
     parameters: dict[Tensor, list[LogicalParameter]] = field(default_factory=dict)
-    untrained: dict[str, tuple[tuple[int, ...], int, Tensor]] = field(default_factory=dict)
+    untrained: dict[str, tuple[tuple[int, ...], list[LogicalRange], Tensor]] = field(default_factory=dict)
     ranks: Ranks = ALONE
 
     def listed(self) -> Iterator[tuple[Tensor, LogicalParameter]]:
@@ -90,18 +88,11 @@ def training_state_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple
         called = names.get(tensor)  # an optimizer without an engine may not have been told names
         training.parameters[tensor] = [replace(one, name=called) if called else one for one in parameters]
     trained = {one.name for _, one in training.listed()}
-    scattered = []
     for parameter, name in names.items():
-        if isinstance(dtensor.read(name, parameter).layout, Scattered):
-            scattered.append(name)
-        elif name not in trained:
+        if name not in trained:
             training.untrained[name] = (logical_shape(parameter), *engine_state.local_weight(parameter))
-    if scattered:
-        return None, [
-            f"{', '.join(scattered[:5])}{' ...' if len(scattered) > 5 else ''}: not sharded along dimension 0 (tensor "
-            "parallelism); use torch.distributed.checkpoint with torch's get_optimizer_state_dict"
-        ]
-    training.untrained.update({name: (tuple(buffer.shape), 0, buffer) for name, buffer in _buffers(model)})
+    for name, buffer in _buffers(model):
+        training.untrained[name] = tuple(buffer.shape), [LogicalRange(0, buffer.numel(), 0)], buffer
     return training, []
 
 
@@ -210,10 +201,10 @@ def to_write(training: TrainingState) -> dict[str, Ranges]:
         if state:
             for key, logical in one.state.items():
                 add(f"state.{one.name}.{key}", logical, state.get(key))
-    for name, (shape, begin, values) in training.untrained.items():
+    for name, (shape, pieces, values) in training.untrained.items():
         # Ranks may have different statistics in their buffers; those of the first are stored, as DeepSpeed does.
         sliced = values.numel() != math.prod(shape)
-        parts = [(begin, row_major(values))] if sliced or training.ranks.index == 0 else []
+        parts = slices(pieces, row_major(values)) if sliced or training.ranks.index == 0 else []
         if math.prod(shape):
             found[f"module.{name}"] = Ranges(math.prod(shape), values.dtype, parts, CHUNK_ELEMENTS)
     return found
@@ -275,9 +266,9 @@ def to_read(training: TrainingState, about: Mapping[str, Any], *, states: bool) 
                 else:  # never used: its gradients were zero
                     for _, values in held_parts(logical.read, state.get(key)):
                         values.zero_()
-    for name, (shape, begin, values) in training.untrained.items():
+    for name, (shape, pieces, values) in training.untrained.items():
         if values.numel():
-            planned.add(stored_as(name), math.prod(shape), [(begin, planned.flat(values))])
+            planned.add(stored_as(name), math.prod(shape), slices(pieces, planned.flat(values)))
     return planned
 
 

@@ -24,6 +24,7 @@ from ds_optim.deepspeed.facts import LATEST
 from ds_optim.errors import CheckpointError, in_one
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
+from ds_optim.stepping.logical_tensors import LogicalRange
 
 _OWN_KEYS = (
     *("module", "buffer_names", "optimizer", "param_shapes", "shared_params", "frozen_param_shapes"),
@@ -212,25 +213,28 @@ class DeepSpeedFiles:
             layouts.append(FlatPartition(specs, tuple(offsets), size, self.world_size))
         return layouts
 
-    def untrained(self, rank: int, trained: Container[str]) -> dict[str, tuple[tuple[int, ...], int, Tensor]]:
-        """Buffers and parameters that the optimizer did not step: shape, where this rank's part begins, that part.
+    def untrained(
+        self, rank: int, trained: Container[str]
+    ) -> dict[str, tuple[tuple[int, ...], list[LogicalRange], Tensor]]:
+        """Buffers and parameters that the optimizer did not step: shape, which elements are here, and these.
 
         What all ranks have alike is rank 0's.
         """
         buffers = {canonical_name(name) for name in self.main["buffer_names"]}
-        found: dict[str, tuple[tuple[int, ...], int, Tensor]] = {}
+        found: dict[str, tuple[tuple[int, ...], list[LogicalRange], Tensor]] = {}
         if self._slices:
             own = self.main if rank == 0 else self._load(self._model_file(rank))
             for name, shape in (own["frozen_param_shapes"] or {}).items():
                 values = own["frozen_param_fragments"][name].view(-1)
                 begin = min(values.numel() * rank, shape.numel())
-                found[canonical_name(name)] = (tuple(shape), begin, values[: shape.numel() - begin])
+                held = LogicalRange(begin, min(begin + values.numel(), shape.numel()), 0)
+                found[canonical_name(name)] = (tuple(shape), [held], values[: shape.numel() - begin])
         if rank == 0:
             module = self.module
             seen = {_place(values) for name, values in module.items() if name in trained}
             for name, values in module.items():
                 if name in buffers or not (self._slices or name in trained or _place(values) in seen):
-                    found[name] = (tuple(values.shape), 0, values)
+                    found[name] = (tuple(values.shape), [LogicalRange(0, values.numel(), 0)], values)
                     seen.add(_place(values))
         return found
 

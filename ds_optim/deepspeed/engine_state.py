@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from ds_optim.deepspeed import wrappers
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import BoundTensor, local_of
+from ds_optim.stepping.logical_tensors import LogicalRange, element_ranges
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -75,19 +76,18 @@ def restore_counters(engine: Any, found: Mapping[str, Any]) -> None:
                 setattr(scaler, name, value)
 
 
-def local_weight(parameter: Tensor) -> tuple[int, Tensor]:
-    """Where this rank's part of a parameter begins and its elements; the whole of it without ZeRO-3 or FSDP2."""
+def local_weight(parameter: Tensor) -> tuple[list[LogicalRange], Tensor]:
+    """Which of a parameter's elements are here, and where in them; all without ZeRO-3, FSDP2 or tensor parallelism."""
     if isinstance(parameter, DTensor):
         bound = dtensor.read("", parameter)
-        fragments = bound.layout.fragments(bound.rank)
-        return fragments[0].start if fragments else 0, local_of(parameter).detach()
+        return element_ranges(bound.layout, bound.rank)[0], local_of(parameter).detach()
     if not hasattr(parameter, "ds_tensor"):
-        return 0, parameter.detach()
+        return [LogicalRange(0, parameter.numel(), 0)], parameter.detach()
     sliced: Any = parameter
     width, numel = sliced.partition_numel(), sliced.ds_numel
     begin = min(width * dist.get_rank(sliced.ds_process_group), numel)
     mine: Tensor = sliced.ds_tensor.detach().view(-1)
-    return begin, mine[: min(width, numel - begin)]
+    return [LogicalRange(begin, min(begin + width, numel), 0)], mine[: min(width, numel - begin)]
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ refresh residue, so that staggered refreshes make no spike on any rank. Pure ari
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_optim.sharding.boxes import Box, Ints, elements_before
+from ds_optim.sharding.boxes import Box, Ints, elements_before, within
 from ds_optim.sharding.layout import Layout, Replicated
 
 Floats = NDArray[np.float64]
@@ -74,9 +75,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """Who holds a block's elements: ``ranks[i]`` holds ``[edges[i], edges[i + 1])`` of its row-major order.
+    """Who holds a block's elements: ``ranks[i]`` holds ``[edges[i], edges[i + 1])`` of them in the order of the wire.
 
-    ``ranks`` is empty for a replicated parameter, which every rank holds.
+    That is the block's row-major order; of a block that several parts of its parameter share, what lies in the first
+    part comes before what lies in the next, each row-major. ``ranks`` is empty for a replicated parameter, which every
+    rank holds.
     """
 
     ranks: Ints
@@ -92,25 +95,59 @@ class Holding:
         return first + np.tile(self.ranks, replicas), np.tile(self.counts[: len(self.ranks)], replicas)
 
 
+class HeldParts:
+    """The parts of one parameter, and who holds them.
+
+    Args:
+        layout: of the local tensor that holds it.
+        parameter: its index there.
+    """
+
+    def __init__(self, layout: Layout, parameter: int) -> None:
+        self.boxes = list(layout.parts(parameter))
+        self._starts = np.array([box.start for box in self.boxes], dtype=np.int64)
+        self._stops = np.array([box.stop for box in self.boxes], dtype=np.int64)
+        self._shares = [
+            (np.array(edges, dtype=np.int64), np.array(ranks, dtype=np.int64))
+            for edges, ranks in layout.shares(parameter)
+        ]
+
+    def of(self, box: Box) -> list[tuple[int, Box]]:
+        """What of a box of the parameter lies in each part, in the parts' order: part, and what they have in common."""
+        if len(self.boxes) == 1:
+            return [(0, box)]
+        low, high = np.maximum(self._starts, box.start), np.minimum(self._stops, box.stop)
+        found = np.flatnonzero((low < high).all(axis=1)).tolist()
+        return [(part, Box(tuple(low[part].tolist()), tuple(high[part].tolist()))) for part in found]
+
+    def holding(self, box: Box) -> Holding:
+        """Who holds the elements of a box."""
+        ranks, edges, before = list[Ints](), list[Ints](), 0
+        for part, common in self.of(box):
+            of_part, (positions, holders) = self.boxes[part], self._shares[part]
+            if len(holders) == 1:
+                ranks.append(holders)
+                edges.append(np.array([before]))
+            else:
+                inside = within(common, of_part)
+                # Only the stretch of positions around the box: a parameter of many slices has many boxes.
+                stride = math.prod(of_part.shape[1:])
+                low = max(int(np.searchsorted(positions, inside.start[0] * stride, "right")) - 1, 0)
+                high = int(np.searchsorted(positions, inside.stop[0] * stride, "left")) + 1
+                counted = elements_before(of_part.shape, inside, positions[low:high])
+                some = np.flatnonzero(np.diff(counted))
+                ranks.append(holders[low + some])
+                edges.append(before + counted[some])
+            before += common.numel
+        return Holding(np.concatenate(ranks), np.concatenate([*edges, [box.numel]]))
+
+
 def holdings(layout: Layout, parameter: int, boxes: Sequence[Box]) -> list[Holding]:
     """Who holds the elements of each of these boxes of one parameter."""
     if isinstance(layout, Replicated):
         return [Holding(np.empty(0, np.int64), np.array([0, box.numel])) for box in boxes]
-    if not boxes:
-        return []
-    spec = layout.parameters[parameter]
-    positions = np.array([0, *layout.cuts(parameter), spec.numel], dtype=np.int64)
-    first_rank = layout.first_rank(parameter)
-    stride = spec.numel // spec.shape[0]
-    found = []
-    for box in boxes:
-        # Only the stretch of positions around the box: a parameter of many slices has many boxes.
-        low = max(int(np.searchsorted(positions, box.start[0] * stride, "right")) - 1, 0)
-        high = int(np.searchsorted(positions, box.stop[0] * stride, "left")) + 1
-        edges = elements_before(spec.shape, box, positions[low:high])
-        some = np.flatnonzero(np.diff(edges))
-        found.append(Holding(first_rank + low + some, np.append(edges[some], box.numel)))
-    return found
+    parts = HeldParts(layout, parameter)
+    return [parts.holding(box) for box in boxes]
 
 
 def stagger(keys: Sequence[tuple[str, int]], works: Sequence[Work], frequency: int) -> list[int]:

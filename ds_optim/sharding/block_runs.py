@@ -1,8 +1,8 @@
 """From a layout and the parameters' block grids to the tables that a kernel walks.
 
 A *span* is a stretch of the local tensor without padding. A *run* is a stretch of equal blocks inside one fragment. A
-block that a shard boundary cuts gets an index that is the same on every rank of the group, so that its partial sums
-meet in one small all-reduce. Pure arithmetic; the columns are those of `ds_optim.kernels`.
+block of which several ranks hold something gets an index that is the same on every rank of the group, so that its
+partial sums meet in one small all-reduce. Pure arithmetic; the columns are those of `ds_optim.kernels`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
-from ds_optim.sharding.blocks import BlockGrid
+from ds_optim.sharding.blocks import BlockGrid, GridPart
 from ds_optim.sharding.layout import Fragment, Layout
 
 
@@ -20,12 +20,13 @@ class BlockRuns:
     """The blocks of one local tensor.
 
     Attributes:
-        rows: ``row_runs`` without their ``tensor`` column, the parameter behind: (start, length, phase, width, slot,
-            cut_first, cut_last, parameter).
-        columns: ``column_runs`` likewise: (start, length, phase, row_length, column_start, column_stop, width, slot,
-            cut, block_numel, parameter).
+        rows: ``row_runs`` without their ``tensor`` column, the parameter and the number of the run's first block
+            behind: (start, length, phase, width, slot, cut_first, cut_last, parameter, block).
+        columns: ``column_runs`` likewise, and whether the blocks' first elements are in the part of the parameter that
+            is here: (start, length, phase, row_length, column_start, column_stop, width, slot, cut, block_numel,
+            parameter, block, is_first).
         num_slots: blocks of which this rank holds at least one element.
-        num_cuts: blocks of the whole layout that a shard boundary cuts, equal on every rank.
+        num_cuts: blocks of the whole layout of which several ranks hold something, equal on every rank.
     """
 
     rows: tuple[tuple[int, ...], ...]
@@ -35,7 +36,8 @@ class BlockRuns:
 
     def of(self, parameters: Set[int]) -> BlockRuns:
         """Those of some parameters alone; places in state and among cuts are as they were."""
-        rows, columns = (tuple(row for row in table if row[-1] in parameters) for table in (self.rows, self.columns))
+        rows = tuple(row for row in self.rows if row[-2] in parameters)
+        columns = tuple(row for row in self.columns if row[-3] in parameters)
         return BlockRuns(rows, columns, self.num_slots, self.num_cuts)
 
 
@@ -56,131 +58,115 @@ def held_spans(layout: Layout, rank: int, left_out: Set[int] = frozenset()) -> l
     return joined
 
 
-class _Grid:
-    """Arithmetic on one grid: where its blocks begin, in row-major elements of one batch entry."""
-
-    def __init__(self, grid: BlockGrid) -> None:
-        self.grid = grid
-        self.batch_numel = grid.reduce * grid.axis * grid.inner
-        self.run_starts: list[int] = []  # position along the axis where each run begins
-        self.run_blocks: list[int] = []  # blocks before each run
-        position = blocks = 0
-        for count, width in grid.runs:
-            self.run_starts.append(position)
-            self.run_blocks.append(blocks)
-            position += count * width
-            blocks += count
-
-    def row_block(self, element: int) -> tuple[int, bool]:
-        """The block that holds a row-major element, and whether the element is the block's first (``reduce == 1``)."""
-        batch, within = divmod(element, self.batch_numel)
-        position, rest = divmod(within, self.grid.inner)
-        run = bisect_right(self.run_starts, position) - 1
-        index, offset = divmod(position - self.run_starts[run], self.grid.runs[run][1])
-        return batch * self.grid.blocks_per_batch + self.run_blocks[run] + index, offset == 0 and rest == 0
-
-    def cut_blocks(self, cuts: list[int]) -> list[int]:
-        """Blocks with elements on both sides of at least one of the positions, ascending."""
-        if self.grid.reduce == 1:
-            located = (self.row_block(cut) for cut in cuts)
-            return sorted({block for block, first in located if not first})
-        batches = sorted({cut // self.batch_numel for cut in cuts if cut % self.batch_numel})
-        per_batch = self.grid.blocks_per_batch
-        return [batch * per_batch + block for batch in batches for block in range(per_batch)]
-
-
 def block_runs(layout: Layout, rank: int, grids: Mapping[str, BlockGrid]) -> BlockRuns:
-    """The runs of ``rank``'s local tensor, given grids of parameters by name; those without one have no blocks."""
-    arithmetic = [_Grid(grids[spec.name]) if spec.name in grids else None for spec in layout.parameters]
+    """The runs of ``rank``'s local tensor, given grids of parameters by name; those without one have no blocks.
+
+    Raises:
+        ValueError: a part of a parameter has no whole rows of its grid, see `GridPart`.
+    """
+    parts = [
+        {part: GridPart(grids[spec.name], spec.shape, box) for part, box in enumerate(layout.parts(index)) if box.numel}
+        if spec.name in grids
+        else {}
+        for index, spec in enumerate(layout.parameters)
+    ]
     cut_index: list[dict[int, int]] = []
     num_cuts = 0
-    for parameter, grid in enumerate(arithmetic):
-        blocks = grid.cut_blocks(layout.cuts(parameter)) if grid is not None else []
-        cut_index.append({block: num_cuts + position for position, block in enumerate(blocks)})
-        num_cuts += len(blocks)
+    for parameter, of_parameter in enumerate(parts):
+        cut: set[int] = set()
+        for number, share in enumerate(layout.shares(parameter)):
+            if number in of_parameter:
+                cut.update(of_parameter[number].cut_blocks(share.edges[1:-1]))
+        cut_index.append({block: num_cuts + position for position, block in enumerate(sorted(cut))})
+        num_cuts += len(cut)
 
     rows: list[tuple[int, ...]] = []
     columns: list[tuple[int, ...]] = []
     slots = 0
     for fragment in layout.fragments(rank):
-        grid, cuts = arithmetic[fragment.parameter], cut_index[fragment.parameter]
-        if grid is None:
+        if not parts[fragment.parameter]:
             continue
-        if grid.grid.reduce == 1:
-            slots = _append_rows(rows, fragment, grid, cuts, slots)
+        part, cuts = parts[fragment.parameter][fragment.part], cut_index[fragment.parameter]
+        if part.grid.reduce > 1:
+            slots = _append_columns(columns, fragment, part, cuts, slots)
+        elif part.is_scattered:
+            slots = _append_pieces(rows, fragment, part, cuts, slots)
         else:
-            slots = _append_columns(columns, fragment, grid, cuts, slots)
+            slots = _append_rows(rows, fragment, part, cuts, slots)
     return BlockRuns(tuple(rows), tuple(columns), slots, num_cuts)
 
 
 def _append_rows(
-    rows: list[tuple[int, ...]], fragment: Fragment, arithmetic: _Grid, cuts: Mapping[int, int], slots: int
+    rows: list[tuple[int, ...]], fragment: Fragment, part: GridPart, cuts: Mapping[int, int], slots: int
 ) -> int:
     """Row runs of one fragment: the fragment cut where the grid's runs (and batch entries) begin."""
-    grid = arithmetic.grid
-    single = len(grid.runs) == 1  # equal blocks throughout: batch entries need not be told apart
+    grid = part.grid
+    single = len(grid.runs) == 1 and part.axis == grid.axis  # equal blocks throughout: batch entries are not told apart
     element = fragment.start
     while element < fragment.stop:
         if single:
-            begin, width, end, first_block = 0, grid.runs[0][1] * grid.inner, fragment.stop, 0
+            begin, width, end = 0, grid.runs[0][1] * grid.inner, fragment.stop
+            first_block = part.batch_start * grid.blocks_per_batch
         else:
-            batch, within = divmod(element, arithmetic.batch_numel)
-            run = bisect_right(arithmetic.run_starts, within // grid.inner) - 1
-            begin = batch * arithmetic.batch_numel + arithmetic.run_starts[run] * grid.inner
+            batch, within = divmod(element, part.batch_numel)
+            run = bisect_right(part.run_starts, part.axis_start + within // grid.inner) - 1
+            begin = batch * part.batch_numel + (part.run_starts[run] - part.axis_start) * grid.inner
             width = grid.runs[run][1] * grid.inner
-            end = min(begin + grid.runs[run][0] * width, fragment.stop)
-            first_block = batch * grid.blocks_per_batch + arithmetic.run_blocks[run]
+            end = min(begin + grid.runs[run][0] * width, (batch + 1) * part.batch_numel, fragment.stop)
+            first_block = (part.batch_start + batch) * grid.blocks_per_batch + part.run_blocks[run]
         phase = (element - begin) % width
         first = first_block + (element - begin) // width
         last = first_block + (end - 1 - begin) // width
-        rows.append(
-            (
-                fragment.offset + element - fragment.start,
-                end - element,
-                phase,
-                width,
-                slots,
-                cuts.get(first, -1),
-                cuts.get(last, -1),
-                fragment.parameter,
-            )
-        )
+        start = fragment.offset + element - fragment.start
+        ends = cuts.get(first, -1), cuts.get(last, -1)
+        rows.append((start, end - element, phase, width, slots, *ends, fragment.parameter, first))
         slots += last - first + 1
         element = end
     return slots
 
 
+def _append_pieces(
+    rows: list[tuple[int, ...]], fragment: Fragment, part: GridPart, cuts: Mapping[int, int], slots: int
+) -> int:
+    """Row runs of one fragment of a part that has something of each row: a run for every block, which is always cut."""
+    for block, begin, end, before in part.pieces(fragment.start, fragment.stop):
+        start, numel, cut = fragment.offset + begin - fragment.start, part.grid.numel_of(block), cuts[block]
+        rows.append((start, end - begin, before, numel, slots, cut, cut, fragment.parameter, block))
+        slots += 1
+    return slots
+
+
 def _append_columns(
-    columns: list[tuple[int, ...]], fragment: Fragment, arithmetic: _Grid, cuts: Mapping[int, int], slots: int
+    columns: list[tuple[int, ...]], fragment: Fragment, part: GridPart, cuts: Mapping[int, int], slots: int
 ) -> int:
     """Column runs of one fragment: per batch entry that it touches, one for every run of the grid.
 
     ``inner`` positions behind the axis belong to the same column group, so columns are counted in elements.
     """
-    grid = arithmetic.grid
-    row_length = grid.axis * grid.inner
+    grid = part.grid
     element = fragment.start
     while element < fragment.stop:
-        batch = element // arithmetic.batch_numel
-        end = min((batch + 1) * arithmetic.batch_numel, fragment.stop)
-        for run, (count, width) in enumerate(grid.runs):
-            start = arithmetic.run_starts[run] * grid.inner
-            first = batch * grid.blocks_per_batch + arithmetic.run_blocks[run]
+        batch = element // part.batch_numel
+        end = min((batch + 1) * part.batch_numel, fragment.stop)
+        for block, first, last, width, is_first in part.columns():
+            first_block = (part.batch_start + batch) * grid.blocks_per_batch + block
             columns.append(
                 (
                     fragment.offset + element - fragment.start,
                     end - element,
-                    element - batch * arithmetic.batch_numel,
-                    row_length,
-                    start,
-                    start + count * width * grid.inner,
-                    width * grid.inner,
+                    element - batch * part.batch_numel,
+                    part.axis * part.inner,
+                    first * part.inner,
+                    last * part.inner,
+                    width * part.inner,
                     slots,
-                    cuts.get(first, -1),
-                    width * grid.inner * grid.reduce,
+                    cuts.get(first_block, -1),
+                    grid.numel_of(first_block),
                     fragment.parameter,
+                    first_block,
+                    int(is_first),
                 )
             )
-            slots += count
+            slots += (last - first) // width
         element = end
     return slots

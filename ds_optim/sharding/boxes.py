@@ -8,7 +8,8 @@ rectangles that strided views can reach. Pure arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -79,37 +80,96 @@ def elements_before(shape: Sequence[int], box: Box, positions: Ints) -> Ints:
     return found
 
 
-def rectangles(shape: Sequence[int], box: Box, start: int, stop: int) -> list[Rectangle]:
-    """The elements of ``box`` inside ``[start, stop)`` of a parameter of ``shape``, in the box's row-major order."""
-    found: list[Rectangle] = []
+def slabs(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The range ``[start, stop)`` of an array's row-major order as boxes: a body, and heads and tails around it."""
+    found: list[Box] = []
     strides = strides_of(shape)
 
-    def cut(dim: int, corner: int, low: int, high: int) -> None:
-        """Add what lies in ``[low, high)`` of the sub-array of dimensions ``dim ...`` that begins at ``corner``."""
+    def cut(corner: tuple[int, ...], low: int, high: int) -> None:
+        """Add ``[low, high)`` of the sub-array that has these first coordinates."""
         if low >= high:
             return
-        stride = strides[dim]
-        first, first_from = divmod(low, stride)
-        last, last_to = divmod(high, stride)
-        inner = dim + 1
+        dim = len(corner)
+        first, first_from = divmod(low, strides[dim])
+        last, last_to = divmod(high, strides[dim])
         if first == last:
-            row(inner, corner, first, first_from, last_to)
+            cut((*corner, first), first_from, last_to)
             return
         if first_from:
-            row(inner, corner, first, first_from, stride)
+            cut((*corner, first), first_from, strides[dim])
             first += 1
-        begin, end = max(first, box.start[dim]), min(last, box.stop[dim])
-        if begin < end:
-            offset = begin * stride + sum(box.start[d] * strides[d] for d in range(inner, len(shape)))
-            extent = (1,) * dim + (end - begin, *box.shape[inner:])
-            found.append(Rectangle(corner + offset, extent))
-        if last_to:
-            row(inner, corner, last, 0, last_to)
+        if first < last:
+            ends = tuple(index + 1 for index in corner)
+            inner = tuple(shape[dim + 1 :])
+            found.append(Box((*corner, first, *(0 for _ in inner)), (*ends, last, *inner)))
+        cut((*corner, last), 0, last_to)
 
-    def row(inner: int, corner: int, index: int, low: int, high: int) -> None:
-        if box.start[inner - 1] <= index < box.stop[inner - 1]:
-            cut(inner, corner + index * strides[inner - 1], low, high)
+    if not shape:
+        return [Box((), ())] if start < stop else []
+    if math.prod(shape):
+        cut((), start, stop)
+    return found
 
-    if shape:
-        cut(0, 0, start, stop)
-    return [rectangle for rectangle in found if rectangle.numel]
+
+def shared(box: Box, other: Box) -> Box | None:
+    """What two boxes of one array have in common, if anything."""
+    start = tuple(map(max, box.start, other.start))
+    stop = tuple(map(min, box.stop, other.stop))
+    return Box(start, stop) if all(low < high for low, high in zip(start, stop, strict=True)) else None
+
+
+def within(box: Box, outer: Box) -> Box:
+    """A box by its coordinates in another one that contains it."""
+    return Box(
+        tuple(at - begin for at, begin in zip(box.start, outer.start, strict=True)),
+        tuple(at - begin for at, begin in zip(box.stop, outer.start, strict=True)),
+    )
+
+
+def placed(shape: Sequence[int], box: Box, start: int, stop: int) -> list[Rectangle]:
+    """The range ``[start, stop)`` of a box's own row-major order, in an array of ``shape``."""
+    strides = strides_of(shape)
+    corner = sum(map(operator.mul, box.start, strides))
+    return [
+        Rectangle(corner + sum(map(operator.mul, slab.start, strides)), slab.shape)
+        for slab in slabs(box.shape, start, stop)
+    ]
+
+
+def rectangles(shape: Sequence[int], box: Box, start: int, stop: int) -> list[Rectangle]:
+    """The elements of ``box`` inside ``[start, stop)`` of a parameter of ``shape``, in the box's row-major order."""
+    low, high = elements_before(shape, box, np.array([start, stop])).tolist()
+    return placed(shape, box, low, high)
+
+
+def stretches(shape: Sequence[int], box: Box, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The range ``[start, stop)`` of a box's own order as ranges of the row-major order of an array of ``shape``."""
+    strides = strides_of(shape)
+    cut = max((dim for dim, size in enumerate(box.shape) if size != shape[dim]), default=0)
+    width = math.prod(box.shape[cut:])  # elements of the box that lie one behind another
+    begin = end = -1
+    while start < stop:
+        row, rest = divmod(start, width)
+        index = np.unravel_index(row, box.shape[:cut]) if cut else ()
+        corner = sum((at + int(here)) * stride for at, here, stride in zip(box.start, index, strides, strict=False))
+        first = corner + sum(map(operator.mul, box.start[cut:], strides[cut:])) + rest
+        length = min(width - rest, stop - start)
+        if first != end:
+            if begin < end:
+                yield begin, end
+            begin = first
+        end = first + length
+        start += length
+    if begin < end:
+        yield begin, end
+
+
+def is_one_range(shape: Sequence[int], box: Box) -> bool:
+    """Whether a box's elements are neighbours in the row-major order of an array of ``shape``."""
+    cut = [dim for dim, size in enumerate(box.shape) if size != shape[dim]]
+    return not box.numel or not cut or math.prod(box.shape[: cut[-1]]) == 1
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """All of an array."""
+    return Box((0,) * len(shape), tuple(shape))

@@ -5,22 +5,29 @@ Nothing is asked of other ranks: a DTensor knows its mesh and its placements.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_optim import known_torch
 from ds_optim.sharding.binding import BoundTensor, whole
+from ds_optim.sharding.boxes import Box, is_one_range
 from ds_optim.sharding.exchange import Ranks, group_over
-from ds_optim.sharding.layout import ParameterSpec, Replicated, RowSharded, Scattered
+from ds_optim.sharding.layout import Boxed, ParameterSpec, Replicated, RowSharded
+
+Placement: TypeAlias = Any
+"""Of `torch.distributed.tensor`: a shard's ``dim`` is not every placement's."""
 
 
 def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -> BoundTensor:
@@ -40,33 +47,59 @@ def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -
         )
     mesh, spec = tensor.device_mesh, ParameterSpec(name, tuple(tensor.shape))
     cut = [dim for dim, one in enumerate(tensor.placements) if not one.is_replicate() and mesh.size(dim) > 1]
-    if not cut:
+    if not cut or any(one.is_partial() for one in tensor.placements):  # which is refused, see `problems`
         return BoundTensor(Replicated(spec, mesh.size()), group=group_of(mesh) if mesh.size() > 1 else None)
-    placement = tensor.placements[cut[0]]
-    if len(cut) > 1 or type(placement) is not Shard or placement.dim != 0:
-        held = ParameterSpec(name, tuple(tensor.to_local().shape))
-        return BoundTensor(Scattered(held, placements=str(tensor.placements)))
-    dim = cut[0]
-    shards = mesh.size(dim)
     if known_torch.sums_for_averages(mesh.device_type):
         _say_sums()
-    return BoundTensor(
-        RowSharded(spec, shards),
-        mesh.get_local_rank(dim),
-        mesh.get_group(dim),
-        owners=_owners(mesh, dim),
-    )
+    if len(cut) == 1:
+        dim = cut[0]
+        placement: Placement = tensor.placements[dim]
+        group = mesh.get_group(dim)
+        if known_torch.split_factor(placement) is None and placement.dim == 0:
+            layout = RowSharded(spec, mesh.size(dim))
+            return BoundTensor(layout, mesh.get_local_rank(dim), group, owners=_owners(mesh, cut))
+    else:
+        group = group_over(_along(mesh, cut))
+    boxes = boxes_of(spec.shape, mesh, tensor.placements)
+    listed = tuple(boxes[one] for one in dist.get_process_group_ranks(group))
+    return BoundTensor(Boxed(spec, listed), dist.get_rank(group), group, owners=_owners(mesh, cut))
 
 
-def problems(
-    tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stochastic: bool, in_codes: bool
-) -> list[str]:
+def boxes_of(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> dict[int, Box]:
+    """What every rank of a mesh holds of a parameter, by its rank in the job."""
+    found = {}
+    for coordinate in product(*map(range, mesh.shape)):
+        start, stop = [0] * len(shape), list(shape)
+        for dim in _order(mesh, placements):
+            along = placements[dim].dim
+            width = -(-(stop[along] - start[along]) // mesh.size(dim))  # as `torch.chunk` cuts
+            first = min(start[along] + coordinate[dim] * width, stop[along])
+            start[along], stop[along] = first, min(first + width, stop[along])
+        found[int(mesh.mesh[coordinate])] = Box(tuple(start), tuple(stop))
+    return found
+
+
+def _order(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[int]:
+    """The dimensions of a mesh in the order in which they cut a parameter.
+
+    One behind the other, but FSDP2 cuts what tensor parallelism along the same dimension of the parameter, a later one
+    of the mesh, has cut before: a strided shard.
+    """
+    cut = [dim for dim, one in enumerate(placements) if not one.is_replicate()]
+    strided = {dim: factor for dim in cut if (factor := known_torch.split_factor(placements[dim])) is not None}
+    for dim, factor in strided.items():
+        later = [other for other in cut if other > dim and placements[other].dim == placements[dim].dim]
+        if math.prod(mesh.size(other) for other in later) != factor:
+            raise ValueError(f"{placements} cut a parameter in a way that is not known here")
+    return [dim for dim in cut if dim not in strided] + list(strided)[::-1]
+
+
+def problems(tensor: Tensor, bound: BoundTensor, *, stochastic: bool, in_codes: bool) -> list[str]:
     """Why a parameter cannot be stepped exactly, each with its remedy.
 
     Args:
         tensor: the parameter.
         bound: what `read` made of it.
-        is_elementwise: otherwise the rule needs whole rows, heads or matrices.
         stochastic: bf16 parameters are rounded stochastically, by the number of each element in the whole parameter.
         in_codes: state is kept in eight bits, with a scale for every 256 neighbouring elements.
     """
@@ -78,21 +111,25 @@ def problems(
         )
     if isinstance(tensor, DTensor) and any(one.is_partial() for one in tensor.placements):
         found.append(f"{name} is a sum that is still to be made ({tensor.placements}): not a parameter")
-    if isinstance(bound.layout, Scattered) and not is_elementwise:
-        found.append(
-            f"{name} lies as {bound.layout.placements} over its mesh: an optimizer of blocks needs contiguous rows, "
-            "sharded along dimension 0 of one mesh dimension; use AdamW, Lion or Adan, or shard it that way"
-        )
-    if isinstance(bound.layout, Scattered) and in_codes and is_elementwise:
-        found.append(
-            f"{name} lies as {bound.layout.placements} over its mesh, where the blocks of state in eight bits would "
-            'depend on the number of ranks: shard it along dimension 0 of one mesh dimension, or set state_dtype="fp32"'
-        )
-    if isinstance(bound.layout, Scattered) and stochastic and tensor.dtype == torch.bfloat16:
-        found.append(
-            f"{name} lies as {bound.layout.placements} over its mesh, where bf16_stochastic_round would depend on the "
-            "number of ranks: shard it along dimension 0 of one mesh dimension, or set bf16_stochastic_round=False"
-        )
+    if isinstance(bound.layout, Boxed) and isinstance(tensor, DTensor):
+        mine = bound.layout.boxes[bound.rank]
+        if mine.shape != tuple(tensor.to_local().shape):
+            found.append(
+                f"{name} has {tuple(tensor.to_local().shape)} here, its placements {tensor.placements} say "
+                f"{mine.shape}: lay it out as torch.distributed.tensor.distribute_tensor does"
+            )
+        is_apart = any(not is_one_range(bound.layout.parameter.shape, box) for box in bound.layout.boxes)
+        how = f"{name} lies as {tensor.placements} over its mesh, no range of its elements"
+        if is_apart and in_codes:
+            found.append(
+                f"{how}, so that the blocks of state in eight bits would be cut everywhere: shard it along dimension 0 "
+                'alone, or set state_dtype="fp32"'
+            )
+        if is_apart and stochastic and tensor.dtype == torch.bfloat16:
+            found.append(
+                f"{how}, which bf16_stochastic_round cannot number: shard it along dimension 0 alone, or set "
+                "bf16_stochastic_round=False"
+            )
     return found
 
 
@@ -140,11 +177,21 @@ def _ranks_in(mesh: DeviceMesh) -> set[int]:
     return {int(rank) for rank in mesh.mesh.flatten()}
 
 
-def _owners(mesh: DeviceMesh, dim: int) -> dist.ProcessGroup | None:
-    """The group over which owners of blocks are spread, if that is more than the shards along ``dim``.
+def _along(mesh: DeviceMesh, dims: Sequence[int]) -> list[int]:
+    """The ranks of a mesh that differ from this one along these dimensions alone."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "this rank has a part of a parameter of the mesh"
+    index = tuple(slice(None) if dim in dims else here for dim, here in enumerate(coordinate))
+    return [int(rank) for rank in mesh.mesh[index].flatten()]
+
+
+def _owners(mesh: DeviceMesh, dims: Sequence[int]) -> dist.ProcessGroup | None:
+    """The group over which owners of blocks are spread, if that is more than the shards along ``dims``.
 
     Its ranks must be those of one replica's shards behind those of another's, as in HSDP's meshes. In another mesh
-    (FSDP2 over tensor parallelism) every replica owns all blocks.
+    (FSDP2 over tensor parallelism, of what that replicates) every replica owns all blocks.
     """
-    listed = [int(rank) for rank in mesh.mesh.movedim(dim, -1).flatten()]
-    return group_of(mesh) if mesh.size() > mesh.size(dim) and listed == sorted(listed) else None
+    others = [dim for dim in range(mesh.ndim) if dim not in dims]
+    replicas = mesh.mesh.permute(*others, *dims).reshape(-1, math.prod(mesh.size(dim) for dim in dims))
+    listed = [rank for replica in replicas.tolist() for rank in sorted(replica)]
+    return group_of(mesh) if len(replicas) > 1 and listed == sorted(listed) else None

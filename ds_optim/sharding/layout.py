@@ -8,7 +8,11 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ds_optim.sharding.boxes import Box, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +29,31 @@ class ParameterSpec:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """The range ``[start, stop)`` of one parameter's row-major elements that a rank holds.
+    """The range ``[start, stop)`` of the row-major elements of one part of a parameter, which a rank holds.
 
     Attributes:
         parameter: index into the layout's ``parameters``.
         offset: where the range begins in the rank's local tensor, in elements.
+        part: index into the layout's ``parts`` of the parameter; where nothing cuts it but rows and slices, the only
+            one, and the range is one of the parameter's own elements.
     """
 
     parameter: int
     start: int
     stop: int
     offset: int
+    part: int = 0
 
     @property
     def numel(self) -> int:
         return self.stop - self.start
+
+
+class Share(NamedTuple):
+    """Who holds one part of a parameter: ``ranks[i]`` has ``[edges[i], edges[i + 1])`` of its row-major elements."""
+
+    edges: Sequence[int]
+    ranks: Sequence[int]
 
 
 class Layout(Protocol):
@@ -62,11 +76,11 @@ class Layout(Protocol):
     def fragments(self, rank: int) -> list[Fragment]:
         """What ``rank`` holds, by offset; empty fragments are left out. What lies outside them is padding."""
 
-    def cuts(self, parameter: int) -> list[int]:
-        """Positions strictly inside a parameter where one rank's fragment ends and another's begins, ascending."""
+    def parts(self, parameter: int) -> Sequence[Box]:
+        """The boxes that a parameter consists of, see `Fragment`: the whole of it, or what tensor parallelism makes."""
 
-    def first_rank(self, parameter: int) -> int:
-        """The rank that holds a parameter's first element; its successors hold what follows each cut."""
+    def shares(self, parameter: int) -> Sequence[Share]:
+        """Who holds each of its parts; of what every rank holds, the first one does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +109,14 @@ class FlatPartition:
                 found.append(Fragment(index, start, stop, offset + start - begin))
         return sorted(found, key=lambda fragment: fragment.offset)
 
-    def cuts(self, parameter: int) -> list[int]:
-        offset, numel = self.offsets[parameter], self.parameters[parameter].numel
-        first = offset // self.partition_size + 1
-        last = (offset + numel - 1) // self.partition_size
-        return [edge * self.partition_size - offset for edge in range(first, last + 1)]
+    def parts(self, parameter: int) -> Sequence[Box]:
+        return [whole(self.parameters[parameter].shape)]
 
-    def first_rank(self, parameter: int) -> int:
-        return self.offsets[parameter] // self.partition_size
+    def shares(self, parameter: int) -> Sequence[Share]:
+        offset, numel = self.offsets[parameter], self.parameters[parameter].numel
+        first, last = offset // self.partition_size, (offset + numel - 1) // self.partition_size
+        cuts = [edge * self.partition_size - offset for edge in range(first + 1, last + 1)]
+        return [_in_turn([0, *cuts, numel], first)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +142,12 @@ class SlicedParameters:
             offset += width
         return found
 
-    def cuts(self, parameter: int) -> list[int]:
-        width = self.slice_numel(parameter)
-        return list(range(width, self.parameters[parameter].numel, width)) if width else []
+    def parts(self, parameter: int) -> Sequence[Box]:
+        return [whole(self.parameters[parameter].shape)]
 
-    def first_rank(self, parameter: int) -> int:
-        return 0
+    def shares(self, parameter: int) -> Sequence[Share]:
+        width, numel = self.slice_numel(parameter), self.parameters[parameter].numel
+        return [_in_turn([*range(0, numel, width), numel] if width else [0, 0], 0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +177,45 @@ class RowSharded:
         start, stop = self._edge(rank), self._edge(rank + 1)
         return [Fragment(0, start, stop, 0)] if start < stop else []
 
-    def cuts(self, parameter: int) -> list[int]:
-        edges = {self._edge(rank) for rank in range(1, self.world_size)}
-        return sorted(edges - {0, self.parameter.numel})
+    def parts(self, parameter: int) -> Sequence[Box]:
+        return [whole(self.parameter.shape)]
 
-    def first_rank(self, parameter: int) -> int:
-        return 0
+    def shares(self, parameter: int) -> Sequence[Share]:
+        edges = {self._edge(rank) for rank in range(1, self.world_size)}
+        return [_in_turn([0, *sorted(edges - {0, self.parameter.numel}), self.parameter.numel], 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Boxed:
+    """One parameter of which every rank holds a box, row-major: tensor parallelism, alone or over sharded rows.
+
+    Attributes:
+        boxes: of each rank; together they are the parameter. One may be empty.
+    """
+
+    parameter: ParameterSpec
+    boxes: tuple[Box, ...]
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        return (self.parameter,)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.boxes)
+
+    def local_numel(self, rank: int) -> int:
+        return self.boxes[rank].numel
+
+    def fragments(self, rank: int) -> list[Fragment]:
+        numel = self.boxes[rank].numel
+        return [Fragment(0, 0, numel, 0, rank)] if numel else []
+
+    def parts(self, parameter: int) -> Sequence[Box]:
+        return self.boxes
+
+    def shares(self, parameter: int) -> Sequence[Share]:
+        return [Share((0, box.numel), (rank,)) for rank, box in enumerate(self.boxes)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,24 +235,16 @@ class Replicated:
     def fragments(self, rank: int) -> list[Fragment]:
         return [Fragment(0, 0, self.parameter.numel, 0)] if self.parameter.numel else []
 
-    def cuts(self, parameter: int) -> list[int]:
-        return []
+    def parts(self, parameter: int) -> Sequence[Box]:
+        return [whole(self.parameter.shape)]
 
-    def first_rank(self, parameter: int) -> int:
-        return 0
+    def shares(self, parameter: int) -> Sequence[Share]:
+        return [Share((0, self.parameter.numel), (0,))]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scattered(Replicated):
-    """What one rank holds of a parameter where that is no contiguous range of it (tensor parallelism on dimension 1).
-
-    ``parameter`` has the shape of this rank's part, which stands for itself: good enough for elementwise rules.
-
-    Attributes:
-        placements: how it lies, in words.
-    """
-
-    placements: str
+def _in_turn(edges: Sequence[int], first: int) -> Share:
+    """A share of neighbouring ranks."""
+    return Share(edges, range(first, first + len(edges) - 1))
 
 
 def check(layout: Layout) -> list[str]:
@@ -215,7 +254,7 @@ def check(layout: Layout) -> list[str]:
     exactly once (by every rank, if replicated).
     """
     problems = []
-    held: list[list[tuple[int, int]]] = [[] for _ in layout.parameters]
+    held: list[dict[int, list[tuple[int, int]]]] = [{} for _ in layout.parameters]
     ranks = 1 if isinstance(layout, Replicated) else layout.world_size
     for rank in range(ranks):
         end = 0
@@ -223,18 +262,37 @@ def check(layout: Layout) -> list[str]:
             if fragment.offset < end:
                 problems.append(f"rank {rank}: {layout.parameters[fragment.parameter].name} overlaps its neighbour")
             end = fragment.offset + fragment.numel
-            held[fragment.parameter].append((fragment.start, fragment.stop))
+            held[fragment.parameter].setdefault(fragment.part, []).append((fragment.start, fragment.stop))
         if end > layout.local_numel(rank):
             problems.append(f"rank {rank}: fragments end at {end}, its tensor has {layout.local_numel(rank)} elements")
-    for spec, ranges in zip(layout.parameters, held, strict=True):
-        reached = 0
-        for start, stop in sorted(ranges):
-            if start != reached:
-                problems.append(f"{spec.name}: elements [{reached}, {start}) are held by no rank or by two")
-            reached = stop
-        if reached != spec.numel:
-            problems.append(f"{spec.name}: ranks hold {reached} of {spec.numel} elements")
+    for index, spec in enumerate(layout.parameters):
+        parts = layout.parts(index)
+        problems += _problems_of_parts(spec, parts)
+        for part, box in enumerate(parts):
+            reached = 0
+            for start, stop in sorted(held[index].get(part, [])):
+                if start != reached:
+                    problems.append(f"{spec.name}: elements [{reached}, {start}) are held by no rank or by two")
+                reached = stop
+            if reached != box.numel:
+                problems.append(f"{spec.name}: ranks hold {reached} of {box.numel} elements")
     return problems
+
+
+def _problems_of_parts(spec: ParameterSpec, parts: Sequence[Box]) -> list[str]:
+    """Whether parts are a parameter: disjoint, inside of it, and as many elements as it has."""
+    starts, stops = (np.array([getattr(box, end) for box in parts]) for end in ("start", "stop"))
+    found = []
+    if (starts < 0).any() or (stops > np.array(spec.shape)).any() or (starts > stops).any():
+        found.append(f"{spec.name}: a part of it reaches beyond its shape {spec.shape}")
+    if sum(box.numel for box in parts) != spec.numel:
+        found.append(f"{spec.name}: its parts have {sum(box.numel for box in parts)} of {spec.numel} elements")
+    for index in range(len(parts) if len(parts) > 1 else 0):
+        overlap = np.minimum(stops[index], stops[index + 1 :]) > np.maximum(starts[index], starts[index + 1 :])
+        if overlap.all(axis=1).any():
+            found.append(f"{spec.name}: two parts of it have elements in common")
+            break
+    return found
 
 
 def digest(layouts: Sequence[Layout]) -> str:

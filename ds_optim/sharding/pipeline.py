@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ds_optim.known_torch import all_gather_single
 from ds_optim.sharding.exchange import DeviceCopy, HostCopy, beside, staged, worker_of
-from ds_optim.sharding.schedule import Bucket, Piece
+from ds_optim.sharding.schedule import Bucket, InBlock, Piece, Segment
 
 Compute = Callable[[Bucket, Tensor], None]
 """Turns the flat fp32 gradients of a bucket's owned blocks, one behind the other, into their updates, in place."""
 
-Apply = Callable[[Piece, Tensor], None]
-"""Takes the flat update of one piece to where the parameter lies."""
+Apply = Callable[[Piece, list[Tensor]], None]
+"""Takes the update of one piece, shaped like its `views`, to where the parameter lies."""
 
 
 @dataclass(slots=True)
@@ -69,14 +69,14 @@ class Wire:
         return 0 if self.group is None else dist.get_rank(self.group)
 
 
-def views(flat: Tensor, piece: Piece) -> list[Tensor]:
-    """A piece of a flat local tensor, as strided views in the block's row-major order."""
+def views(flat: Tensor, piece: Piece | InBlock) -> list[Tensor]:
+    """A piece of a flat local tensor, or what lies in a flat block, as strided views in the order of the wire."""
     base = flat.storage_offset()
     return [flat.as_strided(part.shape, piece.strides, base + part.offset) for part in piece.rectangles]
 
 
-def parts(flat: Tensor, piece: Piece) -> list[Tensor]:
-    """A piece's elements in a buffer, shaped like its `views`."""
+def parts(flat: Tensor, piece: Piece | InBlock) -> list[Tensor]:
+    """The same elements in a buffer, shaped like their `views`."""
     split = flat.split([part.numel for part in piece.rectangles])
     return [values.view(part.shape) for values, part in zip(split, piece.rectangles, strict=True)]
 
@@ -173,7 +173,12 @@ class _Incoming:
         """What this rank itself holds of its blocks."""
         for block, one in zip(work.split([one.numel for one in self._bucket.owned]), self._bucket.owned, strict=True):
             if one.local is not None:
-                _read(block.narrow(0, one.local.start, one.local.numel), [one.local], self._gradient_of)
+                assert one.local.inside is not None
+                flat, targets = self._gradient_of(one.local), views(block, one.local.inside)
+                if flat is None:
+                    torch._foreach_zero_(targets)
+                else:
+                    _copy(zip(targets, views(flat, one.local), strict=True))
 
     def unpack(self) -> Tensor:
         """The flat gradients of the owned blocks, one behind the other, fp32; waits for the others' parts."""
@@ -188,12 +193,7 @@ class _Incoming:
             self._work.wait()
         if self._received is not None:
             received = self._received
-            pairs = [
-                (block.narrow(0, part.block_start, part.numel), received.narrow(0, part.buffer_start, part.numel))
-                for block, one in own
-                for part in one.remote
-            ]
-            _copy(pairs)
+            _copy(pair for block, one in own for part in one.remote for pair in _on_the_wire(block, part, received))
         self._sent = self._received = None
         return _as_sent(work, wire)
 
@@ -216,9 +216,10 @@ class _Outgoing:
             self._sent = torch.empty(sum(bucket.back_to), dtype=wire.dtype, device=wire.carrier)
             sent = self._sent
             _copy(
-                (sent.narrow(0, part.buffer_start, part.numel), block.narrow(0, part.block_start, part.numel))
+                (carried, of_block)
                 for block, one in zip(blocks, bucket.owned, strict=True)
                 for part in one.back
+                for of_block, carried in _on_the_wire(block, part, sent)
             )
             self._received = torch.empty(sum(bucket.back_from), dtype=wire.dtype, device=wire.carrier)
             self._work = _all_to_all(self._received, sent, bucket.back_from, bucket.back_to, wire)
@@ -230,7 +231,8 @@ class _Outgoing:
         sizes = [one.numel for one in self._bucket.owned]
         for block, one in zip(work.split(sizes), self._bucket.owned, strict=True):
             if one.local is not None:
-                apply(one.local, block.narrow(0, one.local.start, one.local.numel))
+                assert one.local.inside is not None
+                apply(one.local, views(block, one.local.inside))
 
     def finish(self, apply: Apply) -> None:
         """Wait for what other ranks computed, and apply it; where buckets are staged, what this one did as well."""
@@ -242,7 +244,7 @@ class _Outgoing:
         if self._received is not None:
             received = HostCopy(self._received).wait() if self._wire.is_staged else self._received
             for piece in self._bucket.others:
-                apply(piece, received.narrow(0, piece.start, piece.numel))
+                apply(piece, parts(received.narrow(0, piece.start, piece.numel), piece))
         elif self._sent is not None and self._wire.replicated:
             self._broadcast(self._sent, apply)
         self._sent = self._received = None
@@ -267,7 +269,7 @@ class _Outgoing:
                 values = HostCopy(values).wait() if wire.is_staged else values
                 for piece in self._bucket.others:
                     if piece.owner == source:
-                        apply(piece, values.narrow(0, piece.start, piece.numel))
+                        apply(piece, parts(values.narrow(0, piece.start, piece.numel), piece))
             arriving = following
 
 
@@ -284,6 +286,12 @@ def _read(buffer: Tensor, pieces: Iterable[Piece], gradient_of: Callable[[Piece]
         else:
             pairs += zip(parts(target, piece), views(flat, piece), strict=True)
     _copy(pairs)
+
+
+def _on_the_wire(block: Tensor, part: Segment, buffer: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """What another rank holds of a block: in the block, and in the buffer that carries it."""
+    carried = buffer.narrow(0, part.buffer_start, part.numel)
+    return zip(views(block, part.place), parts(carried, part.place), strict=True)
 
 
 def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -1,9 +1,9 @@
 """When each block travels: buckets of bounded size, the same on every rank, and this rank's part in them.
 
 All ranks compute all buckets' membership, since a collective needs everyone; the tables of pieces are made for one rank
-only. On the wire a piece is what one rank holds of one block, in the block's row-major order. A bucket's way back has
-the layout of its way in, unless there are replicas of the shard group: gradients come from the owner's own, updates go
-to all of them. Pure arithmetic.
+only. On the wire a piece is what one rank holds of one block, row-major. A bucket's way back has the layout of its way
+in, unless there are replicas of the shard group: gradients come from the owner's own, updates go to all of them. Pure
+arithmetic.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ds_optim.sharding.assignment import Block, Holding
-from ds_optim.sharding.boxes import Rectangle, rectangles, strides_of
+from ds_optim.sharding.assignment import Block, HeldParts, Holding
+from ds_optim.sharding.boxes import Rectangle, elements_before, placed, shared, strides_of, within
 from ds_optim.sharding.layout import Layout
 
 BUCKET_SIZE = 1 << 24
@@ -32,11 +32,12 @@ class Piece:
     Attributes:
         tensor: index of the local tensor.
         parameter: index of the parameter in its layout.
-        rectangles: where it lies in the local tensor, in the block's row-major order; offsets are the local tensor's.
-        strides: the parameter's, for `torch.as_strided`.
+        rectangles: where it lies in the local tensor, in the order of the wire; offsets are the local tensor's.
+        strides: of the part of the parameter that is here, for `torch.as_strided`.
         numel: elements.
-        start: where it begins in the block (own blocks) or in the buffer that carries it (others' blocks).
+        start: where it begins in the buffer that carries it (others' blocks); of own blocks see ``inside``.
         owner: the rank that owns the block.
+        inside: of own blocks, where it lies in the block.
     """
 
     tensor: int
@@ -46,15 +47,29 @@ class Piece:
     numel: int
     start: int
     owner: int
+    inside: InBlock | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InBlock:
+    """Where a range of the wire lies in a block: as strided views of it, in order.
+
+    Attributes:
+        rectangles: offsets are the block's.
+        strides: the block's; 1 of a stretch of its row-major order.
+    """
+
+    rectangles: tuple[Rectangle, ...]
+    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What another rank holds of one of this rank's blocks: a range of the owner's buffer and of the block."""
+    """What another rank holds of one of this rank's blocks: a range of the owner's buffer, and its place."""
 
     buffer_start: int
-    block_start: int
     numel: int
+    place: InBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +239,7 @@ class BucketTables:
         self._replicas, self._shards = replicas, world_size // replicas
         shard = rank % self._shards
         self._fragments = [{found.parameter: found for found in layout.fragments(shard)} for layout in layouts]
+        self._parts: dict[tuple[int, int], HeldParts] = {}
 
     def bucket(self, members: Sequence[int]) -> Bucket:
         """This rank's part in the bucket of these blocks."""
@@ -261,7 +277,7 @@ class BucketTables:
             Owned(
                 block,
                 self._blocks[block].tile.box.numel,
-                self._piece(block, self._own_begin(block)),
+                self._piece(block, 0, is_own=True),
                 tuple(remote[block]),
                 tuple(back[block]),
             )
@@ -302,39 +318,60 @@ class BucketTables:
         cursors = [sum(counted[:rank]) for rank in range(self._world_size)]
         found: dict[int, list[Segment]] = {block: [] for block in mine}
         for block, rank, edge, count in held:
-            found[block].append(Segment(cursors[rank], edge, count))
+            found[block].append(Segment(cursors[rank], count, self._in_block(block, edge, count)))
             cursors[rank] += count
         return found, counted
 
-    def _own_begin(self, block: int) -> int:
-        """Where what this rank holds of its own block begins in it."""
-        held, shard = self._held[block], self._rank % self._shards
-        at = np.flatnonzero(held.ranks == shard)
-        return int(held.edges[at[0]]) if len(at) else 0
+    def _parts_of(self, block: int) -> HeldParts:
+        one = self._blocks[block]
+        key = one.tensor, one.parameter
+        if key not in self._parts:
+            self._parts[key] = HeldParts(self._layouts[one.tensor], one.parameter)
+        return self._parts[key]
 
-    def _piece(self, block: int, start: int) -> Piece | None:
+    def _in_block(self, block: int, edge: int, numel: int) -> InBlock:
+        """Where a range of the wire, of one part of the parameter, lies in a block."""
+        box = self._blocks[block].tile.box
+        before = 0
+        for _, common in self._parts_of(block).of(box):
+            if edge < before + common.numel:
+                if common == box:
+                    break
+                low = edge - before
+                found = placed(box.shape, within(common, box), low, low + numel)
+                return InBlock(tuple(found), strides_of(box.shape))
+            before += common.numel
+        return InBlock((Rectangle(edge, (numel,)),), (1,))
+
+    def _piece(self, block: int, start: int, *, is_own: bool = False) -> Piece | None:
         """What this rank holds of a block, if anything."""
         one = self._blocks[block]
         fragment = self._fragments[one.tensor].get(one.parameter)
         if fragment is None:
             return None
-        shape = self._layouts[one.tensor].parameters[one.parameter].shape
+        box, parts = one.tile.box, self._parts_of(block)
+        part = parts.boxes[fragment.part]
+        common = shared(box, part)
+        if common is None:
+            return None
+        local = within(common, part)
+        low, high = elements_before(part.shape, local, np.array([fragment.start, fragment.stop])).tolist()
+        if low == high:
+            return None
         shift = fragment.offset - fragment.start
         found = tuple(
-            Rectangle(rectangle.offset + shift, rectangle.shape)
-            for rectangle in rectangles(shape, one.tile.box, fragment.start, fragment.stop)
+            Rectangle(rectangle.offset + shift, rectangle.shape) for rectangle in placed(part.shape, local, low, high)
         )
-        if not found:
-            return None
-        strides = strides_of(shape)
+        inside = InBlock(tuple(placed(box.shape, within(common, box), low, high)), strides_of(box.shape))
         return Piece(
             one.tensor,
             one.parameter,
             found,
-            strides,
-            sum(rectangle.numel for rectangle in found),
+            strides_of(part.shape),
+            high - low,
             start,
             self._owners[block],
+            inside if is_own else None,
         )
 
 

@@ -28,12 +28,11 @@ class Agreement:
 
     Args:
         owner: the optimizer's name, for messages.
-        is_elementwise: otherwise its rule needs whole rows, heads or matrices.
         options: its options.
     """
 
-    def __init__(self, owner: str, is_elementwise: bool, options: Options) -> None:
-        self._owner, self._is_elementwise, self._options = owner, is_elementwise, options
+    def __init__(self, owner: str, options: Options) -> None:
+        self._owner, self._options = owner, options
         self._seen: set[Tensor] = set()
 
     def problems_of(self, name: str, tensor: Tensor, bound: BoundTensor) -> list[str]:
@@ -42,7 +41,6 @@ class Agreement:
         return kind + dtensor.problems(
             tensor,
             bound,
-            is_elementwise=self._is_elementwise,
             stochastic=self._options.bf16_stochastic_round,
             in_codes=self._options.state_dtype == EIGHT_BITS,
         )

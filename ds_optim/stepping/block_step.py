@@ -191,11 +191,11 @@ class BlockStep:
             found[name] = flat.narrow(0, begin, len(blocks) * math.prod(shape)).view(len(blocks), *shape)
         return found
 
-    def _apply(self, piece: Piece, update: Tensor) -> None:
+    def _apply(self, piece: Piece, update: list[Tensor]) -> None:
         """Decay what a piece covers and subtract its update, each with one rounding, wherever the piece is cut."""
         flat = self.flat[piece.tensor]
         targets = pipeline.views(flat, piece)
-        updates = [part.to(flat.device, torch.float32) for part in pipeline.parts(update, piece)]
+        updates = [part.to(flat.device, torch.float32) for part in update]
         if flat.dtype == torch.float32 and flat.device.type != "cpu":  # few launches, however many parts
             if isinstance(self.decay, Tensor) or self.decay != 1:
                 torch._foreach_mul_(targets, self.decay)
@@ -207,7 +207,7 @@ class BlockStep:
             if rounding is not None:
                 place = rounding.places.at(0, rectangle.offset)
                 words = place.identity, place.first, rounding.key
-            kernels.descend(backend, target, part, self.decay, words)
+            kernels.descend(backend, target, part.contiguous(), self.decay, words)
 
 
 def _fetched(kept: Tensor, device: torch.device) -> Tensor | DeviceCopy:

@@ -22,6 +22,7 @@ from ds_optim.sharding.binding import BoundTensor, local_grad, locals_of
 from ds_optim.sharding.block_runs import BlockRuns
 from ds_optim.sharding.exchange import PendingSum
 from ds_optim.stepping.eight_bits import coded_keys
+from ds_optim.stepping.logical_tensors import element_ranges
 
 
 class TensorStretch(NamedTuple):
@@ -96,10 +97,10 @@ def block_tables(runs: Sequence[BlockRuns], stretches: Stretches) -> kernels.Tab
     columns: list[tuple[int, ...]] = []
     cuts = 0
     for index, of_tensor in enumerate(runs):
-        for *head, first, last, _ in of_tensor.rows:
+        for *head, first, last, _, _ in of_tensor.rows:
             shifted = (cut + cuts if cut >= 0 else -1 for cut in (first, last))
             rows.append(stretches.moved((index, *head, *shifted)))
-        for *head, cut, block_numel, _ in of_tensor.columns:
+        for *head, cut, block_numel, _, _, _ in of_tensor.columns:
             shifted_cut = cut + cuts if cut >= 0 else -1
             columns.append(stretches.moved((index, *head, shifted_cut, block_numel)))
         cuts += of_tensor.num_cuts
@@ -108,16 +109,13 @@ def block_tables(runs: Sequence[BlockRuns], stretches: Stretches) -> kernels.Tab
 
 def places(tensors: Sequence[Tensor], bounds: Sequence[BoundTensor]) -> kernels.Places:
     """Which parameter every element of the bf16 tensors of a call belongs to, and which element of it that is."""
-    return kernels.Places(
-        [
-            kernels.Place(
-                index, part.offset, part.numel, identity_of(bound.layout.parameters[part.parameter].name), part.start
-            )
-            for index, (tensor, bound) in enumerate(zip(tensors, bounds, strict=True))
-            if tensor.dtype == torch.bfloat16
-            for part in bound.layout.fragments(bound.rank)
-        ]
-    )
+    found = []
+    for index, (tensor, bound) in enumerate(zip(tensors, bounds, strict=True)):
+        if tensor.dtype == torch.bfloat16:
+            for spec, ranges in zip(bound.layout.parameters, element_ranges(bound.layout, bound.rank), strict=True):
+                identity = identity_of(spec.name)
+                found += [kernels.Place(index, one.offset, one.stop - one.start, identity, one.start) for one in ranges]
+    return kernels.Places(found)
 
 
 def row_major(tensor: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_optim.rule import PackedSymmetric, StateSpec
 from ds_optim.sharding.block_runs import BlockRuns
 from ds_optim.sharding.blocks import BlockGrid
+from ds_optim.sharding.boxes import stretches
 from ds_optim.sharding.layout import Layout
 from ds_optim.sharding.plan import Plan
 from ds_optim.stepping.owner_state import StateOfBlock, state_begins
@@ -84,7 +85,11 @@ def element_ranges(layout: Layout, rank: int) -> list[list[LogicalRange]]:
     """For every parameter of a layout, the elements that ``rank`` holds."""
     found: list[list[LogicalRange]] = [[] for _ in layout.parameters]
     for fragment in layout.fragments(rank):
-        found[fragment.parameter].append(LogicalRange(fragment.start, fragment.stop, fragment.offset))
+        offset = fragment.offset
+        box, shape = layout.parts(fragment.parameter)[fragment.part], layout.parameters[fragment.parameter].shape
+        for start, stop in stretches(shape, box, fragment.start, fragment.stop):
+            found[fragment.parameter].append(LogicalRange(start, stop, offset))
+            offset += stop - start
     return found
 
 
@@ -100,17 +105,6 @@ def packed(pieces: Sequence[Sequence[LogicalRange]]) -> list[list[LogicalRange]]
     return [[piece._replace(offset=begins[piece.offset]) for piece in of_one] for of_one in pieces]
 
 
-def block_at(grid: BlockGrid, element: int) -> int:
-    """The index of the block that holds a row-major element of a parameter."""
-    batch, within = divmod(element, grid.reduce * grid.axis * grid.inner)
-    position, before = within // grid.inner % grid.axis, 0
-    for count, width in grid.runs:
-        if position < count * width:
-            return batch * grid.blocks_per_batch + before + position // width
-        position, before = position - count * width, before + count
-    raise AssertionError("a grid covers its axis")
-
-
 def block_ranges(layout: Layout, rank: int, grids: Mapping[str, BlockGrid], runs: BlockRuns) -> list[Logical]:
     """One value per block (fp32), for every parameter of a layout: its holders read it, that of its first element
     stores it.
@@ -120,21 +114,17 @@ def block_ranges(layout: Layout, rank: int, grids: Mapping[str, BlockGrid], runs
         runs: of ``rank``, see `ds_optim.sharding.block_runs.block_runs`; they say where a block's value lies.
     """
     listed = [grids.get(spec.name) for spec in layout.parameters]
-    its_grids = {index: grid for index, grid in enumerate(listed) if grid is not None}
     found = [Logical(0 if grid is None else grid.num_blocks, torch.float32) for grid in listed]
-    starts = {fragment.parameter: fragment.start - fragment.offset for fragment in layout.fragments(rank)}
-    for start, length, phase, width, slot, _, _, parameter in runs.rows:
-        first = block_at(its_grids[parameter], starts[parameter] + start)
+    for _, length, phase, width, slot, _, _, parameter, first in runs.rows:
         count = -(-(phase + length) // width)
         skipped = int(phase > 0)  # that block begins at another rank
         found[parameter].read.append(LogicalRange(first, first + count, slot))
         if skipped < count:
             found[parameter].written.append(LogicalRange(first + skipped, first + count, slot + skipped))
-    for start, length, phase, _, column_start, column_stop, width, slot, _, _, parameter in runs.columns:
-        first = block_at(its_grids[parameter], starts[parameter] + start - phase + column_start)
+    for _, length, phase, _, column_start, column_stop, width, slot, _, _, parameter, first, is_first in runs.columns:
         count = (column_stop - column_start) // width
         low = max(0, -(-(phase - column_start) // width))
-        high = min(count, -(-(phase + length - column_start) // width))
+        high = min(count, -(-(phase + length - column_start) // width)) if is_first else 0
         found[parameter].read.append(LogicalRange(first, first + count, slot))
         if low < high:
             found[parameter].written.append(LogicalRange(first + low, first + high, slot + low))

@@ -1,0 +1,261 @@
+"""Tensor parallelism, alone and under FSDP2 and HSDP: the same bits as one process, whatever cuts the parameters.
+
+Parameters are cut by hand as torch's styles cut them, and gradients are the constants of `expected`: what is left to
+differ is the optimizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import ds_optim
+from ds_optim import checkpoint
+from ds_optim.checkpoint import ranges
+from ds_optim.roles import canonical_name
+from ds_optim.sharding.binding import local_of
+from engines import Case, build_model, learning_rate
+from expected import by_one_process, gradient, weight_decays
+from pool import Pools
+from test_eight_bit_state import IN_CODES, with_small_ones
+from test_invariance import OPTIONS, STEPS
+
+MATRIX = {"max_preconditioner_dim": 8, "precondition_frequency": 3, "weight_decay": 0.1}
+CASES = {
+    **{name.split(".")[-1]: Case(name, options, steps=STEPS.get(name, 10)) for name, options in OPTIONS.items()},
+    "many blocks": Case("Shampoo", MATRIX),
+    "small buckets": Case("SWAN", {"exchange_bucket_size": 600}),
+    "bf16 on the wire": Case("Muon", {"exchange_dtype": "bf16"}),
+}
+ALONE, FSDP, HSDP = (0,), (2, 2), (2, 1, 2)
+RUNS = [
+    *((2, name, ALONE) for name in ("AdamW", "AdamMini", "Shampoo", "SWAN", "Muon", "many blocks")),
+    *((3, name, ALONE) for name in ("Lion", "AdamMini", "SOAP", "NorMuon", "small buckets")),
+    *((4, name, FSDP) for name in ("Adan", "AdamMini", "Shampoo", "SWAN", "SOAP", "many blocks", "small buckets")),
+    *((4, name, HSDP) for name in ("AdamMini", "many blocks", "bf16 on the wire")),
+]
+
+
+def cut_dimension(name: str, parameter: Tensor) -> int | None:
+    """Along which dimension a parameter is cut: rows, columns of what comes back to the residual stream, or none."""
+    if parameter.dim() < 2:
+        return None
+    return 1 if "o_proj" in name or "down_proj" in name else 0
+
+
+def cut_by_hand(module: nn.Module, mesh: DeviceMesh, rows: bool, prefix: str = "") -> None:
+    """Make DTensors of the parameters, as `parallelize_module` does; with ``rows`` all matrices are cut along these."""
+    for name, child in module.named_children():
+        cut_by_hand(child, mesh, rows, f"{prefix}{name}.")
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        dim = cut_dimension(prefix + name, parameter)
+        placement = Replicate() if dim is None else Shard(0 if rows else dim)
+        made = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(made))
+
+
+def shard_of(whole: Tensor, parameter: DTensor) -> Tensor:
+    """This rank's part of a tensor that is cut as a parameter is: tensor parallelism cuts first, FSDP2 the rest."""
+    mesh, part = parameter.device_mesh, whole.detach()
+    for dimension in reversed(range(mesh.ndim)):
+        placement: Any = parameter.placements[dimension]
+        if not placement.is_replicate():
+            parts = part.chunk(mesh.size(dimension), placement.dim)
+            empty = part.narrow(placement.dim, 0, 0)
+            part = [*parts, *[empty] * mesh.size(dimension)][mesh.get_local_rank(dimension)]
+    return part
+
+
+def like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """A tensor laid out as a parameter is."""
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        shard_of(whole, parameter).contiguous(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def made(case: Case, shape: tuple[int, ...], *, rows: bool = False, bf16: bool = False) -> tuple[nn.Module, Any]:
+    """The model over a mesh of this shape (none: whole, on each rank), and the optimizer."""
+    model = build_model(case)
+    model = model.bfloat16() if bf16 else model
+    decays = weight_decays(model, case)
+    if shape:
+        axes = ("replicate", "shard", "tensor")[-len(shape) :]
+        mesh = init_device_mesh("cpu", shape if len(shape) > 1 else (dist.get_world_size(),), mesh_dim_names=axes)
+        cut_by_hand(model, mesh["tensor"], rows)
+        if len(shape) > 1:
+            for layer in model.llama.model.layers:
+                fully_shard(layer, mesh=mesh[axes[:-1]])
+            fully_shard(model, mesh=mesh[axes[:-1]])
+    groups: dict[float, list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault(decays[canonical_name(name)], []).append((name, parameter))
+    options = {key: value for key, value in case.options.items() if key != "weight_decay"}
+    cls = getattr(ds_optim, case.optimizer.split(".")[-1])
+    listed = [{"params": pairs, "weight_decay": decay} for decay, pairs in groups.items()]
+    return model, cls(listed, roles=model, **options)
+
+
+def train(case: Case, model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        for name, parameter in model.named_parameters():
+            constant = gradient(case, canonical_name(name), tuple(parameter.shape), step)
+            grad = like(constant, parameter) if isinstance(parameter, DTensor) else constant
+            parameter.grad = grad.to(parameter.dtype)
+        optimizer.step()
+
+
+def gaps(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, float]:
+    """How far what this rank holds of each parameter is from what was wanted, at most, relatively."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        whole = wanted[canonical_name(name)].view(parameter.shape)
+        here = shard_of(whole, parameter) if isinstance(parameter, DTensor) else whole
+        gap = (local_of(parameter.detach()) - here).abs() / here.abs().clamp_min(0.1)
+        found[canonical_name(name)] = float(gap.amax()) if gap.numel() else 0.0
+    return found
+
+
+def differences(case: Case, shape: tuple[int, ...], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """What a run over a mesh ends with, against what was wanted."""
+    model, optimizer = made(case, shape)
+    train(case, model, optimizer, range(1, case.steps + 1))
+    return gaps(model, wanted)
+
+
+def ended(case: Case) -> dict[str, Tensor]:
+    """What one process ends with, in bf16."""
+    model, optimizer = made(case, (), bf16=True)
+    train(case, model, optimizer, range(1, case.steps + 1))
+    return {canonical_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def differences_in_rows(case: Case, shape: tuple[int, ...], bf16: bool, wanted: dict[str, Tensor]) -> dict[str, float]:
+    """As `differences`, all matrices cut along their rows."""
+    model, optimizer = made(case, shape, rows=True, bf16=bf16)
+    train(case, model, optimizer, range(1, case.steps + 1))
+    return gaps(model, wanted)
+
+
+@cache
+def wanted_of(name: str) -> dict[str, Tensor]:
+    return by_one_process(CASES[name])
+
+
+@pytest.mark.parametrize(("ranks", "name", "shape"), RUNS)
+def test_every_rule_ends_with_the_bits_of_one_process(
+    pool: Pools, ranks: int, name: str, shape: tuple[int, ...]
+) -> None:
+    reports = pool(ranks).run(differences, CASES[name], shape, wanted_of(name))
+    limit = 1e-6 if CASES[name].optimizer == "AdamMini" else 0.0  # the sums of cut blocks in another order
+    for rank, gaps in enumerate(reports):
+        assert len(gaps) == len(wanted_of(name))
+        assert {key: gap for key, gap in gaps.items() if gap > limit} == {}, rank
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
+@pytest.mark.parametrize("name", ["ds_optim.AdamW", "AdamMini", "Shampoo"])
+def test_state_in_eight_bits_of_cut_rows(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
+    case = Case(name, IN_CODES[name], steps=STEPS.get(name, 10))
+    wanted = with_small_ones(by_one_process, case)
+    for found in pool(ranks).run(with_small_ones, differences_in_rows, case, shape, False, wanted):
+        assert {key: gap for key, gap in found.items() if gap > (1e-6 if name == "AdamMini" else 0)} == {}
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
+@pytest.mark.parametrize("name", ["ds_optim.Lion", "AdamMini", "Muon"])
+def test_stochastic_rounding_of_cut_rows(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
+    case = Case(name, {**OPTIONS[name if name in OPTIONS else f"ds_optim.{name}"], "bf16_stochastic_round": True})
+    (wanted,) = pool(1).run(ended, case)
+    for found in pool(ranks).run(differences_in_rows, case, shape, True, wanted):
+        assert {key: gap for key, gap in found.items() if gap > 0} == {}
+
+
+def handed_over(case: Case, shape: tuple[int, ...], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """A run that goes on in another optimizer, which is given the state by torch's own functions."""
+    model, optimizer = made(case, shape)
+    train(case, model, optimizer, range(1, HALF + 1))
+    states = get_optimizer_state_dict(model, optimizer)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model, optimizer = made(replace(case, seed=case.seed + 1), shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            local_of(parameter).copy_(local_of(weights[name]))
+    set_optimizer_state_dict(model, optimizer, states)
+    train(case, model, optimizer, range(HALF + 1, case.steps + 1))
+    return gaps(model, wanted)
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(2, ALONE), (4, FSDP)])
+@pytest.mark.parametrize("name", ["AdamMini", "many blocks"])
+def test_torchs_own_state_dict(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
+    for found in pool(ranks).run(handed_over, CASES[name], shape, wanted_of(name)):
+        assert {key: gap for key, gap in found.items() if gap > (1e-6 if name == "AdamMini" else 0)} == {}
+
+
+HALF = 4
+
+
+def save(case: Case, shape: tuple[int, ...], directory: Path) -> None:
+    """The first steps of a run, and a canonical checkpoint."""
+    model, optimizer = made(case, shape)
+    train(case, model, optimizer, range(1, HALF + 1))
+    checkpoint.save(directory, model, optimizer, tag="half")
+
+
+def resumed(
+    case: Case, shape: tuple[int, ...], directory: Path, again: Path, wanted: dict[str, Tensor]
+) -> dict[str, float]:
+    """What the rest of that run ends with elsewhere, once it was loaded, and saved as it was loaded."""
+    model, optimizer = made(replace(case, seed=case.seed + 1), shape)
+    checkpoint.load(directory, model, optimizer)
+    checkpoint.save(again, model, optimizer, tag="half")
+    train(case, model, optimizer, range(HALF + 1, case.steps + 1))
+    return gaps(model, wanted)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamMini", "many blocks", "SOAP", "NorMuon"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, ALONE), (1, ())), ((1, ()), (4, FSDP)), ((4, FSDP), (3, ALONE))],
+    ids=["parallel to one", "one to both", "both to parallel"],
+)
+def test_a_checkpoint_goes_on_over_another_mesh(
+    pool: Pools, tmp_path: Path, name: str, before: tuple[int, tuple[int, ...]], after: tuple[int, tuple[int, ...]]
+) -> None:
+    case = CASES[name]
+    (ranks, shape), (others, other_shape) = before, after
+    pool(ranks).run(save, case, shape, tmp_path / "first")
+    reports = pool(others).run(resumed, case, other_shape, tmp_path / "first", tmp_path / "second", wanted_of(name))
+    limit = 1e-6 if case.optimizer == "AdamMini" else 0.0
+    for found in reports:
+        assert {key: gap for key, gap in found.items() if gap > limit} == {}
+    first, second = (values_of(tmp_path / one) for one in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert [key for key, values in first.items() if not torch.equal(values, second[key])] == []
+
+
+def values_of(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    folder = directory / "half"
+    found = {name: torch.empty(numel, dtype=dtype) for name, (numel, dtype) in ranges.lengths(folder).items()}
+    ranges.read(folder, {name: ranges.Ranges(len(one), one.dtype, [(0, one)]) for name, one in found.items()})
+    return found
