@@ -18,7 +18,7 @@ from torch import Tensor
 from ds_optim.optimizers.matrix_roles import is_matrix, is_preconditioned, true_matrices
 from ds_optim.roles import resolve_roles
 from ds_optim.roles.role import Part, Role
-from ds_optim.sharding.boxes import Box, elements_before, placed, rectangles, stretches, strides_of, tiles
+from ds_optim.sharding.boxes import Box, Rectangle, elements_before, placed, stretches, strides_of, tiles
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
 
@@ -28,6 +28,12 @@ def shapes_and_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box]:
     shape = draw(SHAPES)
     ranges = [sorted((draw(st.integers(0, size - 1)), draw(st.integers(1, size)))) for size in shape]
     return shape, Box(tuple(start for start, _ in ranges), tuple(max(stop, start + 1) for start, stop in ranges))
+
+
+def rectangles(shape: tuple[int, ...], box: Box, start: int, stop: int) -> list[Rectangle]:
+    """What a box has in a range of the parameter."""
+    low, high = elements_before(shape, box, np.array([start, stop])).tolist()
+    return placed(shape, box, low, high)
 
 
 def numbered(shape: tuple[int, ...]) -> Tensor:

@@ -235,6 +235,9 @@ def test_bad_settings_are_named_all_at_once(name: str) -> None:
             cls(parameter, exchange_dtype="int8")
 
 
+SETTINGS: Any = {"is_elementwise": True}
+
+
 def scattered() -> dict[str, list[str]]:
     """What is said of parameters along dimension 1 and along dimension 0."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -242,10 +245,10 @@ def scattered() -> dict[str, list[str]]:
     for dim in (1, 0):
         weight = distribute_tensor(torch.ones(8, 4), mesh, [Shard(dim)], src_data_rank=None)
         bound = dtensor.read("wide.weight", weight)
-        found[f"codes {dim}"] = dtensor.problems(weight, bound, stochastic=False, in_codes=True)
-        half = dtensor.problems(weight.bfloat16(), bound, stochastic=True, in_codes=False)
+        found[f"codes {dim}"] = dtensor.problems(weight, bound, **SETTINGS, stochastic=False, in_codes=True)
+        half = dtensor.problems(weight.bfloat16(), bound, **SETTINGS, stochastic=True, in_codes=False)
         found[f"rounded {dim}"] = half
-        assert dtensor.problems(weight, bound, stochastic=True, in_codes=False) == []
+        assert dtensor.problems(weight, bound, **SETTINGS, stochastic=True, in_codes=False) == []
     return found
 
 

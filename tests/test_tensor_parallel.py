@@ -19,10 +19,12 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import ds_optim
 from ds_optim import checkpoint
 from ds_optim.checkpoint import ranges
+from ds_optim.optimizers.registry import optimizers
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.binding import local_of
 from engines import Case, build_model, learning_rate
@@ -67,13 +69,14 @@ def cut_by_hand(module: nn.Module, mesh: DeviceMesh, rows: bool, prefix: str = "
 
 def shard_of(whole: Tensor, parameter: DTensor) -> Tensor:
     """This rank's part of a tensor that is cut as a parameter is: tensor parallelism cuts first, FSDP2 the rest."""
-    mesh, part = parameter.device_mesh, whole.detach()
+    mesh, part, coordinate = parameter.device_mesh, whole.detach(), parameter.device_mesh.get_coordinate()
+    assert coordinate is not None
     for dimension in reversed(range(mesh.ndim)):
         placement: Any = parameter.placements[dimension]
         if not placement.is_replicate():
             parts = part.chunk(mesh.size(dimension), placement.dim)
             empty = part.narrow(placement.dim, 0, 0)
-            part = [*parts, *[empty] * mesh.size(dimension)][mesh.get_local_rank(dimension)]
+            part = [*parts, *[empty] * mesh.size(dimension)][coordinate[dimension]]
     return part
 
 
@@ -168,7 +171,7 @@ def test_every_rule_ends_with_the_bits_of_one_process(
     limit = 1e-6 if CASES[name].optimizer == "AdamMini" else 0.0  # the sums of cut blocks in another order
     for rank, gaps in enumerate(reports):
         assert len(gaps) == len(wanted_of(name))
-        assert {key: gap for key, gap in gaps.items() if gap > limit} == {}, rank
+        assert {key: gap for key, gap in gaps.items() if not gap <= limit} == {}, rank
 
 
 @pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
@@ -177,7 +180,7 @@ def test_state_in_eight_bits_of_cut_rows(pool: Pools, name: str, ranks: int, sha
     case = Case(name, IN_CODES[name], steps=STEPS.get(name, 10))
     wanted = with_small_ones(by_one_process, case)
     for found in pool(ranks).run(with_small_ones, differences_in_rows, case, shape, False, wanted):
-        assert {key: gap for key, gap in found.items() if gap > (1e-6 if name == "AdamMini" else 0)} == {}
+        assert {key: gap for key, gap in found.items() if not gap <= (1e-6 if name == "AdamMini" else 0)} == {}
 
 
 @pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
@@ -186,7 +189,7 @@ def test_stochastic_rounding_of_cut_rows(pool: Pools, name: str, ranks: int, sha
     case = Case(name, {**OPTIONS[name if name in OPTIONS else f"ds_optim.{name}"], "bf16_stochastic_round": True})
     (wanted,) = pool(1).run(ended, case)
     for found in pool(ranks).run(differences_in_rows, case, shape, True, wanted):
-        assert {key: gap for key, gap in found.items() if gap > 0} == {}
+        assert {key: gap for key, gap in found.items() if not gap <= 0} == {}
 
 
 def handed_over(case: Case, shape: tuple[int, ...], wanted: dict[str, Tensor]) -> dict[str, float]:
@@ -208,7 +211,7 @@ def handed_over(case: Case, shape: tuple[int, ...], wanted: dict[str, Tensor]) -
 @pytest.mark.parametrize("name", ["AdamMini", "many blocks"])
 def test_torchs_own_state_dict(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
     for found in pool(ranks).run(handed_over, CASES[name], shape, wanted_of(name)):
-        assert {key: gap for key, gap in found.items() if gap > (1e-6 if name == "AdamMini" else 0)} == {}
+        assert {key: gap for key, gap in found.items() if not gap <= (1e-6 if name == "AdamMini" else 0)} == {}
 
 
 HALF = 4
@@ -247,7 +250,7 @@ def test_a_checkpoint_goes_on_over_another_mesh(
     reports = pool(others).run(resumed, case, other_shape, tmp_path / "first", tmp_path / "second", wanted_of(name))
     limit = 1e-6 if case.optimizer == "AdamMini" else 0.0
     for found in reports:
-        assert {key: gap for key, gap in found.items() if gap > limit} == {}
+        assert {key: gap for key, gap in found.items() if not gap <= limit} == {}
     first, second = (values_of(tmp_path / one) for one in ("first", "second"))
     assert first.keys() == second.keys()
     assert [key for key, values in first.items() if not torch.equal(values, second[key])] == []
@@ -259,3 +262,71 @@ def values_of(directory: Path) -> dict[str, Tensor]:
     found = {name: torch.empty(numel, dtype=dtype) for name, (numel, dtype) in ranges.lengths(folder).items()}
     ranges.read(folder, {name: ranges.Ranges(len(one), one.dtype, [(0, one)]) for name, one in found.items()})
     return found
+
+
+def in_stripes(directory: Path) -> dict[str, str]:
+    """A weight of which each rank has two stripes, as transformers' packed styles cut it: what is said to each."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (world,))
+    whole = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    stripes = torch.cat([half.chunk(world)[rank] for half in whole.chunk(2)])
+    said = {}
+    for cls in optimizers().values():
+        placed = DTensor.from_local(
+            stripes.clone(), mesh, [_StridedShard(0, split_factor=2)], run_check=False, shape=(8, 3), stride=(3, 1)
+        )
+        model = nn.Module()
+        model.gate_up = nn.Parameter(placed)
+        try:
+            optimizer = cls([("gate_up", model.gate_up)], lr=1e-2, roles={"*": "linear"})
+        except ValueError as error:
+            said[cls.__name__] = str(error)
+            continue
+        alone = nn.Parameter(stripes.clone())
+        other = cls([("gate_up", alone)], lr=1e-2, roles={"*": "linear"})
+        for _ in range(3):
+            model.gate_up.grad, alone.grad = model.gate_up.detach().clone(), alone.detach().clone()
+            optimizer.step()
+            other.step()
+        said[cls.__name__] = "the same" if torch.equal(local_of(model.gate_up), alone) else "something else"
+        try:
+            checkpoint.save(directory, model, optimizer)
+        except checkpoint.CheckpointError as error:
+            said[f"{cls.__name__} saved"] = str(error)
+    return said
+
+
+def test_stripes_are_stepped_by_element_or_refused_by_name(pool: Pools, tmp_path: Path) -> None:
+    for said in pool(2).run(in_stripes, tmp_path):
+        for name, cls in optimizers().items():
+            if cls.rule.is_elementwise:
+                assert said[name] == "the same"
+                assert "gate_up" in said[f"{name} saved"]
+            else:
+                assert "gate_up lies as" in said[name]
+                assert "use AdamW, Lion or Adan" in said[name]
+
+
+def descending(cls: Any) -> float:
+    """Parameters over a mesh whose ranks do not ascend: the largest difference from one device."""
+    world = dist.get_world_size()
+    mesh = DeviceMesh("cpu", list(range(world))[::-1])
+    gap = 0.0
+    for dim in (0, 1):
+        whole = torch.randn(9, 7, generator=torch.Generator().manual_seed(dim))
+        placed = nn.Parameter(distribute_tensor(whole, mesh, [Shard(dim)], src_data_rank=None))
+        alone = nn.Parameter(whole.clone())
+        made = [cls([("w", one)], lr=1e-2, roles={"*": "linear"}) for one in (placed, alone)]
+        for step in range(12):
+            grad = torch.randn(9, 7, generator=torch.Generator().manual_seed(100 + step))
+            placed.grad, alone.grad = like(grad, placed), grad
+            for optimizer in made:
+                optimizer.step()
+        gap = max(gap, float((local_of(placed) - shard_of(alone, placed)).abs().max()))
+    return gap
+
+
+@pytest.mark.parametrize("cls", [ds_optim.AdamMini, ds_optim.Shampoo, ds_optim.Muon], ids=lambda cls: cls.__name__)
+def test_the_ranks_of_a_mesh_need_not_ascend(pool: Pools, cls: Any) -> None:
+    for gap in pool(2).run(descending, cls):
+        assert gap <= (1e-6 if cls is ds_optim.AdamMini else 0)

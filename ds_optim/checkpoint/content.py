@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from ds_optim.checkpoint.ranges import CHUNK_ELEMENTS, Ranges
 from ds_optim.deepspeed import engine_state
 from ds_optim.roles import canonical_name, logical_shape
+from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import local_of
 from ds_optim.sharding.exchange import ALONE, Ranks
+from ds_optim.sharding.layout import Scattered
 from ds_optim.stepping.former_state import room_for_stored
 from ds_optim.stepping.kernel_calls import row_major
 from ds_optim.stepping.logical_tensors import Logical, LogicalParameter, LogicalRange, slices
@@ -88,6 +90,12 @@ def training_state_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple
         called = names.get(tensor)  # an optimizer without an engine may not have been told names
         training.parameters[tensor] = [replace(one, name=called) if called else one for one in parameters]
     trained = {one.name for _, one in training.listed()}
+    scattered = [name for one, name in names.items() if isinstance(dtensor.read(name, one).layout, Scattered)]
+    if scattered:
+        return None, [
+            f"{', '.join(scattered[:5])}{' ...' if len(scattered) > 5 else ''}: not a box of it on each rank (packed "
+            "tensor parallelism); use torch.distributed.checkpoint with torch's get_optimizer_state_dict"
+        ]
     for parameter, name in names.items():
         if name not in trained:
             training.untrained[name] = (logical_shape(parameter), *engine_state.local_weight(parameter))

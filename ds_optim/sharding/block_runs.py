@@ -64,12 +64,7 @@ def block_runs(layout: Layout, rank: int, grids: Mapping[str, BlockGrid]) -> Blo
     Raises:
         ValueError: a part of a parameter has no whole rows of its grid, see `GridPart`.
     """
-    parts = [
-        {part: GridPart(grids[spec.name], spec.shape, box) for part, box in enumerate(layout.parts(index)) if box.numel}
-        if spec.name in grids
-        else {}
-        for index, spec in enumerate(layout.parameters)
-    ]
+    parts = [_parts(layout, index, grids.get(spec.name)) for index, spec in enumerate(layout.parameters)]
     cut_index: list[dict[int, int]] = []
     num_cuts = 0
     for parameter, of_parameter in enumerate(parts):
@@ -94,6 +89,18 @@ def block_runs(layout: Layout, rank: int, grids: Mapping[str, BlockGrid]) -> Blo
         else:
             slots = _append_rows(rows, fragment, part, cuts, slots)
     return BlockRuns(tuple(rows), tuple(columns), slots, num_cuts)
+
+
+def _parts(layout: Layout, parameter: int, grid: BlockGrid | None) -> dict[int, GridPart]:
+    """What each part of a parameter that is not empty has of its grid; nothing without one."""
+    if grid is None:
+        return {}
+    spec, boxes = layout.parameters[parameter], layout.parts(parameter)
+    try:
+        return {at: GridPart(grid, spec.shape, box) for at, box in enumerate(boxes) if box.numel}
+    except ValueError as error:
+        remedy = "shard it along its first dimension, or use AdamW, Lion or Adan"
+        raise ValueError(f"{spec.name}: {error}: {remedy}") from None
 
 
 def _append_rows(

@@ -136,12 +136,6 @@ def placed(shape: Sequence[int], box: Box, start: int, stop: int) -> list[Rectan
     ]
 
 
-def rectangles(shape: Sequence[int], box: Box, start: int, stop: int) -> list[Rectangle]:
-    """The elements of ``box`` inside ``[start, stop)`` of a parameter of ``shape``, in the box's row-major order."""
-    low, high = elements_before(shape, box, np.array([start, stop])).tolist()
-    return placed(shape, box, low, high)
-
-
 def stretches(shape: Sequence[int], box: Box, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """The range ``[start, stop)`` of a box's own order as ranges of the row-major order of an array of ``shape``."""
     strides = strides_of(shape)
@@ -165,9 +159,9 @@ def stretches(shape: Sequence[int], box: Box, start: int, stop: int) -> Iterator
 
 
 def is_one_range(shape: Sequence[int], box: Box) -> bool:
-    """Whether a box's elements are neighbours in the row-major order of an array of ``shape``."""
+    """Whether a box that is cut along one dimension has neighbouring elements of an array of ``shape``."""
     cut = [dim for dim, size in enumerate(box.shape) if size != shape[dim]]
-    return not box.numel or not cut or math.prod(box.shape[: cut[-1]]) == 1
+    return not box.numel or not cut or (len(cut) == 1 and math.prod(shape[: cut[0]]) == 1)
 
 
 def whole(shape: Sequence[int]) -> Box:

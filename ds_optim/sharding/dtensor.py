@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_optim import known_torch
 from ds_optim.sharding.binding import BoundTensor, whole
 from ds_optim.sharding.boxes import Box, is_one_range
 from ds_optim.sharding.exchange import Ranks, group_over
-from ds_optim.sharding.layout import Boxed, ParameterSpec, Replicated, RowSharded
+from ds_optim.sharding.layout import Boxed, Layout, ParameterSpec, Replicated, RowSharded, Scattered
 
 Placement: TypeAlias = Any
 """Of `torch.distributed.tensor`: a shard's ``dim`` is not every placement's."""
@@ -51,55 +51,62 @@ def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -
         return BoundTensor(Replicated(spec, mesh.size()), group=group_of(mesh) if mesh.size() > 1 else None)
     if known_torch.sums_for_averages(mesh.device_type):
         _say_sums()
-    if len(cut) == 1:
-        dim = cut[0]
-        placement: Placement = tensor.placements[dim]
-        group = mesh.get_group(dim)
-        if known_torch.split_factor(placement) is None and placement.dim == 0:
-            layout = RowSharded(spec, mesh.size(dim))
-            return BoundTensor(layout, mesh.get_local_rank(dim), group, owners=_owners(mesh, cut))
+    group = mesh.get_group(cut[0]) if len(cut) == 1 else group_over(_along(mesh, cut))
+    ranks = dist.get_process_group_ranks(group)
+    order = _order(mesh, tensor.placements)
+    if order is None:
+        held = ParameterSpec(name, tuple(tensor.to_local().shape))
+        return BoundTensor(Scattered(held, placements=str(tensor.placements)))
+    layout: Layout
+    if len(cut) == 1 and tensor.placements[cut[0]] == Shard(0) and _along(mesh, cut) == ranks:
+        layout = RowSharded(spec, len(ranks))
     else:
-        group = group_over(_along(mesh, cut))
-    boxes = boxes_of(spec.shape, mesh, tensor.placements)
-    listed = tuple(boxes[one] for one in dist.get_process_group_ranks(group))
-    return BoundTensor(Boxed(spec, listed), dist.get_rank(group), group, owners=_owners(mesh, cut))
+        layout = Boxed(spec, tuple(boxes_of(spec.shape, mesh, tensor.placements, order, ranks)))
+    return BoundTensor(layout, dist.get_rank(group), group, owners=_owners(mesh, cut))
 
 
-def boxes_of(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> dict[int, Box]:
-    """What every rank of a mesh holds of a parameter, by its rank in the job."""
-    found = {}
-    for coordinate in product(*map(range, mesh.shape)):
+def boxes_of(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], order: Sequence[int], ranks: Sequence[int]
+) -> list[Box]:
+    """What each of some ranks of a mesh holds of a parameter, whose cuts are made in this order of dimensions."""
+    listed = mesh.mesh
+    coordinates = dict(zip(listed.flatten().tolist(), product(*map(range, listed.shape)), strict=True))
+    found = []
+    for rank in ranks:
         start, stop = [0] * len(shape), list(shape)
-        for dim in _order(mesh, placements):
+        for dim in order:
             along = placements[dim].dim
             width = -(-(stop[along] - start[along]) // mesh.size(dim))  # as `torch.chunk` cuts
-            first = min(start[along] + coordinate[dim] * width, stop[along])
+            first = min(start[along] + coordinates[rank][dim] * width, stop[along])
             start[along], stop[along] = first, min(first + width, stop[along])
-        found[int(mesh.mesh[coordinate])] = Box(tuple(start), tuple(stop))
+        found.append(Box(tuple(start), tuple(stop)))
     return found
 
 
-def _order(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[int]:
-    """The dimensions of a mesh in the order in which they cut a parameter.
+def _order(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[int] | None:
+    """The dimensions of a mesh in the order in which they cut a parameter; None where a rank then holds no box of it.
 
     One behind the other, but FSDP2 cuts what tensor parallelism along the same dimension of the parameter, a later one
-    of the mesh, has cut before: a strided shard.
+    of the mesh, has cut before: a strided shard. One that follows no other cut is made of stripes.
     """
     cut = [dim for dim, one in enumerate(placements) if not one.is_replicate()]
     strided = {dim: factor for dim in cut if (factor := known_torch.split_factor(placements[dim])) is not None}
     for dim, factor in strided.items():
         later = [other for other in cut if other > dim and placements[other].dim == placements[dim].dim]
         if math.prod(mesh.size(other) for other in later) != factor:
-            raise ValueError(f"{placements} cut a parameter in a way that is not known here")
+            return None
     return [dim for dim in cut if dim not in strided] + list(strided)[::-1]
 
 
-def problems(tensor: Tensor, bound: BoundTensor, *, stochastic: bool, in_codes: bool) -> list[str]:
+def problems(
+    tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stochastic: bool, in_codes: bool
+) -> list[str]:
     """Why a parameter cannot be stepped exactly, each with its remedy.
 
     Args:
         tensor: the parameter.
         bound: what `read` made of it.
+        is_elementwise: otherwise the rule needs whole rows, heads or matrices.
         stochastic: bf16 parameters are rounded stochastically, by the number of each element in the whole parameter.
         in_codes: state is kept in eight bits, with a scale for every 256 neighbouring elements.
     """
@@ -111,25 +118,27 @@ def problems(tensor: Tensor, bound: BoundTensor, *, stochastic: bool, in_codes: 
         )
     if isinstance(tensor, DTensor) and any(one.is_partial() for one in tensor.placements):
         found.append(f"{name} is a sum that is still to be made ({tensor.placements}): not a parameter")
-    if isinstance(bound.layout, Boxed) and isinstance(tensor, DTensor):
-        mine = bound.layout.boxes[bound.rank]
-        if mine.shape != tuple(tensor.to_local().shape):
+    layout, is_apart, how = bound.layout, False, ""
+    if isinstance(layout, Scattered):
+        is_apart, how = True, f"{name} lies as {layout.placements} over its mesh"
+        if not is_elementwise:
             found.append(
-                f"{name} has {tuple(tensor.to_local().shape)} here, its placements {tensor.placements} say "
-                f"{mine.shape}: lay it out as torch.distributed.tensor.distribute_tensor does"
+                f"{how}, in stripes: an optimizer of blocks needs one box of it on each rank (Shard along any "
+                "dimensions); use AdamW, Lion or Adan, or shard it that way"
             )
-        is_apart = any(not is_one_range(bound.layout.parameter.shape, box) for box in bound.layout.boxes)
-        how = f"{name} lies as {tensor.placements} over its mesh, no range of its elements"
-        if is_apart and in_codes:
-            found.append(
-                f"{how}, so that the blocks of state in eight bits would be cut everywhere: shard it along dimension 0 "
-                'alone, or set state_dtype="fp32"'
-            )
-        if is_apart and stochastic and tensor.dtype == torch.bfloat16:
-            found.append(
-                f"{how}, which bf16_stochastic_round cannot number: shard it along dimension 0 alone, or set "
-                "bf16_stochastic_round=False"
-            )
+    elif isinstance(layout, Boxed) and isinstance(tensor, DTensor):
+        is_apart = any(not is_one_range(layout.parameter.shape, box) for box in layout.boxes)
+        how = f"{name} lies as {tensor.placements} over its mesh"
+    if is_apart and in_codes:
+        found.append(
+            f"{how}, so that neighbouring elements, which share a scale in eight bits, lie on several ranks: shard it "
+            'along dimension 0 alone, or set state_dtype="fp32"'
+        )
+    if is_apart and stochastic and tensor.dtype == torch.bfloat16:
+        found.append(
+            f"{how}, where bf16_stochastic_round cannot number its elements: shard it along dimension 0 alone, or set "
+            "bf16_stochastic_round=False"
+        )
     return found
 
 

@@ -242,6 +242,19 @@ class Replicated:
         return [Share((0, self.parameter.numel), (0,))]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scattered(Replicated):
+    """What one rank holds of a parameter where that is no box of it: several stripes (packed tensor parallelism).
+
+    ``parameter`` has the shape of this rank's part, which stands for itself: good enough for elementwise rules.
+
+    Attributes:
+        placements: how it lies, in words.
+    """
+
+    placements: str
+
+
 def _in_turn(edges: Sequence[int], first: int) -> Share:
     """A share of neighbouring ranks."""
     return Share(edges, range(first, first + len(edges) - 1))

@@ -362,7 +362,9 @@ class BucketTables:
         found = tuple(
             Rectangle(rectangle.offset + shift, rectangle.shape) for rectangle in placed(part.shape, local, low, high)
         )
-        inside = InBlock(tuple(placed(box.shape, within(common, box), low, high)), strides_of(box.shape))
+        inside = None
+        if is_own:
+            inside = InBlock(tuple(placed(box.shape, within(common, box), low, high)), strides_of(box.shape))
         return Piece(
             one.tensor,
             one.parameter,
@@ -371,7 +373,7 @@ class BucketTables:
             high - low,
             start,
             self._owners[block],
-            inside if is_own else None,
+            inside,
         )
 
 

@@ -28,11 +28,12 @@ class Agreement:
 
     Args:
         owner: the optimizer's name, for messages.
+        is_elementwise: otherwise its rule needs whole rows, heads or matrices.
         options: its options.
     """
 
-    def __init__(self, owner: str, options: Options) -> None:
-        self._owner, self._options = owner, options
+    def __init__(self, owner: str, is_elementwise: bool, options: Options) -> None:
+        self._owner, self._is_elementwise, self._options = owner, is_elementwise, options
         self._seen: set[Tensor] = set()
 
     def problems_of(self, name: str, tensor: Tensor, bound: BoundTensor) -> list[str]:
@@ -41,6 +42,7 @@ class Agreement:
         return kind + dtensor.problems(
             tensor,
             bound,
+            is_elementwise=self._is_elementwise,
             stochastic=self._options.bf16_stochastic_round,
             in_codes=self._options.state_dtype == EIGHT_BITS,
         )
@@ -76,8 +78,15 @@ class Agreement:
                 used, plan = backends(stepper, new), stepper.agreed()
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 problems.append(f"{type(error).__name__}: {error}")
-        for group_of_ranks, bounds in by_group.items():
-            verify(Binding(bounds, Ranks((group_of_ranks,)), tuple(problems)), used, plan)
+        refused: RuntimeError | None = None
+        for group_of_ranks, bounds in by_group.items():  # of which some overlap: who is refused in one tells the next
+            told = [*problems, *([str(refused)] if refused else [])]
+            try:
+                verify(Binding(bounds, Ranks((group_of_ranks,)), tuple(told)), used, plan)
+            except RuntimeError as error:
+                refused = refused or error
+        if refused is not None:
+            raise refused
         raise_all(problems, self._owner)
         self._seen.update(new)
 
