@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -257,7 +258,11 @@ def test_a_stopped_job_leaves_no_rank_behind(options: list[str], number: signal.
 
 
 def _ranks(host: local_cluster.Host, script: Path) -> bool:
-    return any(process.cmdline()[1:3] == ["-u", str(script)] for process in host.processes(str(script)))
+    for process in host.processes(str(script)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since it was listed
+            if process.cmdline()[1:3] == ["-u", str(script)]:
+                return True
+    return False
 
 
 def test_over_loopback_a_host_that_fails_takes_the_others_along(tmp_path: Path) -> None:
