@@ -39,7 +39,8 @@ class MeshCase:
         return "-".join([self.case.optimizer.split(".")[-1], self.strategy, *flags])
 
 
-def _groups(model: nn.Module, case: Case) -> list[dict[str, Any]]:
+def groups(model: nn.Module, case: Case) -> list[dict[str, Any]]:
+    """The parameters by their weight decay, with names."""
     decays = weight_decays(model, case)
     found: dict[float, list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():
@@ -54,9 +55,9 @@ def make(mesh_case: MeshCase, seed: int = 0) -> tuple[nn.Module, nn.Module, Any]
     model = build_model(case)
     cls = getattr(ds_optim, case.optimizer.split(".")[-1])
     options = {key: value for key, value in case.options.items() if key != "weight_decay"}
-    groups = _groups(model, case)
-    optimizer = cls(groups, roles=model, **options) if mesh_case.late else None
-    before = [parameter for group in groups for _, parameter in group["params"]]
+    listed = groups(model, case)
+    optimizer = cls(listed, roles=model, **options) if mesh_case.late else None
+    before = [parameter for group in listed for _, parameter in group["params"]]
     names = {parameter: name for name, parameter in model.named_parameters()}
     wrapped: nn.Module = model
     if mesh_case.strategy == "ddp":
@@ -77,7 +78,7 @@ def make(mesh_case: MeshCase, seed: int = 0) -> tuple[nn.Module, nn.Module, Any]
         average(model)
     if optimizer is None:
         roles = wrapped if mesh_case.strategy == "ddp" else model
-        optimizer = cls(_groups(model, case), roles=roles, **options)
+        optimizer = cls(groups(model, case), roles=roles, **options)
     elif mesh_case.strategy != "single":  # as Accelerate does
         now = dict(model.named_parameters())
         swapped = {old: now[names[old]] for old in before}
@@ -140,3 +141,19 @@ def run(mesh_case: MeshCase) -> dict[str, Any]:
             kept[key] = kept.get(key, 0) + local.numel() * local.element_size()
     held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
     return {"weights": weights(model), "state_bytes": kept, "held": held}
+
+
+def shard_of(whole: Tensor, parameter: DTensor) -> Tensor:
+    """This rank's part of a tensor that is cut as a parameter is: tensor parallelism cuts first, FSDP2 the rest.
+
+    By hand, since ``full_tensor()`` puts such shards together in another order in torch 2.8.
+    """
+    mesh, part, coordinate = parameter.device_mesh, whole.detach(), parameter.device_mesh.get_coordinate()
+    assert coordinate is not None
+    for dimension in reversed(range(mesh.ndim)):
+        placement: Any = parameter.placements[dimension]
+        if not placement.is_replicate():
+            parts = part.chunk(mesh.size(dimension), placement.dim)
+            empty = part.narrow(placement.dim, 0, 0)
+            part = [*parts, *[empty] * mesh.size(dimension)][coordinate[dimension]]
+    return part

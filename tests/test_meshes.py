@@ -29,7 +29,7 @@ from ds_optim.sharding.binding import local_of
 from engines import VOCABULARY, Case, build_engine, build_model
 from engines import weights as engine_weights
 from expected import by_one_process, by_oracle, distance
-from meshes import MeshCase, make, run, train, weights
+from meshes import MeshCase, make, run, shard_of, train, weights
 from pool import Pools
 from test_invariance import OPTIONS, STEPS, TOLERANCE
 
@@ -224,20 +224,6 @@ def two_dimensional(cls: Any) -> float:
     pairs = zip(models[0].parameters(), models[1].parameters(), strict=True)
     found = [(local_of(one) - shard_of(two, one)).abs().max() for one, two in pairs if local_of(one).numel()]
     return float(torch.stack(found).max())  # a NaN stays one
-
-
-def shard_of(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that is cut as another one is: tensor parallelism cuts first, FSDP2 the rest.
-
-    By hand, since ``full_tensor()`` puts such shards together in another order in torch 2.8.
-    """
-    assert isinstance(like, DTensor)
-    mesh, part = like.device_mesh, whole.detach()
-    for dimension in reversed(range(mesh.ndim)):
-        placement: Any = like.placements[dimension]
-        if not placement.is_replicate():
-            part = part.chunk(mesh.size(dimension), placement.dim)[mesh.get_local_rank(dimension)]
-    return part
 
 
 @pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)

@@ -22,29 +22,28 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import ds_optim
+import test_meshes
 from ds_optim import checkpoint
 from ds_optim.checkpoint import ranges
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.binding import local_of
 from engines import Case, build_model, learning_rate
-from expected import by_one_process, gradient, weight_decays
+from expected import by_one_process, gradient
+from meshes import groups, shard_of
 from pool import Pools
 from test_eight_bit_state import IN_CODES, with_small_ones
 from test_invariance import OPTIONS, STEPS
 
-MATRIX = {"max_preconditioner_dim": 8, "precondition_frequency": 3, "weight_decay": 0.1}
 CASES = {
-    **{name.split(".")[-1]: Case(name, options, steps=STEPS.get(name, 10)) for name, options in OPTIONS.items()},
-    "many blocks": Case("Shampoo", MATRIX),
-    "small buckets": Case("SWAN", {"exchange_bucket_size": 600}),
+    **test_meshes.CASES,
     "bf16 on the wire": Case("Muon", {"exchange_dtype": "bf16"}),
 }
 ALONE, FSDP, HSDP = (0,), (2, 2), (2, 1, 2)
 RUNS = [
     *((2, name, ALONE) for name in ("AdamW", "AdamMini", "Shampoo", "SWAN", "Muon", "many blocks")),
-    *((3, name, ALONE) for name in ("Lion", "AdamMini", "SOAP", "NorMuon", "small buckets")),
-    *((4, name, FSDP) for name in ("Adan", "AdamMini", "Shampoo", "SWAN", "SOAP", "many blocks", "small buckets")),
+    *((3, name, ALONE) for name in ("Lion", "AdamMini", "SOAP", "NorMuon", "SWAN small buckets")),
+    *((4, name, FSDP) for name in ("Adan", "AdamMini", "Shampoo", "SWAN", "SOAP", "many blocks", "SWAN small buckets")),
     *((4, name, HSDP) for name in ("AdamMini", "many blocks", "bf16 on the wire")),
 ]
 
@@ -67,19 +66,6 @@ def cut_by_hand(module: nn.Module, mesh: DeviceMesh, rows: bool, prefix: str = "
         module.register_parameter(name, nn.Parameter(made))
 
 
-def shard_of(whole: Tensor, parameter: DTensor) -> Tensor:
-    """This rank's part of a tensor that is cut as a parameter is: tensor parallelism cuts first, FSDP2 the rest."""
-    mesh, part, coordinate = parameter.device_mesh, whole.detach(), parameter.device_mesh.get_coordinate()
-    assert coordinate is not None
-    for dimension in reversed(range(mesh.ndim)):
-        placement: Any = parameter.placements[dimension]
-        if not placement.is_replicate():
-            parts = part.chunk(mesh.size(dimension), placement.dim)
-            empty = part.narrow(placement.dim, 0, 0)
-            part = [*parts, *[empty] * mesh.size(dimension)][coordinate[dimension]]
-    return part
-
-
 def like(whole: Tensor, parameter: Tensor) -> Tensor:
     """A tensor laid out as a parameter is."""
     assert isinstance(parameter, DTensor)
@@ -97,7 +83,6 @@ def made(case: Case, shape: tuple[int, ...], *, rows: bool = False, bf16: bool =
     """The model over a mesh of this shape (none: whole, on each rank), and the optimizer."""
     model = build_model(case)
     model = model.bfloat16() if bf16 else model
-    decays = weight_decays(model, case)
     if shape:
         axes = ("replicate", "shard", "tensor")[-len(shape) :]
         mesh = init_device_mesh("cpu", shape if len(shape) > 1 else (dist.get_world_size(),), mesh_dim_names=axes)
@@ -106,13 +91,9 @@ def made(case: Case, shape: tuple[int, ...], *, rows: bool = False, bf16: bool =
             for layer in model.llama.model.layers:
                 fully_shard(layer, mesh=mesh[axes[:-1]])
             fully_shard(model, mesh=mesh[axes[:-1]])
-    groups: dict[float, list[Any]] = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault(decays[canonical_name(name)], []).append((name, parameter))
     options = {key: value for key, value in case.options.items() if key != "weight_decay"}
     cls = getattr(ds_optim, case.optimizer.split(".")[-1])
-    listed = [{"params": pairs, "weight_decay": decay} for decay, pairs in groups.items()]
-    return model, cls(listed, roles=model, **options)
+    return model, cls(groups(model, case), roles=model, **options)
 
 
 def train(case: Case, model: nn.Module, optimizer: Any, steps: range) -> None:
@@ -137,9 +118,11 @@ def gaps(model: nn.Module, wanted: dict[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def differences(case: Case, shape: tuple[int, ...], wanted: dict[str, Tensor]) -> dict[str, float]:
+def differences(
+    case: Case, shape: tuple[int, ...], wanted: dict[str, Tensor], rows: bool = False, bf16: bool = False
+) -> dict[str, float]:
     """What a run over a mesh ends with, against what was wanted."""
-    model, optimizer = made(case, shape)
+    model, optimizer = made(case, shape, rows=rows, bf16=bf16)
     train(case, model, optimizer, range(1, case.steps + 1))
     return gaps(model, wanted)
 
@@ -149,13 +132,6 @@ def ended(case: Case) -> dict[str, Tensor]:
     model, optimizer = made(case, (), bf16=True)
     train(case, model, optimizer, range(1, case.steps + 1))
     return {canonical_name(name): parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def differences_in_rows(case: Case, shape: tuple[int, ...], bf16: bool, wanted: dict[str, Tensor]) -> dict[str, float]:
-    """As `differences`, all matrices cut along their rows."""
-    model, optimizer = made(case, shape, rows=True, bf16=bf16)
-    train(case, model, optimizer, range(1, case.steps + 1))
-    return gaps(model, wanted)
 
 
 @cache
@@ -179,7 +155,7 @@ def test_every_rule_ends_with_the_bits_of_one_process(
 def test_state_in_eight_bits_of_cut_rows(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
     case = Case(name, IN_CODES[name], steps=STEPS.get(name, 10))
     wanted = with_small_ones(by_one_process, case)
-    for found in pool(ranks).run(with_small_ones, differences_in_rows, case, shape, False, wanted):
+    for found in pool(ranks).run(with_small_ones, differences, case, shape, wanted, True):
         assert {key: gap for key, gap in found.items() if not gap <= (1e-6 if name == "AdamMini" else 0)} == {}
 
 
@@ -188,7 +164,7 @@ def test_state_in_eight_bits_of_cut_rows(pool: Pools, name: str, ranks: int, sha
 def test_stochastic_rounding_of_cut_rows(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
     case = Case(name, {**OPTIONS[name if name in OPTIONS else f"ds_optim.{name}"], "bf16_stochastic_round": True})
     (wanted,) = pool(1).run(ended, case)
-    for found in pool(ranks).run(differences_in_rows, case, shape, True, wanted):
+    for found in pool(ranks).run(differences, case, shape, wanted, True, True):
         assert {key: gap for key, gap in found.items() if not gap <= 0} == {}
 
 

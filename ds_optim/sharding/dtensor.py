@@ -51,12 +51,12 @@ def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -
         return BoundTensor(Replicated(spec, mesh.size()), group=group_of(mesh) if mesh.size() > 1 else None)
     if known_torch.sums_for_averages(mesh.device_type):
         _say_sums()
-    group = mesh.get_group(cut[0]) if len(cut) == 1 else group_over(_along(mesh, cut))
-    ranks = dist.get_process_group_ranks(group)
     order = _order(mesh, tensor.placements)
     if order is None:
         held = ParameterSpec(name, tuple(tensor.to_local().shape))
         return BoundTensor(Scattered(held, placements=str(tensor.placements)))
+    group = mesh.get_group(cut[0]) if len(cut) == 1 else group_over(_along(mesh, cut))
+    ranks = dist.get_process_group_ranks(group)
     layout: Layout
     if len(cut) == 1 and tensor.placements[cut[0]] == Shard(0) and _along(mesh, cut) == ranks:
         layout = RowSharded(spec, len(ranks))

@@ -158,7 +158,10 @@ class _Incoming:
             self._sent = torch.empty(sum(bucket.to_ranks), dtype=wire.dtype, device=wire.carrier)
             self._received = torch.empty(sum(bucket.from_ranks), dtype=wire.dtype, device=wire.carrier)
             sent = staged(self._sent) if wire.is_staged else self._sent
-            _read(sent, bucket.sending, gradient_of)
+            stretches = sent.split([piece.numel for piece in bucket.sending])
+            _read(
+                ((piece, parts(one, piece)) for piece, one in zip(bucket.sending, stretches, strict=True)), gradient_of
+            )
             with beside(wire.carrier, self._sent, self._received) if wire.is_staged else contextlib.nullcontext():
                 if wire.is_staged:
                     self._sent.copy_(sent, non_blocking=True)
@@ -171,14 +174,10 @@ class _Incoming:
 
     def _read_own(self, work: Tensor) -> None:
         """What this rank itself holds of its blocks."""
-        for block, one in zip(work.split([one.numel for one in self._bucket.owned]), self._bucket.owned, strict=True):
-            if one.local is not None:
-                assert one.local.inside is not None
-                flat, targets = self._gradient_of(one.local), views(block, one.local.inside)
-                if flat is None:
-                    torch._foreach_zero_(targets)
-                else:
-                    _copy(zip(targets, views(flat, one.local), strict=True))
+        own = zip(work.split([one.numel for one in self._bucket.owned]), self._bucket.owned, strict=True)
+        _read(
+            ((one.local, _inside(block, one.local)) for block, one in own if one.local is not None), self._gradient_of
+        )
 
     def unpack(self) -> Tensor:
         """The flat gradients of the owned blocks, one behind the other, fp32; waits for the others' parts."""
@@ -231,8 +230,7 @@ class _Outgoing:
         sizes = [one.numel for one in self._bucket.owned]
         for block, one in zip(work.split(sizes), self._bucket.owned, strict=True):
             if one.local is not None:
-                assert one.local.inside is not None
-                apply(one.local, views(block, one.local.inside))
+                apply(one.local, _inside(block, one.local))
 
     def finish(self, apply: Apply) -> None:
         """Wait for what other ranks computed, and apply it; where buckets are staged, what this one did as well."""
@@ -273,19 +271,22 @@ class _Outgoing:
             arriving = following
 
 
-def _read(buffer: Tensor, pieces: Iterable[Piece], gradient_of: Callable[[Piece], Tensor | None]) -> None:
-    """Fill a buffer with pieces of gradients, one behind the other."""
-    start = 0
+def _read(places: Iterable[tuple[Piece, list[Tensor]]], gradient_of: Callable[[Piece], Tensor | None]) -> None:
+    """Fill what is given with each piece, shaped like its `views`, with that piece of the gradients."""
     pairs: list[tuple[Tensor, Tensor]] = []
-    for piece in pieces:
-        target = buffer.narrow(0, start, piece.numel)
-        start += piece.numel
+    for piece, targets in places:
         flat = gradient_of(piece)
         if flat is None:
-            target.zero_()
+            torch._foreach_zero_(targets)
         else:
-            pairs += zip(parts(target, piece), views(flat, piece), strict=True)
+            pairs += zip(targets, views(flat, piece), strict=True)
     _copy(pairs)
+
+
+def _inside(block: Tensor, piece: Piece) -> list[Tensor]:
+    """What this rank itself holds of one of its flat blocks, shaped like the piece's `views`."""
+    assert piece.inside is not None
+    return views(block, piece.inside)
 
 
 def _on_the_wire(block: Tensor, part: Segment, buffer: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
