@@ -10,19 +10,20 @@ Every tensor is one-dimensional, row-major, without padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_optim.checkpoint.ranges import CHUNK_ELEMENTS, Ranges
-from ds_optim.deepspeed import engine_state
+from ds_optim.deepspeed import engine_state, model_parts
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import local_of
-from ds_optim.sharding.exchange import ALONE, Ranks
+from ds_optim.sharding.exchange import ALONE, Ranks, rank_in_job
 from ds_optim.sharding.layout import Scattered
 from ds_optim.stepping.former_state import room_for_stored
 from ds_optim.stepping.kernel_calls import row_major
@@ -30,7 +31,7 @@ from ds_optim.stepping.logical_tensors import Logical, LogicalParameter, Logical
 from ds_optim.stepping.sharded import ShardedOptimizer
 from ds_optim.stepping.state_dict import BLOCKS_OF_GROUP
 
-_NOT_SETTINGS = ("params", "param_names", BLOCKS_OF_GROUP)
+NOT_SETTINGS = ("params", "param_names", BLOCKS_OF_GROUP, "name", "moe")
 
 
 @dataclass(slots=True)
@@ -45,6 +46,8 @@ class TrainingState:
         parameters: what the optimizer keeps, by local tensor.
         untrained: the model's other parameters and its buffers: logical shape, which elements are here, and where
             they are.
+        elsewhere: the shapes of what other ranks have, by name; none where all have the same.
+        of_others: the names of what is here as well as on ranks that store it.
     """
 
     model: nn.Module
@@ -53,6 +56,8 @@ class TrainingState:
     parameters: dict[Tensor, list[LogicalParameter]] = field(default_factory=dict)
     untrained: dict[str, tuple[tuple[int, ...], list[LogicalRange], Tensor]] = field(default_factory=dict)
     ranks: Ranks = ALONE
+    elsewhere: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    of_others: frozenset[str] = frozenset()
 
     def listed(self) -> Iterator[tuple[Tensor, LogicalParameter]]:
         """Every trained parameter, with the local tensor that it lies in."""
@@ -65,7 +70,7 @@ class TrainingState:
 
 
 def training_state_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple[TrainingState | None, list[str]]:
-    """What a call names, or why it cannot be saved or loaded.
+    """What a call names, or why it cannot be saved or loaded; then every rank's `ask_others` is to be called.
 
     Args:
         ranks: that save or load it together, see `ds_optim.ranks.ranks_of`.
@@ -85,7 +90,10 @@ def training_state_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple
     if found:
         return None, found
     training = TrainingState(model, optimizer, engine, ranks=ranks)
-    names: dict[Tensor, str] = {parameter: canonical_name(name) for name, parameter in model.named_parameters()}
+    if engine is not None:
+        names = model_parts.names_in(model)
+    else:
+        names = {parameter: canonical_name(name) for name, parameter in model.named_parameters()}
     for tensor, parameters in (optimizer.logical() if optimizer is not None else {}).items():
         called = names.get(tensor)  # an optimizer without an engine may not have been told names
         training.parameters[tensor] = [replace(one, name=called) if called else one for one in parameters]
@@ -104,6 +112,27 @@ def training_state_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple
     return training, []
 
 
+def ask_others(training: TrainingState) -> None:
+    """Find out what other ranks have, where they have different parameters: a collective.
+
+    What several groups of ranks have (tied weights of a pipeline's stages) the first of them stores.
+    """
+    if training.engine is None or not model_parts.is_apart(training.engine):
+        return
+    assert training.optimizer is not None
+    mine: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for tensor, one in training.listed():
+        group = training.optimizer.shards.of(tensor).owner_group
+        mine[one.name] = one.shape, tuple(dist.get_process_group_ranks(group)) if group else (rank_in_job(),)
+    mine.update({name: (shape, (rank_in_job(),)) for name, (shape, _, _) in training.untrained.items()})
+    first: dict[str, tuple[int, ...]] = {}
+    for theirs in training.ranks.everyones(mine).values():
+        for name, (shape, holders) in theirs.items():
+            training.elsewhere[name] = shape
+            first.setdefault(name, holders)
+    training.of_others = frozenset(name for name, (_, holders) in mine.items() if first[name] != holders)
+
+
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -115,7 +144,27 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def described(training: TrainingState) -> dict[str, Any]:
-    """The part of ``about.json`` that says what the tensors are."""
+    """The part of ``about.json`` that says what the tensors are: a collective where ranks have different ones."""
+    mine = _described_here(training)
+    return _together(training.ranks.everyones(mine).values()) if training.elsewhere else mine
+
+
+def _together(listed: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What all ranks have. Parameter groups are the same if their settings are."""
+    first, *others = listed
+    for one in others:
+        for key in ("parameters", "module"):
+            first[key].update({name: its for name, its in one[key].items() if name not in first[key]})
+        for group in one["groups"]:
+            same = next((known for known in first["groups"] if known["settings"] == group["settings"]), None)
+            if same is None:
+                first["groups"].append(group)
+            else:
+                same["parameters"] += [name for name in group["parameters"] if name not in same["parameters"]]
+    return first
+
+
+def _described_here(training: TrainingState) -> dict[str, Any]:
     optimizer = training.optimizer
     return {
         "optimizer": type(optimizer).__name__ if optimizer is not None else None,
@@ -176,9 +225,9 @@ def group_indices(training: TrainingState) -> dict[Tensor, int]:
 
 def _is_setting(key: str, value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return key not in _NOT_SETTINGS and all(_is_setting("", one) for one in value)
+        return key not in NOT_SETTINGS and all(_is_setting("", one) for one in value)
     plain = value is None or isinstance(value, bool | int | float | str)
-    return key not in _NOT_SETTINGS and (plain or (isinstance(value, Tensor) and value.numel() == 1))
+    return key not in NOT_SETTINGS and (plain or (isinstance(value, Tensor) and value.numel() == 1))
 
 
 def _plain(value: Any) -> Any:
@@ -204,6 +253,8 @@ def to_write(training: TrainingState) -> dict[str, Ranges]:
             found[name] = Ranges(logical.numel, logical.dtype, held_parts(logical.written, values), CHUNK_ELEMENTS)
 
     for tensor, one in training.listed():
+        if one.name in training.of_others:
+            continue
         add(f"weights.{one.name}", one.weight, row_major(local_of(tensor)))
         state = training.optimizer.state.get(tensor) if training.optimizer is not None else None
         if state:
@@ -211,9 +262,9 @@ def to_write(training: TrainingState) -> dict[str, Ranges]:
                 add(f"state.{one.name}.{key}", logical, state.get(key))
     for name, (shape, pieces, values) in training.untrained.items():
         # Ranks may have different statistics in their buffers; those of the first are stored, as DeepSpeed does.
-        sliced = values.numel() != math.prod(shape)
-        parts = slices(pieces, row_major(values)) if sliced or training.ranks.index == 0 else []
-        if math.prod(shape):
+        is_stored = name not in training.of_others if training.elsewhere else training.ranks.index == 0
+        parts = slices(pieces, row_major(values)) if values.numel() != math.prod(shape) or is_stored else []
+        if math.prod(shape) and (parts or not training.elsewhere):
             found[f"module.{name}"] = Ranges(math.prod(shape), values.dtype, parts, CHUNK_ELEMENTS)
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.checkpoint.content import TrainingState, group_indices
+from ds_optim.checkpoint.content import NOT_SETTINGS, TrainingState, group_indices
 
 
 def misfits(training: TrainingState, about: Mapping[str, Any], *, states: bool, strict: bool = True) -> list[str]:
@@ -25,7 +25,8 @@ def misfits(training: TrainingState, about: Mapping[str, Any], *, states: bool, 
     here = {one.name: one.shape for _, one in training.listed()}
     here.update({name: shape for name, (shape, _, _) in training.untrained.items()})
     found = [f"{name} is not in the checkpoint" for name in here if name not in stored]
-    found += [f"the checkpoint has {name}, which is not here" for name in stored if name not in here]
+    anywhere = {*here, *training.elsewhere}
+    found += [f"the checkpoint has {name}, which is not here" for name in stored if name not in anywhere]
     for name, shape in here.items():
         if name in stored and tuple(stored[name]["shape"]) != shape:
             found.append(f"{name} has shape {tuple(stored[name]['shape'])} in the checkpoint, {shape} here")
@@ -66,15 +67,18 @@ def misfits(training: TrainingState, about: Mapping[str, Any], *, states: bool, 
                 for name in new
             ]
     trained = {one.name for _, one in training.listed()}
-    if strict:
-        frozen = [name for name in saved if name in here and name not in trained and math.prod(here[name]) > 0]
-        found += [f"{name} was trained and is not trained here" for name in frozen]
+    frozen = [name for name in saved if name in here and name not in trained and math.prod(here[name]) > 0]
+    found += [f"{name} was trained and is not trained here" for name in frozen if strict]
     return found + _misfit_groups(training, about)
 
 
 def _saved_settings(training: TrainingState, about: Mapping[str, Any]) -> dict[int, list[dict[str, Any]]]:
     """For every parameter group here, the different settings that its parameters were saved with."""
-    by_name = {name: group["settings"] for group in about["groups"] for name in group["parameters"]}
+    by_name = {
+        name: {key: value for key, value in group["settings"].items() if key not in NOT_SETTINGS}
+        for group in about["groups"]
+        for name in group["parameters"]
+    }
     found: dict[int, list[dict[str, Any]]] = {}
     for tensor, index in group_indices(training).items():
         for one in training.parameters.get(tensor, []):

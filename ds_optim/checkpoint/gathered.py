@@ -10,6 +10,8 @@ from torch import Tensor
 from ds_optim.checkpoint import content
 from ds_optim.errors import raise_everywhere
 from ds_optim.ranks import ranks_of
+from ds_optim.sharding.exchange import from_all_ranks
+from ds_optim.stepping.logical_tensors import LogicalParameter
 from ds_optim.stepping.state_moves import StateMoves
 
 
@@ -32,16 +34,29 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
     """
     ranks = ranks_of(model, optimizer)
     training, problems = content.training_state_of(model, optimizer, ranks)
-    parameters = {} if training is None else training.parameters
-    found = [(tensor, i, one) for tensor, its in parameters.items() for i, one in enumerate(its) if one.name == name]
-    if training is not None and not found:
-        problems = [f"no parameter called {name!r} is trained here"]
     raise_everywhere(ranks, problems, "there is no state to gather")
     assert training is not None
+    content.ask_others(training)
+    found = [
+        (tensor, index, one)
+        for tensor, its in training.parameters.items()
+        for index, one in enumerate(its)
+        if one.name == name
+    ]
+    missing = [] if found or name in training.elsewhere else [f"no parameter called {name!r} is trained here"]
+    raise_everywhere(ranks, missing, "there is no state to gather")
+    values = _gathered(training, *found[0]) if found else {}
+    if training.elsewhere:
+        values = next((its for its in ranks.everyones(values).values() if its), {})
+    return values
+
+
+def _gathered(training: content.TrainingState, tensor: Tensor, index: int, one: LogicalParameter) -> dict[str, Tensor]:
+    """The state of a parameter on all ranks that step a local tensor."""
     assert training.optimizer is not None
-    tensor, index, one = found[0]
+    group = training.optimizer.shards.of(tensor).owner_group if training.elsewhere else training.ranks.group
     state = training.optimizer.state.get(tensor)
-    if not any(ranks.everyones(bool(state)).values()):
+    if not any(from_all_ranks(bool(state), group)):
         return {}
     moves, gathered = StateMoves(), dict[str, Tensor]()
     for key, logical in one.state.items():
@@ -49,7 +64,7 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
             gathered[key] = torch.zeros(logical.numel, dtype=logical.dtype, device="cpu")
             have = content.held_parts(logical.written, state.get(key)) if state else []
             moves.add([(start, part.to("cpu", logical.dtype)) for start, part in have], [(0, gathered[key])])
-    moves.run(ranks.group, torch.device("cpu"))
+    moves.run(group, torch.device("cpu"))
     stepper = training.optimizer.stepper
     values = stepper.kept.values_of(tensor, index, gathered)
     return {key: its.view(one.shape) if key in stepper.element_state else its for key, its in values.items()}

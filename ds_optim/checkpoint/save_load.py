@@ -63,6 +63,7 @@ def save(
     training, problems = content.training_state_of(model, optimizer, ranks)
     raise_everywhere(ranks, problems, "this cannot be saved")
     assert training is not None
+    content.ask_others(training)
     engine = training.engine
     name = tag or (f"global_step{engine.global_steps}" if engine is not None else f"step{training.step}")
     raise_everywhere(ranks, [*_tag_problems(ranks, name), *_keep_problems(keep)], "this cannot be saved")
@@ -120,6 +121,7 @@ def load(
     training, problems = content.training_state_of(model, optimizer, ranks)
     raise_everywhere(ranks, problems, "nothing can be loaded into this")
     assert training is not None
+    content.ask_others(training)
     folder = whole_checkpoint(ranks, directory, tag, fallback=fallback)
     about, objects = on_every_rank(
         ranks,

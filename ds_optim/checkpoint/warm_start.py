@@ -301,6 +301,7 @@ def warm_start(
         problems = ["give the optimizer too: warm_start(source, model, optimizer)"]
     raise_everywhere(ranks, problems, "nothing can be started here")
     assert training is not None
+    content.ask_others(training)
     assert training.optimizer is not None
     found: AdamSource
     if isinstance(source, Mapping):
@@ -353,7 +354,7 @@ def _misfits(training: content.TrainingState, entries: Mapping[str, Entry]) -> l
         if len(steps) > 1:
             listed = ", ".join(f"{name} {step}" for step, name in steps.items())
             problems.append(f"these are stepped together here and took different numbers of steps: {listed}")
-    here = {one.name for _, one in training.listed()} | set(training.untrained)
+    here = {one.name for _, one in training.listed()} | set(training.untrained) | set(training.elsewhere)
     return [*problems, *(f"the source has {name}, which is not here" for name in entries if name not in here)]
 
 

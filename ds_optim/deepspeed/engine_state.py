@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ds_optim.deepspeed import wrappers
+from ds_optim.deepspeed import model_parts, wrappers
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import BoundTensor, local_of
 from ds_optim.stepping.logical_tensors import LogicalRange, element_ranges
@@ -33,8 +33,11 @@ def problems(engine: Any) -> list[str]:
     found = wrappers.engine_problem(engine, "checkpoint")
     if found:
         return [found]
-    if engine.mp_world_size > 1 or engine.pipeline_parallelism:
-        return ["model and pipeline parallelism: ranks hold different parameters, use DeepSpeed's own checkpoint"]
+    if model_parts.has_unknown_parts(engine):
+        return [
+            "model parallelism of an mpu: which parts of the parameters the ranks hold is not known, use DeepSpeed's "
+            "own checkpoint"
+        ]
     if _is_stage_3(engine):
         missing = [p for p in engine.module.parameters() if p.ds_tensor.numel() != p.partition_numel()]
         if missing:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.roles import canonical_name, logical_shape
+from ds_optim.deepspeed.model_parts import names_in
+from ds_optim.roles import logical_shape
 from ds_optim.roles.overrides import override_roles
 from ds_optim.roles.role import Role
 
@@ -42,7 +43,7 @@ def is_trained(parameter: Tensor) -> bool:
 
 def names_of(engine: Any, parameters: list[Tensor]) -> dict[Tensor, str]:
     """What an engine's model calls each of these parameters."""
-    names = {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
+    names = names_in(engine.module)
     return {parameter: names.get(parameter, "a parameter that the model does not have") for parameter in parameters}
 
 
@@ -50,5 +51,5 @@ def roles_of(engine: Any, given: Any, inferred: Mapping[str, Role]) -> Mapping[s
     """The role of every parameter of the engine's module: inferred, then overridden by what the user gave."""
     if given is None or isinstance(given, torch.nn.Module):
         return inferred
-    shapes = {canonical_name(name): logical_shape(p) for name, p in engine.module.named_parameters()}
+    shapes = {name: logical_shape(parameter) for parameter, name in names_in(engine.module).items()}
     return override_roles(inferred, given, shapes)

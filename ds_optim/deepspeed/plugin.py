@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ds_optim.deepspeed import gradient_window, guards, reader, wrappers
 from ds_optim.deepspeed.configuration import DsOptimObject, option_problems, warn_of_trainers_betas
+from ds_optim.deepspeed.model_parts import names_in, roles_in
 from ds_optim.deepspeed.names import install_names, names
 from ds_optim.deepspeed.overlooked import overlooked, watch_trainer
 from ds_optim.deepspeed.parameters import grouped, is_trained, listed, names_of, parameter_of, roles_of
@@ -28,7 +29,7 @@ from ds_optim.deepspeed.resume import guard_resuming
 from ds_optim.errors import in_one, raise_on_all_ranks
 from ds_optim.optimizers.registry import when_registered
 from ds_optim.releases import DEEPSPEED, require, say_what_was_not_tried
-from ds_optim.roles import canonical_name, decayed_then_exempt, exempt_names, infer_roles
+from ds_optim.roles import decayed_then_exempt, exempt_names
 from ds_optim.roles.role import Role
 from ds_optim.stepping.deferred import deferred_steps
 from ds_optim.stepping.sharded import ShardedOptimizer
@@ -110,12 +111,12 @@ def _configured(
     given: list[Tensor] = []
 
     def accept(optimizer: ShardedOptimizer) -> None:
-        inferred.update(infer_roles(engine.module))
+        inferred.update(roles_in(engine.module))
         given.extend(_accept_client(engine, optimizer, inferred))
 
     with deferred_steps():
         if named is not None:
-            inferred.update(infer_roles(engine.module))
+            inferred.update(roles_in(engine.module))
             given.extend(parameter for group in grouped(parameters) for parameter in group)
             parameters = _prepare_from_json(engine, named, parameters, inferred)
         elif isinstance(client, ShardedOptimizer):
@@ -167,6 +168,7 @@ def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[s
             "that you make yourself"
         )
     _raise_on_all_ranks(engine, problems)
+    _refuse_uneven_stages(engine, sum(map(bool, groups)))
     _allow_cpu_offload(engine)
     return [parameter for group in groups for parameter in group]
 
@@ -192,7 +194,8 @@ def _prepare_from_json(
     engine._config.optimizer_params = options
     _allow_cpu_offload(engine)
     if is_grouped:
-        return parameters
+        _refuse_uneven_stages(engine, sum(bool(group) for group in grouped(parameters)))
+        return _called(engine, parameters)
 
     decayed, spared = decayed_then_exempt(parameters, lambda entry: parameter_of(entry) in exempt)
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
@@ -202,16 +205,27 @@ def _prepare_from_json(
             kept.append(group)
         else:
             others += group["params"]
+    _refuse_uneven_stages(engine, len(kept))
     if not kept:  # ZeRO-0, else this was refused: an engine whose steps do nothing, as with DeepSpeed's own optimizers
         return [{"params": others}]
     # What has no elements does not decay either, and DeepSpeed cannot lay out a group of nothing else.
     kept[0]["params"] += [entry for entry in others if parameter_of(entry).requires_grad]
-    return kept
+    return _called(engine, kept)
+
+
+def _called(engine: Any, groups: list[Any]) -> list[Any]:
+    """Groups as DeepSpeed divides them into experts' and others: each with a name, of parameters alone."""
+    if not engine.has_moe_layers:
+        return groups
+    return [
+        {"name": f"group {index}", **group, "params": list(map(parameter_of, group["params"]))}
+        for index, group in enumerate(groups)
+    ]
 
 
 def _exempt(engine: Any, no_decay: tuple[str, ...] | None, roles: Mapping[str, Role]) -> tuple[set[Tensor], list[str]]:
     """The parameters without weight decay, and patterns that match none."""
-    named = {canonical_name(name): parameter for name, parameter in engine.module.named_parameters()}
+    named = {name: parameter for parameter, name in names_in(engine.module).items()}
     problems = [
         f'"no_decay": {pattern!r} matches no parameter'
         for pattern in no_decay or ()
@@ -223,6 +237,30 @@ def _exempt(engine: Any, no_decay: tuple[str, ...] | None, roles: Mapping[str, R
 def _allow_cpu_offload(engine: Any) -> None:
     """DeepSpeed refuses client optimizers under CPU offload unless the user says otherwise: ours run natively there."""
     engine._config.zero_force_ds_cpu_optimizer = False
+
+
+def _refuse_uneven_stages(engine: Any, groups: int) -> None:
+    """Refuse stages of a pipeline that have different numbers of parameter groups, where DeepSpeed would wait for more.
+
+    At ZeRO-1 it adds gradients' norms up group by group over the stages, whatever the optimizer.
+
+    Args:
+        groups: of this rank that are not empty.
+    """
+    if not (engine.pipeline_parallelism and engine.zero_optimization_stage()):
+        return
+    counts = sorted(set(reader.ranks_of(engine).everyones(groups).values()))
+    if len(counts) > 1:
+        raise ValueError(
+            in_one(
+                [
+                    f"stages of the pipeline have {' and '.join(map(str, counts))} parameter groups (weight decay "
+                    "divides them), and DeepSpeed with ZeRO adds norms up group by group over the stages: give every "
+                    'stage layers of each kind, set "ds_optim": {"no_decay": []}, or use ZeRO stage 0'
+                ],
+                _REFUSED,
+            )
+        )
 
 
 def _raise_on_all_ranks(engine: Any, problems: list[str]) -> None:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim import known_torch
-from ds_optim.deepspeed import differences, wrappers
+from ds_optim.deepspeed import differences, model_parts, wrappers
 from ds_optim.deepspeed.gradient_window import keeps_gradients
 from ds_optim.instance_methods import after, wrap
-from ds_optim.roles import canonical_name, logical_shape
+from ds_optim.roles import logical_shape
 from ds_optim.sharding.binding import Binding, BoundTensor
 from ds_optim.sharding.exchange import Ranks
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
@@ -55,13 +55,18 @@ def read(engine: Any) -> Binding:
     refused = wrappers.engine_problem(engine, "training")
     if refused:
         return Binding({}, ranks_of(engine), (refused,))
-    reader = EngineReader(
-        engine, {parameter: canonical_name(name) for name, parameter in engine.module.named_parameters()}
-    )
+    reader = EngineReader(engine, model_parts.names_in(engine.module))
     reader.read(engine.optimizer)
     if keeps_gradients(engine.optimizer) and known_torch.backward_problem():
         reader.problems.append(known_torch.backward_problem())
-    return Binding(reader.tensors, ranks_of(engine), tuple(reader.problems))
+    of_engine: Callable[[], Any] = weakref.ref(engine)  # what the optimizer keeps must not keep the engine
+    return Binding(
+        reader.tensors,
+        ranks_of(engine),
+        tuple(reader.problems),
+        is_apart=model_parts.is_apart(engine),
+        steps=lambda: int(of_engine().global_steps),
+    )
 
 
 def unclipped_gradient(wrapper: Any, tensor: Tensor) -> Tensor | None:
@@ -144,17 +149,17 @@ class EngineReader:
 
     def replicated(self, model_groups: list[list[Tensor]], stepped_groups: list[list[Tensor]] | None) -> None:
         """ZeRO-0: whole parameters, or whole fp32 clones of them, the same on every data-parallel rank."""
-        group = self.engine.seq_data_parallel_group
-        world = dist.get_world_size(group)
+        of_experts = self.engine.expert_data_parallel_group if self.engine.has_moe_layers else {}
         for model, stepped in zip(model_groups, stepped_groups or model_groups, strict=True):
             for parameter, tensor in zip(model, stepped, strict=True):
+                group = model_parts.group_of(parameter, of_experts) or self.engine.seq_data_parallel_group
                 if parameter.requires_grad:
                     if tensor.dtype != torch.float32:
                         self.problems.append(
                             f"{self.names.get(parameter)} is {tensor.dtype} and would be stepped without an fp32 "
                             'master: set "bf16": {"enabled": true}'
                         )
-                    layout = Replicated(self._spec(parameter), world)
+                    layout = Replicated(self._spec(parameter), dist.get_world_size(group))
                     self._add(tensor, layout, 0, group, {0: parameter.data.reshape(-1)})
                 elif stepped_groups is not None:  # newer releases leave it out
                     self.problems.append(

@@ -17,7 +17,6 @@ from ds_optim.optimizers.registry import optimizers
 from ds_optim.releases import DEEPSPEED
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.roles.role import Role
-from ds_optim.rule import WholeMatrix
 from ds_optim.stepping.sharded import ShardedOptimizer
 
 
@@ -146,14 +145,7 @@ def refusals(config: Any, cls: type[ShardedOptimizer]) -> list[str]:
 def engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, inferred: Mapping[str, Role]) -> list[str]:
     """Every reason why an optimizer of ``cls`` could not be exact in an engine, ``roles`` that do not fit included."""
     problems = refusals(engine._config, cls)
-    if isinstance(cls.rule, WholeMatrix) and engine.pipeline_parallelism:
-        problems.append(
-            f"{cls.__name__} under a PipelineModule would depend on the number of stages, and stop one stage alone "
-            "where a gradient is not finite: use ZeRO without pipeline parallelism"
-        )
     problems += _sparse_problems(engine.module)
-    if engine.has_moe_layers:
-        problems.append("DeepSpeed's expert parallelism is not supported: use the model's own (stacked) experts")
     try:
         roles_of(engine, roles, inferred)
     except ValueError as error:

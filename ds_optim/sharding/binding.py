@@ -53,12 +53,16 @@ class Binding:
         problems: what the reader found that cannot be matched; `verify` raises them on every rank.
         settle: to be called when a step begins, before its gradients are read; None where nothing can be left in them
             from an earlier one.
+        is_apart: whether some of the ranks step other parameters than others: stages of a pipeline, experts.
+        steps: how often the engine has stepped, in all calls of one step the same; None: every call is a step.
     """
 
     tensors: Mapping[Tensor, BoundTensor]
     ranks: Ranks
     problems: tuple[str, ...] = field(default=())
     settle: Callable[[], None] | None = None
+    is_apart: bool = False
+    steps: Callable[[], int] | None = None
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -97,7 +101,7 @@ def whole(name: str, parameter: Tensor) -> BoundTensor:
     return BoundTensor(Replicated(ParameterSpec(name, tuple(parameter.shape))))
 
 
-def verify(binding: Binding, backend: str, plan: str = "") -> None:
+def verify(binding: Binding, backend: str, plans: Mapping[dist.ProcessGroup | None, str]) -> None:
     """Raise on every rank, before any weight changes, unless all ranks of a binding can step it exactly.
 
     Checks on this rank what the reader of the strategy found, every layout's own sums and the tensors' sizes, then
@@ -106,7 +110,7 @@ def verify(binding: Binding, backend: str, plan: str = "") -> None:
     Args:
         binding: this rank's.
         backend: the kernels that this rank would use.
-        plan: a hash of what else the ranks of a shard group must agree on.
+        plans: a hash of what else the ranks of each shard group must agree on.
 
     Raises:
         RuntimeError: lists every problem of every rank.
@@ -119,10 +123,11 @@ def verify(binding: Binding, backend: str, plan: str = "") -> None:
         if actual != expected:
             names = ", ".join(spec.name for spec in bound.layout.parameters[:3])
             problems.append(f"local tensor of {names} ... has {actual} elements, its layout says {expected}")
-    grouped: dict[tuple[int, ...], list[Layout]] = {}
+    grouped: dict[dist.ProcessGroup | None, list[Layout]] = {}
     for bound in binding.tensors.values():
-        grouped.setdefault(_members(bound.group), []).append(bound.layout)
-    mine = (problems, {members: digest(layouts) + plan for members, layouts in grouped.items()}, backend)
+        grouped.setdefault(bound.group, []).append(bound.layout)
+    hashes = {_members(group): digest(layouts) + plans.get(group, "") for group, layouts in grouped.items()}
+    mine = (problems, hashes, backend)
 
     ranks = binding.ranks.everyones(mine)
     reasons = [f"rank {rank}: {problem}" for rank, (found, _, _) in ranks.items() for problem in found]

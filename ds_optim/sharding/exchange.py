@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -219,19 +219,23 @@ class HostCopy:
 
 
 class FailureCount:
-    """How many blocks went wrong on all ranks in a step: summed over the group meanwhile, read in the next step.
+    """How many blocks went wrong on all ranks in a step: summed over them meanwhile, read in a later step.
 
     Four bytes per rank, in a collective of their own: riding in the updates' messages they would force one between
     every two ranks, also where there is nothing else to say.
 
     Args:
         failures: 0-dim fp32, this rank's count, on the device that computed it.
-        group: the shard group; None for a process on its own.
+        axes: the groups over which it is summed, one behind the other; none for a process on its own.
     """
 
-    def __init__(self, failures: Tensor, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, failures: Tensor, axes: Sequence[dist.ProcessGroup]) -> None:
         self._failures = failures.reshape(1)
-        self._pending = PendingSum(self._failures, group) if group is not None else None
+        self._pending: PendingSum | None = None
+        for axis in axes:
+            if self._pending is not None:
+                self._pending.wait()
+            self._pending = PendingSum(self._failures, axis)
         self._copy: HostCopy | None = None
         if failures.device.type != "cpu":
             self._finish()

@@ -261,17 +261,18 @@ def make_plans(
     frequency: int,
     staggered: bool,
     stateless: bool,
+    elsewhere: Mapping[str, Sequence[Tile]] | None = None,
 ) -> list[tuple[Plan, tuple[int, ...]]]:
     """One plan per shard group and kind of layout, sharded or replicated, in the order of their first tensors.
 
     Args:
-        layouts: every local tensor's layout, what identifies its shard group and how many replicas that has, in an
-            order that all ranks share.
+        layouts: of every local tensor, in an order that all ranks share; what tells its shard group; its replicas.
         tiles: the blocks of every parameter, by name; parameters without any are not matrices.
         work: the costs of a block of a shape.
         frequency: steps between two refreshes of a block.
         staggered: blocks refresh in different steps; otherwise all together.
         stateless: see `Plan`.
+        elsewhere: the blocks of what other ranks step, by name: when one refreshes depends on all that there are.
 
     Returns:
         Each plan, and for each of its tensors the index into ``layouts``.
@@ -285,7 +286,10 @@ def make_plans(
     costs = {shape: work(shape) for shape in {tile.shape for *_, tile in listed}}
     works = [costs[tile.shape] for *_, tile in listed]
     keys = [(layouts[tensor][0].parameters[parameter].name, index) for tensor, parameter, index, _ in listed]
-    offsets = stagger(keys, works, frequency) if staggered else [0] * len(listed)
+    others = {(name, i): work(tile.shape) for name, its in (elsewhere or {}).items() for i, tile in enumerate(its)}
+    every = {**others, **dict(zip(keys, works, strict=True))}
+    residues = stagger(list(every), list(every.values()), frequency) if staggered else [0] * len(every)
+    offsets = dict(zip(every, residues, strict=True))
 
     plans = []
     kinds = [(group, replicas, isinstance(layout, Replicated)) for layout, group, replicas in layouts]
@@ -295,8 +299,8 @@ def make_plans(
         position = {tensor: place for place, tensor in enumerate(members)}
         of_group = tuple(layouts[tensor][0] for tensor in members)
         blocks = tuple(
-            Block(position[tensor], parameter, index, tile, cost, offset)
-            for (tensor, parameter, index, tile), cost, offset in zip(listed, works, offsets, strict=True)
+            Block(position[tensor], parameter, index, tile, cost, offsets[key])
+            for (tensor, parameter, index, tile), cost, key in zip(listed, works, keys, strict=True)
             if tensor in position
         )
         held = [

@@ -57,7 +57,7 @@ class Agreement:
         new = [tensor for tensor in tensors if tensor not in self._seen]
         if not new:
             return
-        problems, used, plan = [], "", ""
+        problems, used, plans = list[str](), "", dict[dist.ProcessGroup | None, str]()
         by_group: dict[dist.ProcessGroup, dict[Tensor, BoundTensor]] = {}
         for index, group in enumerate(groups):
             meshes = {one.device_mesh for one in group["params"] if isinstance(one, DTensor)}
@@ -75,14 +75,14 @@ class Agreement:
             stepper.agreed()  # and what follows from new tensors is made before their state
         elif not problems:
             try:
-                used, plan = backends(stepper, new), stepper.agreed()
+                used, plans = backends(stepper, new), stepper.agreed()
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 problems.append(f"{type(error).__name__}: {error}")
         refused: RuntimeError | None = None
         for group_of_ranks, bounds in by_group.items():  # of which some overlap: who is refused in one tells the next
             told = [*problems, *([str(refused)] if refused else [])]
             try:
-                verify(Binding(bounds, Ranks((group_of_ranks,)), tuple(told)), used, plan)
+                verify(Binding(bounds, Ranks((group_of_ranks,)), tuple(told)), used, plans)
             except RuntimeError as error:
                 refused = refused or error
         if refused is not None:

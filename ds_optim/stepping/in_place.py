@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -91,11 +92,11 @@ class InPlace:
 
     # -- what follows from the shards -------------------------------------------------------------------------------
 
-    def agreed(self) -> str:
+    def agreed(self) -> dict[dist.ProcessGroup | None, str]:
         if isinstance(self.rule, Blockwise):
             for tensor in self.shards.tensors:
                 self.runs_of(tensor)
-        return ""
+        return {}
 
     def backends(self, device: torch.device) -> set[str]:
         formulas = [self.rule.formula, *([self.rule.coded_formula] if self._is_coded else [])]

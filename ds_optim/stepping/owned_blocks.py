@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim import kernels
@@ -69,7 +70,7 @@ class OwnedBlocks:
         self.plans = plans
         self._others = InPlace(self.rule.others, self.options, self.shards, self.owner, plans.matrices_of)
         self.kept = OwnedState(plans, self.shards, self.coded, self._others.keys, self._others.kept)
-        self._withheld = Withheld(self.owner)
+        self._withheld = Withheld(self.owner, self.shards)
         self._forget_derived()
 
     def _forget_derived(self) -> None:
@@ -86,8 +87,8 @@ class OwnedBlocks:
         other._set_plans(self.plans.at_rank(shards))
         return other
 
-    def agreed(self) -> str:
-        return self.plans.digest()
+    def agreed(self) -> dict[dist.ProcessGroup | None, str]:
+        return self.plans.digests()
 
     def backends(self, device: torch.device) -> set[str]:
         groups = {self.shards.of(tensor).owner_group for tensor in self.shards.tensors}

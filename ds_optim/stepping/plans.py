@@ -90,17 +90,18 @@ class Plans:
         self, layouts: Sequence[tuple[Layout, dist.ProcessGroup | None, int]]
     ) -> list[tuple[Plan, tuple[int, ...]]]:
         roles = self._shards.roles
-        specs = {spec.name: spec.shape for layout, _, _ in layouts for spec in layout.parameters}
+        here = {spec.name: (spec.shape, roles[spec.name]) for layout, _, _ in layouts for spec in layout.parameters}
         tiles, problems = dict[str, list[Tile]](), []
-        for name, shape in specs.items():
+        for name, (shape, role) in {**self._shards.elsewhere.parameters, **here}.items():
             try:
-                tiles[name] = self._rule.tiles(self._settings, roles[name], shape)
+                tiles[name] = self._rule.tiles(self._settings, role, shape)
             except ValueError as error:
                 problems.append(f"{name}: {error}")
         raise_all(problems, "these parameters cannot be cut into matrices as the settings ask")
         stateless = not self.state_of_block((1, 1))  # of the rule, not of these parameters: others may join
         work, refresh = partial(self._rule.work, self._settings), self._rule.refresh(self._settings)
-        return make_plans(layouts, tiles, work, refresh.frequency, refresh.is_staggered, stateless)
+        elsewhere = {name: tiles[name] for name in self._shards.elsewhere.parameters}
+        return make_plans(layouts, tiles, work, refresh.frequency, refresh.is_staggered, stateless, elsewhere)
 
     def place_of(self, tensor: Tensor) -> tuple[Plan, int]:
         """The plan of a tensor's shard group, and the tensor's index there.
@@ -129,11 +130,15 @@ class Plans:
         plan, index = self.place_of(tensor)
         return plan.owned(index, self._shards.rank_of_owner(tensor))
 
-    def digest(self) -> str:
-        """Of all plans, over the tensors that are trained now; the same on every rank exactly if the plans are."""
+    def digests(self) -> dict[dist.ProcessGroup | None, str]:
+        """Of the plans over the tensors of each shard group that are trained now; the same on every rank of the group
+        exactly if the plans are."""
         if any(tensor not in self._made().places for tensor in self._shards.tensors):
             self.forget()
-        return "".join(plan.digest for plan in self.listed)
+        found: dict[dist.ProcessGroup | None, dict[str, None]] = {}
+        for tensor, (plan, _) in self._made().places.items():
+            found.setdefault(self._shards.of(tensor).group, {})[plan.digest] = None
+        return {group: "".join(digests) for group, digests in found.items()}
 
     def in_words(self, tensor: Tensor) -> list[str]:
         """The blocks of every parameter of a local tensor; equal words mean equal blocks."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -30,7 +31,7 @@ from ds_optim.stepping.logical_tensors import LogicalParameter
 from ds_optim.stepping.names import NAMES, ParameterNames
 from ds_optim.stepping.options import COMMON, EXCHANGE, PRODUCTS, Options, setting_problems
 from ds_optim.stepping.owned_blocks import OwnedBlocks
-from ds_optim.stepping.shards import ParameterShards, Shards
+from ds_optim.stepping.shards import Elsewhere, ParameterShards, Shards
 from ds_optim.stepping.state_dict import StateDictForm, release
 from ds_optim.stepping.stepper import Together, fresh_state, logical_of, other_structure
 from ds_optim.stepping.surroundings import refuse_capture, without_autocast
@@ -180,8 +181,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         waiting.discard(self)
         self._freezing = Freezing(given or {})
-        plan = chosen = ""
-        self.take_over(self._stepper_over(Shards(binding.tensors, roles), self.defaults))
+        chosen, plans = "", dict[dist.ProcessGroup | None, str]()
+        shards = Shards(binding.tensors, roles, Elsewhere.of(binding, roles))
+        self.take_over(self._stepper_over(shards, self.defaults))
         self.ranks, self._settle_gradients = binding.ranks, binding.settle
         try:
             chosen = backends(self.stepper, list(binding.tensors))
@@ -189,10 +191,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             binding = replace(binding, problems=(*binding.problems, f"no kernels: {error}"))
         try:
             if not binding.problems:
-                plan = self.stepper.agreed()
+                plans = self.stepper.agreed()
         except Exception as error:  # likewise
             binding = replace(binding, problems=(*binding.problems, f"{type(error).__name__}: {error}"))
-        verify(binding, chosen, plan)
+        verify(binding, chosen, plans)
 
     def take_over(self, stepper: InPlace | OwnedBlocks) -> None:
         """Step the tensors of other shards from now on. Nothing is compared over ranks, as `bind` does.

@@ -7,8 +7,8 @@ parameters as they are (`ParameterShards`), or from layouts of a training that n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,9 +19,43 @@ from torch import Tensor
 from ds_optim.roles import logical_shape, resolve_roles
 from ds_optim.roles.role import Role
 from ds_optim.sharding import dtensor
-from ds_optim.sharding.binding import BoundTensor
+from ds_optim.sharding.binding import Binding, BoundTensor
 from ds_optim.sharding.layout import Layout, ParameterSpec, Replicated
 from ds_optim.stepping.names import ParameterNames
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What the ranks of an engine step besides this one's tensors.
+
+    Attributes:
+        parameters: shape and role of every parameter that any rank steps, by name; none where all step the same.
+        axes: the groups whose product the engine's ranks are, where some have no part in another's shard group.
+        steps: how often the engine has stepped, see `ds_optim.sharding.binding.Binding`.
+    """
+
+    parameters: Mapping[str, tuple[tuple[int, ...], Role]] = field(default_factory=dict)
+    axes: tuple[dist.ProcessGroup, ...] = ()
+    steps: Callable[[], int] | None = None
+
+    @classmethod
+    def of(cls, binding: Binding, roles: Mapping[str, Role]) -> Elsewhere:
+        """Asked of all ranks of an engine: a collective.
+
+        Args:
+            roles: of this rank's parameters, by name.
+        """
+        sizes = [bound.layout.world_size * bound.replicas for bound in binding.tensors.values()]
+        if not binding.is_apart:
+            return cls({}, binding.ranks.axes if min(sizes, default=0) < binding.ranks.size else (), binding.steps)
+        mine = {
+            spec.name: (spec.shape, roles[spec.name])
+            for bound in binding.tensors.values()
+            for spec in bound.layout.parameters
+            if spec.name in roles
+        }
+        everyones = {name: its for one in binding.ranks.everyones(mine).values() for name, its in one.items()}
+        return cls(everyones, binding.ranks.axes, binding.steps)
 
 
 class Shards:
@@ -30,11 +64,18 @@ class Shards:
     Args:
         tensors: every local tensor and what it holds, in the order in which all ranks step them.
         roles: of every parameter, by name.
+        elsewhere: what other ranks of an engine step.
     """
 
-    def __init__(self, tensors: Mapping[Tensor, BoundTensor], roles: Mapping[str, Role]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[Tensor, BoundTensor],
+        roles: Mapping[str, Role],
+        elsewhere: Elsewhere | None = None,
+    ) -> None:
         self._tensors = dict(tensors)
         self._roles = dict(roles)
+        self.elsewhere = elsewhere or Elsewhere()
         self.generation = 0
         """Goes up when tensors or roles are others than before: what was derived from them is void."""
 
@@ -68,7 +109,8 @@ class Shards:
 
     def at_rank(self, rank: int) -> Shards:
         """What stands for the same tensors on another rank."""
-        return Shards({tensor: replace(bound, rank=rank) for tensor, bound in self._tensors.items()}, self._roles)
+        tensors = {tensor: replace(bound, rank=rank) for tensor, bound in self._tensors.items()}
+        return Shards(tensors, self._roles, self.elsewhere)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -106,6 +148,11 @@ class Shards:
         """The names of those that a strategy holds whole, one parameter each; None where there is no strategy."""
         layouts = [self._tensors[tensor].layout for tensor in tensors if tensor in self._tensors]
         return [layout.parameter.name for layout in layouts if isinstance(layout, Replicated)]
+
+    @property
+    def axes(self) -> tuple[dist.ProcessGroup, ...]:
+        """The groups along which all ranks hear of what happens to some, where one shard group has not all of them."""
+        return self.elsewhere.axes
 
     def rank_of_owner(self, tensor: Tensor) -> int:
         """This process's rank among the owners of blocks (a replicated tensor of an engine is bound with rank 0)."""
@@ -174,6 +221,12 @@ class ParameterShards(Shards):
 
     def whole(self, tensors: Sequence[Tensor]) -> list[str] | None:
         return None
+
+    @property
+    def axes(self) -> tuple[dist.ProcessGroup, ...]:
+        groups = dict.fromkeys(self.of(tensor).owner_group for tensor in self.tensors)
+        found = tuple(group for group in groups if group is not None)
+        return found if len(found) > 1 else ()
 
     def describe(self, tensor: Tensor) -> str:
         return self._names.describe(tensor)

@@ -114,8 +114,9 @@ class Stepper(Protocol):
     @property
     def element_keys(self) -> tuple[str, ...]: ...
 
-    def agreed(self) -> str:
-        """What ranks must agree on beyond layouts, as a hash; makes what depends on them, on all ranks alike."""
+    def agreed(self) -> dict[dist.ProcessGroup | None, str]:
+        """What the ranks of each shard group must agree on beyond layouts, as a hash; makes what depends on them, on
+        all ranks alike."""
 
     def backends(self, device: torch.device) -> set[str]:
         """The kernels that would be used on a device."""

@@ -1,0 +1,265 @@
+"""Real DeepSpeed engines whose ranks have different parameters: stages of a pipeline, experts.
+
+Gradients and weights are constants of a parameter's name in the whole model, as in `engines`: what one process makes of
+them is what all of these must end with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import ds_optim
+from ds_optim.roles import exempt_names
+from ds_optim.roles.role import Role
+from engines import constant_gradient, learning_rate
+
+WIDTH, HEADS, TOKENS, LAYERS, EXPERTS = 12, 3, 11, 3, 4
+
+
+class Attention(nn.Module):
+    """Heads, a bias, and sizes that nothing divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.q_proj, self.k_proj = (nn.Linear(WIDTH, WIDTH, bias=bias) for bias in (True, False))
+        self.o_proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.o_proj((self.q_proj(hidden) * self.k_proj(hidden)).tanh())
+
+
+class Layer(nn.Module):
+    """Of a transformer, more or less."""
+
+    def __init__(self, feed_forward: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), Attention()
+        self.mlp = feed_forward or Mlp()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = self.mlp(self.norm(hidden))
+        return hidden + self.attention(hidden) + (out[0] if isinstance(out, tuple) else out)
+
+
+class Mlp(nn.Module):
+    """Two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(WIDTH, 17, bias=False), nn.Linear(17, WIDTH, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(hidden).relu())
+
+
+class Tied(nn.Embedding):
+    """An embedding that is the output layer as well."""
+
+    def __init__(self) -> None:
+        super().__init__(TOKENS, WIDTH)
+
+
+def logits(embedding: Tied, hidden: Tensor) -> Tensor:
+    return hidden @ embedding.weight.T
+
+
+def loss_of(output: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output.view(-1, TOKENS), labels.view(-1))
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """One training run.
+
+    Attributes:
+        optimizer: as a JSON names it.
+        stages: of a pipeline; 0: no pipeline.
+        experts: over how many ranks they are spread; 0: there are none.
+    """
+
+    optimizer: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    stage: int = 1
+    precision: str = "fp32"
+    stages: int = 0
+    experts: int = 0
+    steps: int = 10
+    seed: int = 0
+
+    def __str__(self) -> str:
+        spread = f"{self.stages} stages" if self.stages else f"experts on {self.experts}"
+        return f"{self.optimizer.removeprefix('ds_optim.')} at ZeRO-{self.stage}, {spread}"
+
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": self.stage},
+            "optimizer": {"type": self.optimizer, "params": dict(self.options)},
+        }
+        return {**config, "bf16": {"enabled": True}} if self.precision == "bf16" else config
+
+    def model(self) -> nn.Module:
+        """This rank's part, with the weights of its parameters' names."""
+        model = pipeline(self.stages) if self.stages else with_experts(self.experts)
+        with torch.no_grad():
+            for name, parameter in names_of(model, self.experts).items():
+                parameter.copy_(weight(name, tuple(parameter.shape), self.seed))
+        return model.bfloat16() if self.precision == "bf16" else model
+
+
+def pipeline(stages: int) -> nn.Module:
+    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+    layers = [
+        TiedLayerSpec("embed", Tied),
+        *(LayerSpec(Layer) for _ in range(LAYERS)),
+        LayerSpec(nn.LayerNorm, WIDTH),
+        TiedLayerSpec("embed", Tied, forward_fn=logits),
+    ]
+    return PipelineModule(layers, num_stages=stages, loss_fn=loss_of, partition_method="uniform")
+
+
+def with_experts(ranks: int) -> nn.Module:
+    from deepspeed.moe.layer import MoE
+
+    made = [
+        Layer(MoE(WIDTH, Mlp(), EXPERTS, ranks, k=1, min_capacity=8, capacity_factor=4.0) if index else None)
+        for index in range(2)
+    ]
+    return nn.Sequential(nn.Embedding(TOKENS, WIDTH), *made, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, TOKENS, bias=False))
+
+
+def names_of(model: nn.Module, ranks: int) -> dict[str, Tensor]:
+    """Parameters by their names in the whole model, in which experts have numbers of their own."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if "deepspeed_experts" in parts:
+            at = parts.index("deepspeed_experts") + 1
+            parts[at] = str(int(parts[at]) + dist.get_rank() % ranks * (EXPERTS // ranks))
+        found[".".join(parts)] = parameter
+    return found
+
+
+def weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    return constant_gradient(name, shape, 0, 100 + seed) * 4
+
+
+def share(run: Parallel, name: str) -> float:
+    """What the constant gradient is multiplied by on its way through an engine.
+
+    Both stages of a tied weight have it; of an expert's, DeepSpeed divides the sum over those that have it by all.
+    """
+    if "tied_modules" in name:
+        return float(min(run.stages, 2))
+    return 1 / run.experts if "deepspeed_experts" in name else 1.0
+
+
+@contextmanager
+def engine_of(run: Parallel) -> Any:
+    """An engine whose gradients are the constants, and the step that they are of."""
+    import deepspeed
+    import deepspeed.utils.groups as known
+
+    clock = {"step": 0}
+    model = run.model()
+    for name, parameter in names_of(model, run.experts).items():
+
+        def constant(grad: Tensor, name: str = name) -> Tensor:
+            return constant_gradient(name, tuple(grad.shape), clock["step"], run.seed).to(grad.dtype)
+
+        parameter.register_hook(constant)
+    engine, *_ = deepspeed.initialize(model=model, config=run.config(), model_parameters=list(model.parameters()))
+    try:
+        yield engine, clock
+    finally:
+        engine.destroy()
+        known.mpu = None  # DeepSpeed keeps a pipeline's for the engines that come after
+
+
+def train(run: Parallel, engine: Any, clock: dict[str, int], steps: range) -> None:
+    tokens = torch.arange(8).view(1, 8) % TOKENS
+    for step in steps:
+        clock["step"] = step
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        if run.stages:
+            engine.train_batch(iter([(tokens, tokens)]))
+        else:
+            engine.backward(loss_of(engine(tokens), tokens))
+            engine.step()
+
+
+def held(engine: Any) -> dict[str, list[tuple[int, int, Tensor]]]:
+    """What this rank has of each parameter's fp32 elements: ``{name: [(start, stop, values)]}``."""
+    found: dict[str, list[tuple[int, int, Tensor]]] = {}
+    for tensor, parameters in engine.basic_optimizer.logical().items():
+        flat = tensor.detach().reshape(-1)
+        for one in parameters:
+            found.setdefault(one.name, []).extend(
+                (start, stop, flat[offset : offset + stop - start].clone()) for start, stop, offset in one.weight.read
+            )
+    return found
+
+
+def ran(run: Parallel) -> dict[str, Any]:
+    """A job: train from scratch; what this rank ends with, and its roles and shapes."""
+    with engine_of(run) as (engine, clock):
+        train(run, engine, clock, range(1, run.steps + 1))
+        return report(engine)
+
+
+def report(engine: Any) -> dict[str, Any]:
+    shards = engine.basic_optimizer.shards
+    return {
+        "held": held(engine),
+        "roles": {name: shards.roles[name] for name in shards.shapes},
+        "shapes": shards.shapes,
+    }
+
+
+def whole_of(reports: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Every parameter of all ranks, flat; what several have must agree bitwise."""
+    shapes = {name: shape for one in reports for name, shape in one["shapes"].items()}
+    found = {name: torch.full((torch.Size(shape).numel(),), torch.nan) for name, shape in shapes.items()}
+    for one in reports:
+        for name, pieces in one["held"].items():
+            for start, stop, values in pieces:
+                there = found[name][start:stop]
+                assert bool((there.isnan() | (there == values)).all()), f"{name} differs between ranks"
+                there.copy_(values)
+    assert not any(bool(values.isnan().any()) for values in found.values())
+    return found
+
+
+def alone(run: Parallel, reports: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What one process without an engine ends with, from the shapes and roles that the ranks report."""
+    shapes = {name: shape for one in reports for name, shape in one["shapes"].items()}
+    roles: dict[str, Role] = {name: role for one in reports for name, role in one["roles"].items()}
+    made = {name: nn.Parameter(weight(name, shape, run.seed)) for name, shape in shapes.items()}
+    exempt = set(exempt_names(made, roles, None))
+    options = {key: value for key, value in run.options.items() if key != "weight_decay"}
+    decay = run.options.get("weight_decay", 0.0)
+    groups = [
+        {"params": [(name, one) for name, one in made.items() if (name in exempt) == spared], "weight_decay": its}
+        for spared, its in ((False, decay), (True, 0.0))
+    ]
+    cls = getattr(ds_optim, run.optimizer.split(".")[-1])
+    optimizer = cls([group for group in groups if group["params"]], roles=roles, **options)
+    for step in range(1, run.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        for name, one in made.items():
+            one.grad = constant_gradient(name, tuple(one.shape), step, run.seed) * share(run, name)
+        optimizer.step()
+    return {name: one.detach().reshape(-1) for name, one in made.items()}

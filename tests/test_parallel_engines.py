@@ -1,0 +1,168 @@
+"""Pipelines and experts: the bits of one process, whatever rank has which parameter, and checkpoints that move.
+
+The models, gradients and one-process runs are those of `parallel`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_optim import checkpoint
+from ds_optim.checkpoint import ranges
+from ds_optim.optimizers.registry import optimizers
+from engines import constant_gradient
+from parallel import Parallel, alone, engine_of, names_of, ran, report, train, whole_of
+from pool import Pools
+from test_invariance import OPTIONS, STEPS
+
+LIMIT = {"AdamMini": 1e-6}  # the sums of cut blocks in another order; all others are bitwise
+
+
+def of(name: str, **settings: Any) -> Parallel:
+    full = name if name in OPTIONS else f"ds_optim.{name}"
+    return Parallel(full, OPTIONS[full], **{"steps": STEPS.get(full, 10), **settings})
+
+
+def gaps(run: Parallel, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """What is further from one process's end than it may be, relatively."""
+    limit = LIMIT.get(run.optimizer, 0.0)
+    gap = {name: float(((found[name] - its).abs() / its.abs().clamp_min(0.1)).max()) for name, its in wanted.items()}
+    assert found.keys() == wanted.keys()
+    return {name: one for name, one in gap.items() if not one <= limit}
+
+
+PIPELINES = [
+    *((4, of(name, stages=2, stage=1)) for name in optimizers()),
+    *((2, of(name, stages=2, stage=0)) for name in ("AdamMini", "Shampoo", "SWAN")),
+    *((4, of(name, stages=2, stage=0)) for name in ("Muon", "SOAP", "NorMuon")),
+    (3, of("Shampoo", stages=3, stage=0)),
+    (4, of("Shampoo", stages=4, stage=0)),
+]
+EXPERTS = [
+    *((4, of(name, experts=2, stage=stage)) for stage, name in enumerate(("Lion", "AdamMini", "Shampoo"))),
+    *((4, of(name, experts=2, stage=stage)) for stage, name in enumerate(("AdamMini", "SOAP", "AdamW"))),
+    *((4, of(name, experts=2, stage=2 - stage)) for stage, name in enumerate(("Muon", "NorMuon", "SWAN"))),
+    (4, of("Adan", experts=4, stage=1)),
+    (2, of("Muon", experts=2, stage=2)),
+    (4, of("SOAP", experts=4, stage=2)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "run"), [*PIPELINES, *EXPERTS], ids=str)
+def test_every_rule_ends_with_the_bits_of_one_process(pool: Pools, ranks: int, run: Parallel) -> None:
+    reports = pool(ranks).run(ran, run)
+    assert gaps(run, whole_of(reports), alone(run, reports)) == {}
+
+
+def refused(run: Parallel) -> str:
+    with pytest.raises(ValueError, match="parameter groups") as caught, engine_of(run):
+        pass
+    return str(caught.value)
+
+
+def test_stages_with_other_numbers_of_groups_are_refused(pool: Pools) -> None:
+    """DeepSpeed would add the norms of one group up with those of another, and wait."""
+    for said in pool(4).run(refused, of("AdamMini", stages=4, stage=1), timeout=60):
+        assert "have 1 and 2 parameter groups" in said
+
+
+HALF = 4
+
+
+def saved(run: Parallel, directory: Path) -> None:
+    with engine_of(run) as (engine, clock):
+        train(run, engine, clock, range(1, HALF + 1))
+        checkpoint.save(directory, engine, tag="half")
+
+
+def resumed(run: Parallel, directory: Path, again: Path) -> dict[str, Any]:
+    """The rest of a run elsewhere, once it was loaded, and saved as it was loaded."""
+    with engine_of(run) as (engine, clock):
+        checkpoint.load(directory, engine)
+        checkpoint.save(again, engine, tag="half")
+        train(run, engine, clock, range(HALF + 1, run.steps + 1))
+        return report(engine)
+
+
+def values_of(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    folder = directory / "half"
+    found = {name: torch.empty(numel, dtype=dtype) for name, (numel, dtype) in ranges.lengths(folder).items()}
+    ranges.read(folder, {name: ranges.Ranges(len(one), one.dtype, [(0, one)]) for name, one in found.items()})
+    return found
+
+
+MOVES = {
+    "two stages to one": ((4, {"stages": 2}), (2, {"stages": 1})),
+    "one stage to three": ((2, {"stages": 1}), (3, {"stages": 3})),
+    "experts on two ranks to one": ((4, {"experts": 2}), (2, {"experts": 1})),
+    "experts on one rank to four": ((2, {"experts": 1}), (4, {"experts": 4})),
+}
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamMini", "Shampoo", "SOAP"])
+@pytest.mark.parametrize(("before", "after"), MOVES.values(), ids=list(MOVES))
+def test_a_checkpoint_goes_on_elsewhere(pool: Pools, tmp_path: Path, name: str, before: Any, after: Any) -> None:
+    (ranks, settings), (others, other_settings) = before, after
+    run, other = of(name, **settings), of(name, seed=1, **other_settings)
+    first, second = tmp_path / "first", tmp_path / "second"
+    pool(ranks).run(saved, run, first)
+    pool(others).run(resumed, other, first, second)
+    one, two = values_of(first), values_of(second)
+    assert one.keys() == two.keys()
+    assert [key for key, values in one.items() if not torch.equal(values, two[key])] == []
+
+
+def states_of(run: Parallel, name: str) -> dict[str, Tensor]:
+    with engine_of(run) as (engine, clock):
+        train(run, engine, clock, range(1, 3))
+        return checkpoint.full_state(engine, name)
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (of("Shampoo", stages=2), "3.mlp.up_proj.weight"),
+        (of("AdamMini", experts=2), "2.mlp.deepspeed_moe.experts.deepspeed_experts.3.up_proj.weight"),
+    ],
+    ids=str,
+)
+def test_every_rank_sees_the_state_of_what_another_has(pool: Pools, run: Parallel, name: str) -> None:
+    first, *others = pool(4).run(states_of, run, name)
+    assert first
+    for other in others:
+        assert first.keys() == other.keys()
+        assert all(torch.equal(values, other[key]) for key, values in first.items())
+
+
+def hears_of(run: Parallel, name: str) -> tuple[int, str]:
+    """A gradient of one parameter is not finite at one step: when this rank hears of it, and what."""
+    with engine_of(run) as (engine, clock):
+        parameter = names_of(engine.module, run.experts).get(name)
+        if parameter is not None:
+            parameter.register_hook(lambda grad: grad / (0 if clock["step"] == 2 else 1))
+        try:
+            train(run, engine, clock, range(1, run.steps + 1))
+        except RuntimeError as error:
+            return clock["step"], str(error)
+    return 0, ""
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        (of("Muon", stages=2, stage=0), "3.mlp.up_proj.weight"),
+        (of("Shampoo", experts=2, stage=0), "2.mlp.deepspeed_moe.experts.deepspeed_experts.3.up_proj.weight"),
+    ],
+    ids=str,
+)
+def test_every_rank_hears_of_an_update_that_was_withheld(pool: Pools, run: Parallel, name: str) -> None:
+    for step, said in pool(4).run(hears_of, run, name, timeout=90):
+        assert step == 4  # the one behind the next
+        assert f"{name}, block 0" in said
+        assert constant_gradient("", (1,), 1, 0).isfinite()
