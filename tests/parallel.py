@@ -1,4 +1,4 @@
-"""Real DeepSpeed engines whose ranks have different parameters: stages of a pipeline, experts.
+"""Real DeepSpeed engines whose ranks have different parameters: stages of a pipeline, experts, AutoTP's slices.
 
 Gradients and weights are constants of a parameter's name in the whole model, as in `engines`: what one process makes of
 them is what all of these must end with.
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_optim
+from ds_optim.known_transformers import tied as with_ties
 from ds_optim.roles import exempt_names
 from ds_optim.roles.role import Role
 from engines import constant_gradient, learning_rate
@@ -83,6 +84,8 @@ class Parallel:
         optimizer: as a JSON names it.
         stages: of a pipeline; 0: no pipeline.
         experts: over how many ranks they are spread; 0: there are none.
+        slices: over how many ranks AutoTP cuts; 0: it does not.
+        tied: of the model that it cuts, whether embeddings and output layer are.
     """
 
     optimizer: str
@@ -91,11 +94,14 @@ class Parallel:
     precision: str = "fp32"
     stages: int = 0
     experts: int = 0
+    slices: int = 0
+    tied: bool = False
     steps: int = 10
     seed: int = 0
 
     def __str__(self) -> str:
         spread = f"{self.stages} stages" if self.stages else f"experts on {self.experts}"
+        spread = f"{self.slices} slices" if self.slices else spread
         return f"{self.optimizer.removeprefix('ds_optim.')} at ZeRO-{self.stage}, {spread}"
 
     def config(self) -> dict[str, Any]:
@@ -106,11 +112,16 @@ class Parallel:
             "zero_optimization": {"stage": self.stage},
             "optimizer": {"type": self.optimizer, "params": dict(self.options)},
         }
+        if self.slices > 1:
+            config["tensor_parallel"] = {"autotp_size": self.slices}
         return {**config, "bf16": {"enabled": True}} if self.precision == "bf16" else config
 
     def model(self) -> nn.Module:
-        """This rank's part, with the weights of its parameters' names."""
-        model = pipeline(self.stages) if self.stages else with_experts(self.experts)
+        """This rank's part, with the weights of its parameters' names; the whole of what AutoTP is going to cut."""
+        if self.slices:
+            model = llama(self.tied)
+        else:
+            model = pipeline(self.stages) if self.stages else with_experts(self.experts)
         with torch.no_grad():
             for name, parameter in names_of(model, self.experts).items():
                 parameter.copy_(weight(name, tuple(parameter.shape), self.seed))
@@ -137,6 +148,34 @@ def with_experts(ranks: int) -> nn.Module:
         for index in range(2)
     ]
     return nn.Sequential(nn.Embedding(TOKENS, WIDTH), *made, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, TOKENS, bias=False))
+
+
+def llama(tied: bool) -> nn.Module:
+    """Heads that share keys, biases, a vocabulary that two ranks share unevenly, a width that is odd for each."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=37,
+        hidden_size=20,
+        intermediate_size=26,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=32,
+        attention_bias=True,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
+    return with_ties(LlamaForCausalLM(config))
+
+
+def slice_of(whole: Tensor, shape: torch.Size, rank: int) -> Tensor:
+    """What one of two tensor-parallel ranks has of a tensor, by the shape of its slice."""
+    for dim, size in enumerate(shape):
+        if size != whole.shape[dim]:
+            return whole.narrow(dim, rank * (whole.shape[dim] - size), size)
+    return whole
 
 
 def names_of(model: nn.Module, ranks: int) -> dict[str, Tensor]:
@@ -175,8 +214,9 @@ def engine_of(run: Parallel) -> Any:
     model = run.model()
     for name, parameter in names_of(model, run.experts).items():
 
-        def constant(grad: Tensor, name: str = name) -> Tensor:
-            return constant_gradient(name, tuple(grad.shape), clock["step"], run.seed).to(grad.dtype)
+        def constant(grad: Tensor, name: str = name, shape: tuple[int, ...] = tuple(parameter.shape)) -> Tensor:
+            whole = constant_gradient(name, shape, clock["step"], run.seed).to(grad.dtype)
+            return slice_of(whole, grad.shape, dist.get_rank() % max(run.slices, 1)).clone()
 
         parameter.register_hook(constant)
     engine, *_ = deepspeed.initialize(model=model, config=run.config(), model_parameters=list(model.parameters()))
@@ -184,7 +224,8 @@ def engine_of(run: Parallel) -> Any:
         yield engine, clock
     finally:
         engine.destroy()
-        known.mpu = None  # DeepSpeed keeps a pipeline's for the engines that come after
+        # DeepSpeed keeps a pipeline's, and AutoTP's groups, for the engines that come after.
+        known.mpu = known._TENSOR_MODEL_PARALLEL_GROUP = known._MODEL_PARALLEL_GROUP = known._DATA_PARALLEL_GROUP = None
 
 
 def train(run: Parallel, engine: Any, clock: dict[str, int], steps: range) -> None:
@@ -195,6 +236,9 @@ def train(run: Parallel, engine: Any, clock: dict[str, int], steps: range) -> No
             group["lr"] = learning_rate(step)
         if run.stages:
             engine.train_batch(iter([(tokens, tokens)]))
+        elif run.slices:
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
         else:
             engine.backward(loss_of(engine(tokens), tokens))
             engine.step()

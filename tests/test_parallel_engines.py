@@ -1,10 +1,11 @@
-"""Pipelines and experts: the bits of one process, whatever rank has which parameter, and checkpoints that move.
+"""Pipelines, experts and AutoTP: the bits of one process, whatever rank has which parameter, and checkpoints that move.
 
 The models, gradients and one-process runs are those of `parallel`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ds_optim import checkpoint
 from ds_optim.checkpoint import ranges
 from ds_optim.optimizers.registry import optimizers
+from ds_optim.roles import infer_roles
 from engines import constant_gradient
 from parallel import Parallel, alone, engine_of, names_of, ran, report, train, whole_of
 from pool import Pools
@@ -53,10 +55,37 @@ EXPERTS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "run"), [*PIPELINES, *EXPERTS], ids=str)
+SLICES = [
+    *((4, of(name, slices=2, stage=stage % 3)) for stage, name in enumerate(optimizers())),
+    *((2, of(name, slices=2, stage=stage)) for stage, name in enumerate(("Shampoo", "AdamMini", "SOAP"))),
+    *((4, of(name, slices=2, stage=3)) for name in ("AdamMini", "Shampoo")),
+    *((4, of(name, slices=2, stage=stage)) for stage, name in enumerate(("SWAN", "Muon", "AdamMini"))),
+    (4, of("Muon", slices=2, stage=1, tied=True)),
+    (4, of("AdamMini", slices=2, stage=0, tied=True)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "run"), [*PIPELINES, *EXPERTS, *SLICES], ids=str)
 def test_every_rule_ends_with_the_bits_of_one_process(pool: Pools, ranks: int, run: Parallel) -> None:
     reports = pool(ranks).run(ran, run)
     assert gaps(run, whole_of(reports), alone(run, reports)) == {}
+
+
+def seen_roles(run: Parallel) -> Any:
+    """The roles of an engine's parameters, and those that its model had before it was cut."""
+    before = infer_roles(run.model())
+    with engine_of(run) as (engine, _):
+        shards = engine.basic_optimizer.shards
+        return {name: shards.roles[name] for name in shards.shapes}, before
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_slices_have_the_roles_of_the_whole(pool: Pools, tied: bool) -> None:
+    for found, before in pool(2).run(seen_roles, of("AdamMini", slices=2, tied=tied)):
+        assert {key: replace(role, source="module") for key, role in found.items()} == {
+            key: replace(role, source="module") for key, role in before.items()
+        }
+        assert found["model.layers.0.self_attn.k_proj.weight"].head_dim == 6
 
 
 def refused(run: Parallel) -> str:
@@ -102,6 +131,8 @@ MOVES = {
     "one stage to three": ((2, {"stages": 1}), (3, {"stages": 3})),
     "experts on two ranks to one": ((4, {"experts": 2}), (2, {"experts": 1})),
     "experts on one rank to four": ((2, {"experts": 1}), (4, {"experts": 4})),
+    "two slices to one": ((4, {"slices": 2}), (2, {"slices": 1})),
+    "one slice to two": ((2, {"slices": 1}), (2, {"slices": 2, "stage": 2})),
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -211,7 +212,7 @@ def _groups(training: TrainingState) -> list[dict[str, Any]]:
         for group in training.optimizer.param_groups
     ]
     for tensor, index in group_indices(training).items():
-        listed[index]["parameters"] += [one.name for one in training.parameters.get(tensor, [])]
+        listed[index]["parameters"] += dict.fromkeys(one.name for one in training.parameters.get(tensor, []))
     return listed
 
 
@@ -249,7 +250,7 @@ def to_write(training: TrainingState) -> dict[str, Ranges]:
     found: dict[str, Ranges] = {}
 
     def add(name: str, logical: Logical, values: Tensor | None) -> None:
-        if logical.numel:
+        if logical.numel and (logical.written or name not in found):
             found[name] = Ranges(logical.numel, logical.dtype, held_parts(logical.written, values), CHUNK_ELEMENTS)
 
     for tensor, one in training.listed():
@@ -282,8 +283,15 @@ class PlannedRead:
     endings: list[Callable[[], object]] = field(default_factory=list)
 
     def add(self, name: str, numel: int, parts: list[tuple[int, Tensor]]) -> None:
-        if parts:
-            self.tensors[name] = Ranges(numel, parts[0][1].dtype, parts)
+        """Ranges of a tensor that are wanted; of what is wanted twice (for two copies) one is read."""
+        known = dict(self.tensors[name].held()) if name in self.tensors else {}
+        for start, values in parts:
+            if start in known:
+                self.endings.append(partial(values.copy_, known[start]))
+            else:
+                known[start] = values
+        if known:
+            self.tensors[name] = Ranges(numel, next(iter(known.values())).dtype, known.items())
 
     def add_state(self, name: str, logical: Logical, values: Tensor | None, stored: int) -> None:
         """State that has ``stored`` values in the checkpoint."""

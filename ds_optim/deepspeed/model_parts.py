@@ -1,22 +1,38 @@
-"""What of the whole model the ranks of an engine have: stages of a pipeline, experts.
+"""What of the whole model the ranks of an engine have: stages of a pipeline, experts, slices of tensor parallelism.
 
 Each rank has some of the experts of a `deepspeed.moe` layer, which it calls by their numbers among its own. In the
-whole model's names they have their numbers among all, as in DeepSpeed's checkpoints.
+whole model's names they have their numbers among all, as in DeepSpeed's checkpoints. AutoTP's layers say of their
+parameters how they were cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_optim.roles import canonical_name, infer_roles
+from ds_optim.roles import canonical_name, infer_roles, logical_shape
 from ds_optim.roles.role import Role
+from ds_optim.sharding.boxes import Box
 
 _LAYER = "MOELayer"  # of deepspeed.moe: a gate, and the experts of this rank
 _EXPERTS = "experts.deepspeed_experts"
+
+
+_SLICED = "ds_autotp_universal_checkpoint_meta"  # of a parameter: how AutoTP cut it
+_SLICED_LAYERS = (
+    *("LinearLayer", "LinearAllreduce", "LinearAllreduceWithReplicatedInput", "LmHeadLinearAllreduce"),
+    *("VocabParallelLinear", "VocabParallelEmbedding", "HiddenParallelEmbedding"),
+)
+"""Layers of AutoTP that hold one box of each weight. Others interleave parts of it, or turn it round without a word."""
+_DIVIDED = (
+    *("n_heads", "inner_dim", "num_heads", "num_kv", "num_attention_heads", "num_attn_heads", "all_head_size"),
+    *("embed_dim", "hidden_size", "num_key_value_heads", "num_kv_heads", "kv_n_heads", "d_model"),
+)
+"""What AutoTP divides in modules by its ranks; their configs keep the whole numbers."""
 
 
 def is_apart(engine: Any) -> bool:
@@ -25,9 +41,51 @@ def is_apart(engine: Any) -> bool:
 
 
 def has_unknown_parts(engine: Any) -> bool:
-    """Whether an mpu of the user's may have cut parameters in a way that nobody says; a pipeline's stages cut none."""
+    """Whether parameters may be cut in a way that nobody says: by AutoTP's rarer layers, under an mpu of the user's."""
     stages = engine.mpu.get_pipe_parallel_world_size() if engine.pipeline_parallelism else 1
-    return bool(engine.mp_world_size > stages)
+    known = max(stages, tensor_parallel_size(engine))
+    return bool(engine.mp_world_size > known or unknown_slices(engine.module))
+
+
+def tensor_parallel_size(engine: Any) -> int:
+    """Over how many ranks AutoTP has cut an engine's model."""
+    return int(engine.autotp_size())
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter of the whole model, of which this rank may have a slice."""
+    sliced = getattr(parameter, _SLICED, None) or {}
+    return tuple(sliced.get("logical_shape") or logical_shape(parameter))
+
+
+def boxes_of(parameter: Tensor) -> tuple[Box, ...]:
+    """What every tensor-parallel rank has of a parameter; none where all have the whole."""
+    sliced = getattr(parameter, _SLICED, None) or {}
+    sizes, dim, shape = sliced.get("partition_sizes"), sliced.get("partition_dim"), whole_shape(parameter)
+    if not sizes or dim is None:
+        return ()
+    found, begin = [], 0
+    for size in sizes:
+        start, stop = [0] * len(shape), list(shape)
+        start[dim], stop[dim] = begin, begin + size
+        begin += size
+        found.append(Box(tuple(start), tuple(stop)))
+    return tuple(found)
+
+
+def unknown_slices(model: nn.Module) -> list[str]:
+    """The names of parameters that tensor parallelism has cut in a way that is not known here."""
+    unknown = set[Tensor]()
+    for module in model.modules():
+        names = {kind.__name__ for kind in type(module).__mro__}
+        if type(module).__name__ not in _SLICED_LAYERS and names & {"TensorParallel_Layer", "TensorParallelConv2d"}:
+            unknown.update(module.parameters(recurse=False))
+    for parameter in model.parameters():
+        marked = bool(getattr(parameter, "tensor_model_parallel", False))
+        fits = any(box.shape == logical_shape(parameter) for box in boxes_of(parameter))
+        if marked and not fits:
+            unknown.add(parameter)
+    return [name for parameter, name in names_in(model).items() if parameter in unknown]
 
 
 def names_in(model: nn.Module) -> dict[Tensor, str]:
@@ -39,7 +97,29 @@ def names_in(model: nn.Module) -> dict[Tensor, str]:
 def roles_in(model: nn.Module) -> dict[str, Role]:
     """The role of every parameter of an engine's model, by its name in the whole model."""
     whole = {canonical_name(name): new for name, new in _renamed(model).items()}
-    return {whole.get(name, name): role for name, role in infer_roles(model).items()}
+    with _as_a_whole(model):
+        return {whole.get(name, name): role for name, role in infer_roles(model, whole_shape).items()}
+
+
+@contextmanager
+def _as_a_whole(model: nn.Module) -> Iterator[None]:
+    """Let AutoTP's layers say the sizes of the whole, and modules whose numbers it divided say nothing of them."""
+    changed: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and hasattr(weight, _SLICED) and "Embedding" not in type(module).__name__:
+            changed += [(module, name, vars(module).get(name)) for name in ("out_features", "in_features")]
+            vars(module).update(zip(("out_features", "in_features"), whole_shape(weight), strict=False))
+        if vars(module).get("replaced") and any(hasattr(one, _SLICED) for one in module.parameters()):
+            changed += [(module, name, vars(module).pop(name)) for name in _DIVIDED if name in vars(module)]
+    try:
+        yield
+    finally:
+        for module, name, value in reversed(changed):
+            if value is None:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = value
 
 
 def group_of(parameter: Tensor, groups: Mapping[str, dist.ProcessGroup]) -> dist.ProcessGroup | None:

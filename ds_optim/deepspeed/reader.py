@@ -23,8 +23,17 @@ from ds_optim.deepspeed.gradient_window import keeps_gradients
 from ds_optim.instance_methods import after, wrap
 from ds_optim.roles import logical_shape
 from ds_optim.sharding.binding import Binding, BoundTensor
-from ds_optim.sharding.exchange import Ranks
-from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
+from ds_optim.sharding.boxes import Box
+from ds_optim.sharding.exchange import Ranks, from_all_ranks
+from ds_optim.sharding.layout import (
+    Boxed,
+    FlatPartition,
+    Layout,
+    ParameterSpec,
+    Replicated,
+    SlicedParameters,
+    TensorParallel,
+)
 
 _COMPARE_ELEMENTS = 1 << 24  # values compared at a time: bounds the check's memory
 
@@ -57,6 +66,8 @@ def read(engine: Any) -> Binding:
         return Binding({}, ranks_of(engine), (refused,))
     reader = EngineReader(engine, model_parts.names_in(engine.module))
     reader.read(engine.optimizer)
+    if model_parts.tensor_parallel_size(engine) > 1 and not model_parts.unknown_slices(engine.module):
+        reader.join_slices()
     if keeps_gradients(engine.optimizer) and known_torch.backward_problem():
         reader.problems.append(known_torch.backward_problem())
     of_engine: Callable[[], Any] = weakref.ref(engine)  # what the optimizer keeps must not keep the engine
@@ -132,6 +143,7 @@ class EngineReader:
         self.names = names
         self.tensors: dict[Tensor, BoundTensor] = {}
         self.problems: list[str] = []
+        self._boxes = {names[one]: (model_parts.whole_shape(one), model_parts.boxes_of(one)) for one in names}
 
     def read(self, wrapper: Any) -> None:
         """Everything that an engine's wrapper, or the optimizer itself, steps."""
@@ -221,6 +233,33 @@ class EngineReader:
             }
             self._add(wrapper.fp32_partitioned_groups_flat[index], layout, rank, group, slices, local=True)
 
+    def join_slices(self) -> None:
+        """Make of what this rank's tensors hold of slices what all tensor-parallel ranks' hold of whole parameters."""
+        group = self.engine.mpu.get_tensor_model_parallel_group()
+        column = dist.get_rank(group)
+        columns = from_all_ranks([one.layout for one in self.tensors.values()], group)
+        ranks = ranks_of(self.engine)
+        everyone = ranks.group
+        members = dist.get_process_group_ranks(everyone) if everyone is not None else []
+        rows = {one.group for one in self.tensors.values()}
+        places = ranks.everyones((column, dist.get_rank(next(iter(rows)))))
+        if len(rows) > 1 or len({len(one) for one in columns}) > 1:
+            self.problems.append("tensor-parallel ranks have other parameter groups than each other")
+            return
+        for index, (tensor, bound) in enumerate(self.tensors.items()):
+            layouts = tuple(one[index] for one in columns)
+            names = [tuple(spec.name for spec in layout.parameters) for layout in layouts]
+            if len(set(names)) > 1:
+                self.problems.append(f"tensor-parallel ranks have {names[0][:3]} ... in different orders")
+                continue
+            whole = tuple(ParameterSpec(name, self._boxes[name][0]) for name in names[0])
+            boxes = tuple(self._boxes[name][1] for name in names[0])
+            if isinstance(bound.layout, Replicated):
+                self.tensors[tensor] = _replicated_slices(whole[0], boxes[0], group, everyone)
+            else:
+                layout = TensorParallel(whole, boxes, layouts, tuple(places[rank] for rank in members))
+                self.tensors[tensor] = BoundTensor(layout, dist.get_rank(everyone), everyone)
+
     def _flat(
         self,
         parameters: list[Tensor],
@@ -275,6 +314,22 @@ class EngineReader:
                 "model: make the optimizer from the parameters of the model that the engine is given"
             )
         return ParameterSpec(self.names.get(parameter, "unknown"), logical_shape(parameter))
+
+
+def _replicated_slices(
+    spec: ParameterSpec, boxes: tuple[Box, ...], group: dist.ProcessGroup, everyone: dist.ProcessGroup | None
+) -> BoundTensor:
+    """A parameter at ZeRO-0 of which all ranks of a tensor-parallel group have a box, or the whole; the same in each.
+
+    Owners are spread over all ranks where those of one group come behind those of another.
+    """
+    assert everyone is not None
+    members = dist.get_process_group_ranks(everyone)
+    if not boxes:
+        return BoundTensor(Replicated(spec, len(members)), 0, everyone)
+    at = members.index(dist.get_process_group_ranks(group)[0])
+    stands = dist.get_process_group_ranks(group) == members[at : at + len(boxes)] and at % len(boxes) == 0
+    return BoundTensor(Boxed(spec, boxes), dist.get_rank(group), group, owners=everyone if stands else None)
 
 
 def _same_values(master: Tensor, weight: Tensor) -> bool:

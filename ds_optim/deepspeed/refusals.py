@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.deepspeed import differences
+from ds_optim.deepspeed import differences, model_parts
 from ds_optim.deepspeed.configuration import option_problems, trainer_problems
 from ds_optim.deepspeed.names import names
 from ds_optim.deepspeed.parameters import is_trained, names_of, roles_of
+from ds_optim.listing import first_of
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.releases import DEEPSPEED
 from ds_optim.roles import canonical_name, logical_shape
@@ -121,11 +122,6 @@ REFUSALS = (
         "compile.deepcompile moves gradients past the hooks that tell an unused parameter from one with an old "
         "gradient: set it to false; engine.compile() works without it",
     ),
-    Refusal(
-        lambda config, cls: not cls.rule.is_elementwise and config.tensor_parallel_config.autotp_size > 1,
-        "an optimizer of blocks needs whole heads, rows and matrices, tensor parallelism (AutoTP) hands out slices "
-        "of them: use AdamW, Lion or Adan, or set tensor_parallel.autotp_size to 1",
-    ),
 )
 
 
@@ -146,6 +142,13 @@ def engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, inferr
     """Every reason why an optimizer of ``cls`` could not be exact in an engine, ``roles`` that do not fit included."""
     problems = refusals(engine._config, cls)
     problems += _sparse_problems(engine.module)
+    unknown = [] if cls.rule.is_elementwise else model_parts.unknown_slices(engine.module)
+    if unknown:
+        problems.append(
+            f"{first_of(unknown)}: tensor parallelism has cut these in a way that is not known here (AutoTP's fused, "
+            "transposed and packed layers, an mpu's own), and an optimizer of blocks needs whole heads, rows and "
+            "matrices: use AdamW, Lion or Adan, or FSDP2 over tensor parallelism"
+        )
     try:
         roles_of(engine, roles, inferred)
     except ValueError as error:

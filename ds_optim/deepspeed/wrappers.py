@@ -184,11 +184,13 @@ ENGINE_ATTRIBUTES: Mapping[EngineUse, tuple[str, ...]] = {
         *("seq_data_parallel_group", "mesh_device", "mp_world_size", "mpu"),
         # the model and what it is to be trained with
         *("module", "basic_optimizer", "client_lr_scheduler", "has_moe_layers", "pipeline_parallelism"),
+        "autotp_size",
         *("zero_optimization_stage", "zero_use_cpu_optimizer", "optimizer_name"),
         *("_config._param_dict", "_config.optimizer_params", "_config.zero_force_ds_cpu_optimizer"),
     ),
     "training": (
         *("optimizer", "client_optimizer", "_config.optimizer_name", "bfloat16_enabled", "seq_dp_world_size"),
+        "expert_data_parallel_group",
         # the step and what leads to it
         *("global_steps", "skipped_steps", "zero_grad", "inside_no_sync_ctxt", "gradient_accumulation_steps"),
         "is_gradient_accumulation_boundary",

@@ -52,25 +52,28 @@ def logical_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def infer_roles(model: nn.Module) -> dict[str, Role]:
+def infer_roles(model: nn.Module, shape_of: Callable[[Tensor], tuple[int, ...]] = logical_shape) -> dict[str, Role]:
     """The role of every parameter of a model.
 
     Args:
         model: any module, wrapped or not; roles of transformers models are exact, others go by the same evidence.
+        shape_of: the shape of a whole parameter.
 
     Returns:
         ``{name: role}``, names as ``canonical_name`` gives them; tied weights once, under their first name.
     """
-    by_name, _ = _inferred(model)
+    by_name, _ = _inferred(model, shape_of)
     return by_name
 
 
-def _inferred(model: nn.Module) -> tuple[dict[str, Role], dict[int, Role]]:
+def _inferred(
+    model: nn.Module, shape_of: Callable[[Tensor], tuple[int, ...]] = logical_shape
+) -> tuple[dict[str, Role], dict[int, Role]]:
     """Roles by name and by identity. A weight that embeds anywhere is an embedding, whatever it is tied to."""
     heads = {id(weight) for weight in _output_embeddings(model)}
     # Listed once: PEFT's MultiheadAttention makes its frozen weights anew whenever somebody lists modules.
     uses = list(model.named_parameters(remove_duplicate=False))
-    shapes = {id(parameter): logical_shape(parameter) for _, parameter in uses}
+    shapes = {id(parameter): shape_of(parameter) for _, parameter in uses}
     first = {id(parameter): canonical_name(name) for name, parameter in reversed(uses)}
     roles: dict[int, Role] = {}
     for name, parameter in uses:

@@ -7,7 +7,8 @@ communication, so one process can lay out 1,024 ranks. It knows nothing of deeps
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -216,6 +217,69 @@ class Boxed:
 
     def shares(self, parameter: int) -> Sequence[Share]:
         return [Share((0, box.numel), (rank,)) for rank, box in enumerate(self.boxes)]
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """Local tensors of which each holds boxes of parameters, spread over data-parallel ranks: one on every
+    tensor-parallel rank.
+
+    A parameter that all of these have whole (a norm) is listed once for each, under the same name: what is kept for one
+    copy, and the sums over its blocks, concern the ranks that have it.
+
+    Attributes:
+        whole: the parameters in the local tensors.
+        boxes: of each of them, what every tensor-parallel rank has; none where all have the whole.
+        layouts: on every tensor-parallel rank: what its local tensor holds, parameters as if a rank's box were all.
+        places: of every rank: its tensor-parallel rank, and its rank in that layout.
+    """
+
+    whole: tuple[ParameterSpec, ...]
+    boxes: tuple[tuple[Box, ...], ...]
+    layouts: tuple[Layout, ...]
+    places: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        return tuple(self.whole[index] for index, _ in self._listed)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.places)
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[int, int], int]:
+        return {place: rank for rank, place in enumerate(self.places)}
+
+    @cached_property
+    def _listed(self) -> list[tuple[int, int]]:
+        """Every parameter's index in the local tensors, and whose copy it is; -1: everyone's, in boxes."""
+        copies = range(len(self.layouts))
+        return [(i, copy) for i, boxes in enumerate(self.boxes) for copy in ((-1,) if boxes else copies)]
+
+    def local_numel(self, rank: int) -> int:
+        column, row = self.places[rank]
+        return self.layouts[column].local_numel(row)
+
+    def fragments(self, rank: int) -> list[Fragment]:
+        column, row = self.places[rank]
+        index = {inner: at for at, (inner, copy) in enumerate(self._listed) if copy in (-1, column)}
+        return [
+            replace(found, parameter=index[found.parameter], part=column if self.boxes[found.parameter] else 0)
+            for found in self.layouts[column].fragments(row)
+        ]
+
+    def parts(self, parameter: int) -> Sequence[Box]:
+        inner, _ = self._listed[parameter]
+        return self.boxes[inner] or [whole(self.whole[inner].shape)]
+
+    def shares(self, parameter: int) -> Sequence[Share]:
+        inner, copy = self._listed[parameter]
+        found = []
+        for column in range(len(self.layouts)) if copy < 0 else (copy,):
+            for edges, rows in self.layouts[column].shares(inner):
+                found.append(Share(edges, [self._ranks[column, row] for row in rows]))
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,7 +221,8 @@ class InPlace:
         layout = self.shards.of(tensor).layout
         if not self.rule.block_state:
             return [""] * len(layout.parameters)
-        return [str(grid) for grid in self.grids_of(layout).values()]
+        grids = self.grids_of(layout)
+        return [str(grids[spec.name]) for spec in layout.parameters]
 
     def structure(self) -> dict[str, Any]:
         found: dict[str, Any] = {"state_dtype": str(self.options.state_dtype).removeprefix("torch.")}

@@ -123,14 +123,15 @@ class OwnedState:
     def _is_spread(self, tensor: Tensor) -> bool:
         """Whether the blocks of a plain tensor that all ranks hold have different owners."""
         plan, _ = self._plans.place_of(tensor)
-        return not isinstance(tensor, DTensor) and plan.replicated and plan.world_size > 1 and not plan.stateless
+        is_everywhere = plan.replicated or plan.replicas > 1
+        return not isinstance(tensor, DTensor) and is_everywhere and plan.world_size > 1 and not plan.stateless
 
     def gathered(self, tensor: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """A tensor's state with every owner's blocks, on every rank, where blocks are spread: a collective."""
         if not self._is_spread(tensor):
             return state
         plan, index = self._plans.place_of(tensor)
-        have, group = Placed(self._plans.owned(tensor), state), self._shards.of(tensor).group
+        have, group = Placed(self._plans.owned(tensor), state), self._shards.of(tensor).owner_group
         assert group is not None
         everyones = plan.of_tensor(index)
         return {**state, **moved(plan, index, self._state_of_block, have, everyones, group, tensor.device)}

@@ -178,7 +178,7 @@ def logical_of(stepper: Stepper) -> dict[Tensor, list[LogicalParameter]]:
     found = {}
     for tensor in stepper.shards.tensors:
         bound = stepper.shards.of(tensor)
-        found[tensor] = [
+        listed = found[tensor] = [
             LogicalParameter(spec.name, spec.shape, blocks, Logical(spec.numel, tensor.dtype, held, held), state)
             for spec, blocks, held, state in zip(
                 bound.layout.parameters,
@@ -188,4 +188,10 @@ def logical_of(stepper: Stepper) -> dict[Tensor, list[LogicalParameter]]:
                 strict=True,
             )
         ]
+        names = set[str]()
+        for one in listed:
+            if one.name in names:  # another copy of what tensor parallelism does not cut: the first is stored
+                for logical in (one.weight, *one.state.values()):
+                    logical.written = []
+            names.add(one.name)
     return found
