@@ -1,4 +1,4 @@
-"""Real DeepSpeed engines whose ranks have different parameters: stages of a pipeline, experts, AutoTP's slices.
+"""Real DeepSpeed engines whose ranks have different parameters: stages of a pipeline, experts, slices of AutoTP.
 
 Gradients and weights are constants of a parameter's name in the whole model, as in `engines`: what one process makes of
 them is what all of these must end with.
@@ -84,6 +84,7 @@ class Parallel:
         optimizer: as a JSON names it.
         stages: of a pipeline; 0: no pipeline.
         experts: over how many ranks they are spread; 0: there are none.
+        stacks: over how many ranks AutoEP spreads stacks of experts; 0: it does not.
         slices: over how many ranks AutoTP cuts; 0: it does not.
         tied: of the model that it cuts, whether embeddings and output layer are.
     """
@@ -94,6 +95,7 @@ class Parallel:
     precision: str = "fp32"
     stages: int = 0
     experts: int = 0
+    stacks: int = 0
     slices: int = 0
     tied: bool = False
     steps: int = 10
@@ -102,6 +104,7 @@ class Parallel:
     def __str__(self) -> str:
         spread = f"{self.stages} stages" if self.stages else f"experts on {self.experts}"
         spread = f"{self.slices} slices" if self.slices else spread
+        spread = f"stacks on {self.stacks}" if self.stacks else spread
         return f"{self.optimizer.removeprefix('ds_optim.')} at ZeRO-{self.stage}, {spread}"
 
     def config(self) -> dict[str, Any]:
@@ -112,14 +115,16 @@ class Parallel:
             "zero_optimization": {"stage": self.stage},
             "optimizer": {"type": self.optimizer, "params": dict(self.options)},
         }
+        if self.stacks:
+            config["expert_parallel"] = {"enabled": True, "autoep_size": self.stacks, "preset_model": "mixtral"}
         if self.slices > 1:
             config["tensor_parallel"] = {"autotp_size": self.slices}
         return {**config, "bf16": {"enabled": True}} if self.precision == "bf16" else config
 
     def model(self) -> nn.Module:
         """This rank's part, with the weights of its parameters' names; the whole of what AutoTP is going to cut."""
-        if self.slices:
-            model = llama(self.tied)
+        if self.slices or self.stacks:
+            model = llama(self.tied) if self.slices else mixtral()
         else:
             model = pipeline(self.stages) if self.stages else with_experts(self.experts)
         with torch.no_grad():
@@ -170,11 +175,45 @@ def llama(tied: bool) -> nn.Module:
     return with_ties(LlamaForCausalLM(config))
 
 
-def slice_of(whole: Tensor, shape: torch.Size, rank: int) -> Tensor:
-    """What one of two tensor-parallel ranks has of a tensor, by the shape of its slice."""
+def mixtral() -> nn.Module:
+    """Of sizes that torch's grouped products take."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=37,
+        hidden_size=12,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=6,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    return MixtralForCausalLM(config)
+
+
+def take_defaults() -> None:
+    """Let transformers' registry take the default that DeepSpeed 0.19.8 gives it, which it does since 5.24."""
+    try:
+        from transformers.utils import output_capturing
+    except ImportError:
+        return
+    registry = type(getattr(output_capturing, "_CAN_RECORD_REGISTRY", {}))
+    if registry is not dict and not hasattr(registry, "plain_get"):
+        registry.plain_get = plain = registry.get
+        registry.get = lambda self, key, default=None: default if isinstance(key, str) else plain(self, key)
+
+
+def slice_of(whole: Tensor, shape: torch.Size, rank: int, ranks: int) -> Tensor:
+    """What one of some ranks has of a tensor, by the shape of its slice; uneven ones are of two ranks."""
     for dim, size in enumerate(shape):
         if size != whole.shape[dim]:
-            return whole.narrow(dim, rank * (whole.shape[dim] - size), size)
+            first = whole.shape[dim] - size if rank == ranks - 1 else rank * size
+            return whole.narrow(dim, first, size)
     return whole
 
 
@@ -201,7 +240,7 @@ def share(run: Parallel, name: str) -> float:
     """
     if "tied_modules" in name:
         return float(min(run.stages, 2))
-    return 1 / run.experts if "deepspeed_experts" in name else 1.0
+    return 1 / (run.experts or run.stacks) if "experts." in name else 1.0
 
 
 @contextmanager
@@ -211,15 +250,22 @@ def engine_of(run: Parallel) -> Any:
     import deepspeed.utils.groups as known
 
     clock = {"step": 0}
+    take_defaults()
     model = run.model()
-    for name, parameter in names_of(model, run.experts).items():
+    engine, *_ = deepspeed.initialize(model=model, config=run.config(), model_parameters=list(model.parameters()))
+    spread = max(run.slices, run.stacks, 1)
+    for name, parameter in names_of(engine.module, run.experts).items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if run.stacks and ".experts." in name:
+            shape = (EXPERTS, *shape[1:])
+        sliced = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None) or {}
+        shape = tuple(sliced.get("logical_shape") or shape)
 
-        def constant(grad: Tensor, name: str = name, shape: tuple[int, ...] = tuple(parameter.shape)) -> Tensor:
+        def constant(grad: Tensor, name: str = name, shape: tuple[int, ...] = shape) -> Tensor:
             whole = constant_gradient(name, shape, clock["step"], run.seed).to(grad.dtype)
-            return slice_of(whole, grad.shape, dist.get_rank() % max(run.slices, 1)).clone()
+            return slice_of(whole, grad.shape, dist.get_rank() % spread, spread).clone()
 
         parameter.register_hook(constant)
-    engine, *_ = deepspeed.initialize(model=model, config=run.config(), model_parameters=list(model.parameters()))
     try:
         yield engine, clock
     finally:
@@ -236,7 +282,7 @@ def train(run: Parallel, engine: Any, clock: dict[str, int], steps: range) -> No
             group["lr"] = learning_rate(step)
         if run.stages:
             engine.train_batch(iter([(tokens, tokens)]))
-        elif run.slices:
+        elif run.slices or run.stacks:
             engine.backward(engine(input_ids=tokens, labels=tokens).loss)
             engine.step()
         else:
@@ -259,8 +305,9 @@ def held(engine: Any) -> dict[str, list[tuple[int, int, Tensor]]]:
 def ran(run: Parallel) -> dict[str, Any]:
     """A job: train from scratch; what this rank ends with, and its roles and shapes."""
     with engine_of(run) as (engine, clock):
+        before = held(engine)
         train(run, engine, clock, range(1, run.steps + 1))
-        return report(engine)
+        return {"before": before, **report(engine)}
 
 
 def report(engine: Any) -> dict[str, Any]:
@@ -272,12 +319,12 @@ def report(engine: Any) -> dict[str, Any]:
     }
 
 
-def whole_of(reports: list[dict[str, Any]]) -> dict[str, Tensor]:
+def whole_of(reports: list[dict[str, Any]], when: str = "held") -> dict[str, Tensor]:
     """Every parameter of all ranks, flat; what several have must agree bitwise."""
     shapes = {name: shape for one in reports for name, shape in one["shapes"].items()}
     found = {name: torch.full((torch.Size(shape).numel(),), torch.nan) for name, shape in shapes.items()}
     for one in reports:
-        for name, pieces in one["held"].items():
+        for name, pieces in one[when].items():
             for start, stop, values in pieces:
                 there = found[name][start:stop]
                 assert bool((there.isnan() | (there == values)).all()), f"{name} differs between ranks"
@@ -290,7 +337,7 @@ def alone(run: Parallel, reports: list[dict[str, Any]]) -> dict[str, Tensor]:
     """What one process without an engine ends with, from the shapes and roles that the ranks report."""
     shapes = {name: shape for one in reports for name, shape in one["shapes"].items()}
     roles: dict[str, Role] = {name: role for one in reports for name, role in one["roles"].items()}
-    made = {name: nn.Parameter(weight(name, shape, run.seed)) for name, shape in shapes.items()}
+    made = {name: nn.Parameter(one.view(shapes[name])) for name, one in whole_of(reports, "before").items()}
     exempt = set(exempt_names(made, roles, None))
     options = {key: value for key, value in run.options.items() if key != "weight_decay"}
     decay = run.options.get("weight_decay", 0.0)

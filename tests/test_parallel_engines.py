@@ -65,7 +65,16 @@ SLICES = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "run"), [*PIPELINES, *EXPERTS, *SLICES], ids=str)
+STACKS = [
+    *((4, of(name, stacks=2, stage=stage % 3)) for stage, name in enumerate(("AdamMini", "Shampoo", "Muon"))),
+    *((4, of(name, stacks=2, stage=stage % 3)) for stage, name in enumerate(("SWAN", "NorMuon", "SOAP"))),
+    *((4, of(name, stacks=2, stage=3)) for name in ("AdamMini", "Shampoo")),
+    (4, of("AdamMini", stacks=4, stage=1)),
+    (2, of("AdamW", stacks=2, stage=2)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "run"), [*PIPELINES, *EXPERTS, *SLICES, *STACKS], ids=str)
 def test_every_rule_ends_with_the_bits_of_one_process(pool: Pools, ranks: int, run: Parallel) -> None:
     reports = pool(ranks).run(ran, run)
     assert gaps(run, whole_of(reports), alone(run, reports)) == {}
@@ -132,6 +141,7 @@ MOVES = {
     "experts on two ranks to one": ((4, {"experts": 2}), (2, {"experts": 1})),
     "experts on one rank to four": ((2, {"experts": 1}), (4, {"experts": 4})),
     "two slices to one": ((4, {"slices": 2}), (2, {"slices": 1})),
+    "stacks on two ranks to one": ((4, {"stacks": 2}), (2, {"stacks": 1, "stage": 2})),
     "one slice to two": ((2, {"slices": 1}), (2, {"slices": 2, "stage": 2})),
 }
 

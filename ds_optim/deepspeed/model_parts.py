@@ -2,14 +2,15 @@
 
 Each rank has some of the experts of a `deepspeed.moe` layer, which it calls by their numbers among its own. In the
 whole model's names they have their numbers among all, as in DeepSpeed's checkpoints. AutoTP's layers say of their
-parameters how they were cut.
+parameters how they were cut; AutoEP's have a part of each stack of experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ _EXPERTS = "experts.deepspeed_experts"
 
 
 _SLICED = "ds_autotp_universal_checkpoint_meta"  # of a parameter: how AutoTP cut it
+_EXPERT_LAYER = "AutoEPMoELayer"  # a router, and the stacks of this rank's experts
 _SLICED_LAYERS = (
     *("LinearLayer", "LinearAllreduce", "LinearAllreduceWithReplicatedInput", "LmHeadLinearAllreduce"),
     *("VocabParallelLinear", "VocabParallelEmbedding", "HiddenParallelEmbedding"),
@@ -37,7 +39,7 @@ _DIVIDED = (
 
 def is_apart(engine: Any) -> bool:
     """Whether ranks of an engine step different parameters."""
-    return bool(engine.pipeline_parallelism or engine.has_moe_layers)
+    return bool(engine.pipeline_parallelism or _renamed(engine.module))
 
 
 def has_unknown_parts(engine: Any) -> bool:
@@ -52,38 +54,66 @@ def tensor_parallel_size(engine: Any) -> int:
     return int(engine.autotp_size())
 
 
-def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter of the whole model, of which this rank may have a slice."""
-    sliced = getattr(parameter, _SLICED, None) or {}
-    return tuple(sliced.get("logical_shape") or logical_shape(parameter))
+class Slices(NamedTuple):
+    """How a parameter of the whole model is cut.
+
+    Attributes:
+        whole: its shape.
+        boxes: what every rank of a group has of it.
+        experts: the name of DeepSpeed's group of ranks that share its experts; empty: tensor parallelism cuts it.
+    """
+
+    whole: tuple[int, ...]
+    boxes: tuple[Box, ...]
+    experts: str = ""
 
 
-def boxes_of(parameter: Tensor) -> tuple[Box, ...]:
-    """What every tensor-parallel rank has of a parameter; none where all have the whole."""
-    sliced = getattr(parameter, _SLICED, None) or {}
-    sizes, dim, shape = sliced.get("partition_sizes"), sliced.get("partition_dim"), whole_shape(parameter)
-    if not sizes or dim is None:
-        return ()
-    found, begin = [], 0
-    for size in sizes:
-        start, stop = [0] * len(shape), list(shape)
-        start[dim], stop[dim] = begin, begin + size
-        begin += size
-        found.append(Box(tuple(start), tuple(stop)))
-    return tuple(found)
+def slices_in(model: nn.Module) -> dict[Tensor, Slices]:
+    """The parameters that AutoTP or AutoEP has cut, as their layers say."""
+    found = dict[Tensor, Slices]()
+    for parameter in model.parameters():
+        sliced = getattr(parameter, _SLICED, None) or {}
+        sizes, dim, shape = sliced.get("partition_sizes"), sliced.get("partition_dim"), sliced.get("logical_shape")
+        if sizes and dim is not None and shape:
+            found[parameter] = Slices(tuple(shape), _boxes(shape, dim, sizes))
+    for module in model.modules():
+        if type(module).__name__ == _EXPERT_LAYER:
+            layer: Any = module
+            sizes = [layer.num_local_experts] * layer.ep_size
+            for parameter in layer.experts.parameters():
+                shape = (layer.num_experts, *logical_shape(parameter)[1:])
+                found[parameter] = Slices(shape, _boxes(shape, 0, sizes), layer.ep_group_name)
+    return found
+
+
+def shapes_in(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
+    """The shapes that an engine's parameters have in the whole model."""
+    slices = slices_in(model)
+    return {one: slices[one].whole if one in slices else logical_shape(one) for one in model.parameters()}
+
+
+def _boxes(shape: Sequence[int], dim: int, sizes: Sequence[int]) -> tuple[Box, ...]:
+    edges = [0, *accumulate(sizes)]
+    return tuple(
+        Box(
+            tuple(low if at == dim else 0 for at in range(len(shape))),
+            tuple(high if at == dim else size for at, size in enumerate(shape)),
+        )
+        for low, high in pairwise(edges)
+    )
 
 
 def unknown_slices(model: nn.Module) -> list[str]:
     """The names of parameters that tensor parallelism has cut in a way that is not known here."""
-    unknown = set[Tensor]()
+    unknown, slices = set[Tensor](), slices_in(model)
     for module in model.modules():
         names = {kind.__name__ for kind in type(module).__mro__}
         if type(module).__name__ not in _SLICED_LAYERS and names & {"TensorParallel_Layer", "TensorParallelConv2d"}:
             unknown.update(module.parameters(recurse=False))
     for parameter in model.parameters():
         marked = bool(getattr(parameter, "tensor_model_parallel", False))
-        fits = any(box.shape == logical_shape(parameter) for box in boxes_of(parameter))
-        if marked and not fits:
+        boxes = slices[parameter].boxes if parameter in slices else ()
+        if marked and not any(box.shape == logical_shape(parameter) for box in boxes):
             unknown.add(parameter)
     return [name for parameter, name in names_in(model).items() if parameter in unknown]
 
@@ -97,19 +127,25 @@ def names_in(model: nn.Module) -> dict[Tensor, str]:
 def roles_in(model: nn.Module) -> dict[str, Role]:
     """The role of every parameter of an engine's model, by its name in the whole model."""
     whole = {canonical_name(name): new for name, new in _renamed(model).items()}
-    with _as_a_whole(model):
-        return {whole.get(name, name): role for name, role in infer_roles(model, whole_shape).items()}
+    shapes = shapes_in(model)
+    with _as_a_whole(model, shapes):
+        return {whole.get(name, name): role for name, role in infer_roles(model, shapes.__getitem__).items()}
 
 
 @contextmanager
-def _as_a_whole(model: nn.Module) -> Iterator[None]:
-    """Let AutoTP's layers say the sizes of the whole, and modules whose numbers it divided say nothing of them."""
+def _as_a_whole(model: nn.Module, shapes: Mapping[Tensor, tuple[int, ...]]) -> Iterator[None]:
+    """Let AutoTP's layers say the sizes of the whole, and modules whose numbers it divided say nothing of them; and let
+    AutoEP's stacks say that they are (experts, out, in)."""
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is not None and hasattr(weight, _SLICED) and "Embedding" not in type(module).__name__:
             changed += [(module, name, vars(module).get(name)) for name in ("out_features", "in_features")]
-            vars(module).update(zip(("out_features", "in_features"), whole_shape(weight), strict=False))
+            vars(module).update(zip(("out_features", "in_features"), shapes[weight], strict=False))
+        if type(module).__name__ == _EXPERT_LAYER:
+            stacks: Any = module._modules["experts"]
+            changed.append((stacks, "is_transposed", vars(stacks).get("is_transposed")))
+            stacks.is_transposed = False
         if vars(module).get("replaced") and any(hasattr(one, _SLICED) for one in module.parameters()):
             changed += [(module, name, vars(module).pop(name)) for name in _DIVIDED if name in vars(module)]
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.deepspeed.model_parts import names_in, whole_shape
+from ds_optim.deepspeed.model_parts import names_in, shapes_in
 from ds_optim.roles import logical_shape
 from ds_optim.roles.overrides import override_roles
 from ds_optim.roles.role import Role
@@ -51,5 +51,6 @@ def roles_of(engine: Any, given: Any, inferred: Mapping[str, Role]) -> Mapping[s
     """The role of every parameter of the engine's module: inferred, then overridden by what the user gave."""
     if given is None or isinstance(given, torch.nn.Module):
         return inferred
-    shapes = {name: whole_shape(parameter) for parameter, name in names_in(engine.module).items()}
+    whole = shapes_in(engine.module)
+    shapes = {name: whole[parameter] for parameter, name in names_in(engine.module).items()}
     return override_roles(inferred, given, shapes)

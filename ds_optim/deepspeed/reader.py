@@ -66,7 +66,7 @@ def read(engine: Any) -> Binding:
         return Binding({}, ranks_of(engine), (refused,))
     reader = EngineReader(engine, model_parts.names_in(engine.module))
     reader.read(engine.optimizer)
-    if model_parts.tensor_parallel_size(engine) > 1 and not model_parts.unknown_slices(engine.module):
+    if not model_parts.unknown_slices(engine.module):
         reader.join_slices()
     if keeps_gradients(engine.optimizer) and known_torch.backward_problem():
         reader.problems.append(known_torch.backward_problem())
@@ -143,7 +143,7 @@ class EngineReader:
         self.names = names
         self.tensors: dict[Tensor, BoundTensor] = {}
         self.problems: list[str] = []
-        self._boxes = {names[one]: (model_parts.whole_shape(one), model_parts.boxes_of(one)) for one in names}
+        self._slices = {names[one]: its for one, its in model_parts.slices_in(engine.module).items()}
 
     def read(self, wrapper: Any) -> None:
         """Everything that an engine's wrapper, or the optimizer itself, steps."""
@@ -234,28 +234,50 @@ class EngineReader:
             self._add(wrapper.fp32_partitioned_groups_flat[index], layout, rank, group, slices, local=True)
 
     def join_slices(self) -> None:
-        """Make of what this rank's tensors hold of slices what all tensor-parallel ranks' hold of whole parameters."""
-        group = self.engine.mpu.get_tensor_model_parallel_group()
-        column = dist.get_rank(group)
-        columns = from_all_ranks([one.layout for one in self.tensors.values()], group)
-        ranks = ranks_of(self.engine)
-        everyone = ranks.group
-        members = dist.get_process_group_ranks(everyone) if everyone is not None else []
-        rows = {one.group for one in self.tensors.values()}
-        places = ranks.everyones((column, dist.get_rank(next(iter(rows)))))
-        if len(rows) > 1 or len({len(one) for one in columns}) > 1:
-            self.problems.append("tensor-parallel ranks have other parameter groups than each other")
-            return
-        for index, (tensor, bound) in enumerate(self.tensors.items()):
-            layouts = tuple(one[index] for one in columns)
-            names = [tuple(spec.name for spec in layout.parameters) for layout in layouts]
-            if len(set(names)) > 1:
-                self.problems.append(f"tensor-parallel ranks have {names[0][:3]} ... in different orders")
+        """Make of what this rank's tensors hold of slices what all ranks' hold of whole parameters."""
+        engine, is_sliced = self.engine, model_parts.tensor_parallel_size(self.engine) > 1
+        by_column: dict[dist.ProcessGroup, list[Tensor]] = {}
+        for tensor, bound in self.tensors.items():
+            if is_sliced:
+                by_column.setdefault(engine.mpu.get_tensor_model_parallel_group(), []).append(tensor)
                 continue
-            whole = tuple(ParameterSpec(name, self._boxes[name][0]) for name in names[0])
-            boxes = tuple(self._boxes[name][1] for name in names[0])
-            if isinstance(bound.layout, Replicated):
-                self.tensors[tensor] = _replicated_slices(whole[0], boxes[0], group, everyone)
+            known = [self._slices[spec.name].experts for spec in bound.layout.parameters if spec.name in self._slices]
+            if len(known) == len(bound.layout.parameters) and len(set(known)) == 1:
+                by_column.setdefault(engine.expert_parallel_group[known[0]], []).append(tensor)
+            elif known:
+                self.problems.append(f"{bound.layout.parameters[0].name} ... is flattened with stacks of experts")
+        ranks = ranks_of(engine) if is_sliced else Ranks((engine.seq_data_parallel_group,))
+        for column, tensors in by_column.items():
+            self._join(column, ranks, tensors)
+
+    def _join(self, column: dist.ProcessGroup, ranks: Ranks, tensors: list[Tensor]) -> None:
+        """The same of some tensors.
+
+        Args:
+            column: the ranks that have the slices of one whole.
+            ranks: all that have any, this rank's column among them.
+        """
+        rows = {self.tensors[tensor].group for tensor in tensors}
+        place = dist.get_rank(column), dist.get_rank(next(iter(rows)))
+        columns = from_all_ranks([self.tensors[tensor].layout for tensor in tensors], column)
+        everyone, places = ranks.group, ranks.everyones(place)
+        assert everyone is not None
+        members = dist.get_process_group_ranks(everyone)
+        if len(rows) > 1 or len({len(one) for one in columns}) > 1:
+            self.problems.append("ranks that have slices of the same parameters have other parameter groups")
+            return
+        for index, tensor in enumerate(tensors):
+            layouts = tuple(one[index] for one in columns)
+            first, *others = (tuple(spec.name for spec in layout.parameters) for layout in layouts)
+            if any(other != first for other in others):
+                self.problems.append(f"ranks that have slices of {first[:3]} ... have them in different orders")
+                continue
+            slices = [self._slices.get(name) for name in first]
+            specs = zip(first, slices, layouts[0].parameters, strict=True)
+            whole = tuple(ParameterSpec(name, its.whole if its else spec.shape) for name, its, spec in specs)
+            boxes = tuple(its.boxes if its else () for its in slices)
+            if isinstance(layouts[0], Replicated):
+                self.tensors[tensor] = _replicated_slices(whole[0], boxes[0], column, everyone)
             else:
                 layout = TensorParallel(whole, boxes, layouts, tuple(places[rank] for rank in members))
                 self.tensors[tensor] = BoundTensor(layout, dist.get_rank(everyone), everyone)
@@ -317,13 +339,12 @@ class EngineReader:
 
 
 def _replicated_slices(
-    spec: ParameterSpec, boxes: tuple[Box, ...], group: dist.ProcessGroup, everyone: dist.ProcessGroup | None
+    spec: ParameterSpec, boxes: tuple[Box, ...], group: dist.ProcessGroup, everyone: dist.ProcessGroup
 ) -> BoundTensor:
-    """A parameter at ZeRO-0 of which all ranks of a tensor-parallel group have a box, or the whole; the same in each.
+    """A parameter at ZeRO-0 of which all ranks of a group have a box, or the whole; the same in each such group.
 
     Owners are spread over all ranks where those of one group come behind those of another.
     """
-    assert everyone is not None
     members = dist.get_process_group_ranks(everyone)
     if not boxes:
         return BoundTensor(Replicated(spec, len(members)), 0, everyone)

@@ -95,9 +95,9 @@ REFUSALS = (
         "checkpoint.load_universal knows Adam's state only: set it to false",
     ),
     Refusal(
-        lambda config, _: differences.has_expert_parallelism(config),
-        "expert_parallel (AutoEP) gives each rank experts of its own, which is not supported: remove it, and use the "
-        "model's own (stacked) experts",
+        lambda config, _: differences.has_expert_parallelism(config) and config.tensor_parallel_config.autotp_size > 1,
+        "expert_parallel (AutoEP) together with tensor_parallel (AutoTP) folds experts over slices, which is not "
+        "supported: use one of them",
     ),
     Refusal(
         lambda config, _: differences.gathers_too_early(config),

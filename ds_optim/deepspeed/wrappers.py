@@ -190,7 +190,7 @@ ENGINE_ATTRIBUTES: Mapping[EngineUse, tuple[str, ...]] = {
     ),
     "training": (
         *("optimizer", "client_optimizer", "_config.optimizer_name", "bfloat16_enabled", "seq_dp_world_size"),
-        "expert_data_parallel_group",
+        *("expert_data_parallel_group", "expert_parallel_group"),
         # the step and what leads to it
         *("global_steps", "skipped_steps", "zero_grad", "inside_no_sync_ctxt", "gradient_accumulation_steps"),
         "is_gradient_accumulation_boundary",
