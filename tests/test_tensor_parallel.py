@@ -6,6 +6,7 @@ differ is the optimizer.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,9 +29,10 @@ from ds_optim.checkpoint import ranges
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.binding import local_of
-from engines import Case, build_model, learning_rate
+from engines import Case, build_model, constant_gradient, learning_rate
 from expected import by_one_process, gradient
 from meshes import groups, shard_of
+from parallel import mixtral
 from pool import Pools
 from test_eight_bit_state import IN_CODES, with_small_ones
 from test_invariance import OPTIONS, STEPS
@@ -306,3 +308,47 @@ def descending(cls: Any) -> float:
 def test_the_ranks_of_a_mesh_need_not_ascend(pool: Pools, cls: Any) -> None:
     for gap in pool(2).run(descending, cls):
         assert gap <= (1e-6 if cls is ds_optim.AdamMini else 0)
+
+
+def over_expert_meshes(name: str, shape: tuple[int, int]) -> float:
+    """A Mixtral whose experts lie on another mesh than the rest, in one optimizer: the largest difference from one
+    device."""
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("shard", "expert"))
+    everyone = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    alone = mixtral()
+    model = copy.deepcopy(alone)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        for key, parameter in list(experts.named_parameters()):
+            placed = distribute_tensor(parameter.detach(), mesh["expert"], [Shard(0)], src_data_rank=None)
+            experts.register_parameter(key, nn.Parameter(placed))
+        if shape[0] > 1:
+            fully_shard(experts, mesh=mesh["shard"])
+    fully_shard(model, mesh=everyone, ignored_params=set() if shape[0] > 1 else of_experts(model))
+    cls, options = getattr(ds_optim, name.split(".")[-1]), OPTIONS[name]
+    made = []
+    for one in (alone, model):
+        named = list(one.named_parameters())
+        groups = [[(key, p) for key, p in named if (".experts." in key) == experts] for experts in (False, True)]
+        made.append(cls([{"params": pairs} for pairs in groups], roles=one, **options))
+    for step in range(1, STEPS.get(name, 10) + 1):
+        for (key, whole), (_, parameter) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
+            whole.grad = constant_gradient(key, tuple(whole.shape), step, 0)
+            parameter.grad = like(whole.grad, parameter)
+        for optimizer in made:
+            optimizer.step()
+    pairs = zip(alone.parameters(), model.parameters(), strict=True)
+    gaps = [local_of(one.detach()) - shard_of(whole.detach(), one) for whole, one in pairs]
+    return max(float(gap.abs().amax()) for gap in gaps if gap.numel())
+
+
+def of_experts(model: nn.Module) -> set[nn.Parameter]:
+    return {parameter for name, parameter in model.named_parameters() if ".experts." in name}
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(2, (1, 2)), (4, (2, 2)), (4, (1, 4))])
+@pytest.mark.parametrize("name", ["ds_optim.AdamW", "AdamMini", "Shampoo", "ds_optim.Muon"])
+def test_experts_on_another_mesh_than_the_rest(pool: Pools, name: str, ranks: int, shape: tuple[int, int]) -> None:
+    for gap in pool(ranks).run(over_expert_meshes, name, shape):
+        assert gap <= (1e-6 if name == "AdamMini" else 0)

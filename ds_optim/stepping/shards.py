@@ -226,7 +226,8 @@ class ParameterShards(Shards):
     def axes(self) -> tuple[dist.ProcessGroup, ...]:
         groups = dict.fromkeys(self.of(tensor).owner_group for tensor in self.tensors)
         found = tuple(group for group in groups if group is not None)
-        return found if len(found) > 1 else ()
+        members = {tuple(sorted(dist.get_process_group_ranks(group))) for group in found}
+        return found if len(members) > 1 else ()
 
     def describe(self, tensor: Tensor) -> str:
         return self._names.describe(tensor)
