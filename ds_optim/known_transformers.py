@@ -30,3 +30,14 @@ def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward pass, by non-reentrant checkpoints: this name since 5.23."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def tensor_parallel_plan(model: Any) -> dict[str, str]:
+    """How a model's modules are cut over tensor-parallel ranks, by name with ``*`` for numbers: since 4.50, a property
+    of the model's since 4.55."""
+    plan = getattr(model, "tp_plan", None)
+    if plan is None:
+        prefix = f"{model.base_model_prefix}."
+        of_base = getattr(model.config, "base_model_tp_plan", None) or {}
+        plan = {**{prefix + key: style for key, style in of_base.items()}, **(getattr(model, "_tp_plan", None) or {})}
+    return {key: str(style) for key, style in plan.items()}

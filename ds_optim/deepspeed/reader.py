@@ -279,7 +279,8 @@ class EngineReader:
             if isinstance(layouts[0], Replicated):
                 self.tensors[tensor] = _replicated_slices(whole[0], boxes[0], column, everyone)
             else:
-                layout = TensorParallel(whole, boxes, layouts, tuple(places[rank] for rank in members))
+                axis = "ep" if any(its and its.experts for its in slices) else "tp"
+                layout = TensorParallel(whole, boxes, layouts, tuple(places[rank] for rank in members), axis)
                 self.tensors[tensor] = BoundTensor(layout, dist.get_rank(everyone), everyone)
 
     def _flat(

@@ -21,16 +21,17 @@ from pydantic import ValidationError
 
 from ds_optim.blueprint import Blueprint, BlueprintError, blueprint, meta_model
 from ds_optim.deepspeed.facts import zero_settings
-from ds_optim.deepspeed.predict import predicted_layouts
 from ds_optim.deepspeed.refusals import judge
+from ds_optim.memory.mesh import Mesh, RankShare, cut_dimensions, expert_stacks, stage_layouts, stages_of
 from ds_optim.memory.predicted_rank import RankHoldings, rank_record
 from ds_optim.memory.provenance import installed
 from ds_optim.memory.record import Category, Provenance, Record, StateEntry
 from ds_optim.memory.simulate import Timeline, simulate
 from ds_optim.memory.strategies import Bytes, Partition, Terms, plain, zero_0, zero_1_and_2, zero_3
 from ds_optim.memory.training import Precision, Training, in_words, without_auto
-from ds_optim.sharding.layout import Layout
+from ds_optim.stepping.in_place import InPlace
 from ds_optim.stepping.owned_blocks import OwnedBlocks
+from ds_optim.stepping.shards import Elsewhere
 from ds_optim.stepping.stepper import Stepper
 
 _RANKS_LOOKED_AT = 16
@@ -60,6 +61,7 @@ class Request:
         accelerator: whether matrix algebra of whole-matrix rules runs in the large stacks of an accelerator.
         states_only: leave activations out, and with them forward and backward peaks.
         command: written into the record.
+        mesh: of model parallelism; its dp is the same as ``world_size``.
     """
 
     model: Mapping[str, Any]
@@ -79,6 +81,12 @@ class Request:
     accelerator: bool = False
     states_only: bool = False
     command: str = ""
+    mesh: Mesh = field(default_factory=Mesh)
+
+    @property
+    def whole_mesh(self) -> Mesh:
+        """All ranks of the job."""
+        return replace(self.mesh, dp=self.world_size)
 
 
 def request_of(
@@ -137,10 +145,9 @@ def largest_micro_batch(request: Request, limit: int = 4096) -> int:
     return low
 
 
-def planned(request: Request) -> OwnedBlocks | None:
-    """The steps, with their plan, that a prediction rests on; None where no block travels."""
-    made = _prepare(request).stepper
-    return made if isinstance(made, OwnedBlocks) else None
+def planned(request: Request) -> list[OwnedBlocks]:
+    """The steps and plans that a prediction rests on, of every stage of a pipeline; none where no block travels."""
+    return [made for made in _prepare(request).steppers if isinstance(made, OwnedBlocks)]
 
 
 def highest(record: Record) -> int:
@@ -153,7 +160,7 @@ class _Prepared:
     """What does not depend on the batch."""
 
     about: Blueprint
-    stepper: Stepper
+    steppers: Sequence[InPlace | OwnedBlocks]
     offloads: bool
     ranks: list[RankHoldings]
 
@@ -181,21 +188,27 @@ def _prepared(asked: _Asked) -> _Prepared:
     settings = dict(request.settings)
     if request.precision == "pure bf16":
         settings.setdefault("state_dtype", torch.bfloat16)
-    about = blueprint(meta_model(request.model), without_auto(request.deepspeed), request.optimizer, settings)
+    model = meta_model(request.model)
+    about = blueprint(model, without_auto(request.deepspeed), request.optimizer, settings)
     config = _zero_config(request, training)
     stage = 0 if request.stage is None else request.stage
     sub_groups = int(config.sub_group_size) if stage == 3 else None
-    layouts = predicted_layouts(about.groups, stage, request.world_size, sub_groups)
     offloads = stage > 0 and training.offloads
-    ranks = _ranks_to_look_at(request.world_size)
-    first = about.optimizer.predicted(layouts, ranks[0])
-    found = []
-    for rank in ranks:
-        stepper = first.at_rank(rank)
-        terms = _terms(request, about, layouts, rank, config, offloads)
-        elements = sum(layout.local_numel(rank) for layout in layouts)
-        found.append(RankHoldings(rank, elements, terms, _entries(stepper), _workspaces(request, stepper)))
-    return _Prepared(about, first, offloads, found)
+    mesh, found, steppers = request.whole_mesh, list[RankHoldings](), list[InPlace | OwnedBlocks]()
+    cuts = cut_dimensions(model) if mesh.tp > 1 else {}
+    everything = Elsewhere({spec.name: (spec.shape, about.roles[spec.name]) for spec in about.specs})
+    for index, names in enumerate(stages_of(model, mesh.pp)):
+        groups = [its for group in about.groups if (its := [spec for spec in group if spec.name in names])]
+        made = stage_layouts(groups, cuts, expert_stacks(about.roles), mesh, stage, sub_groups)
+        ranks = _ranks_to_look_at(mesh.of_stage)
+        steppers.append(about.optimizer.predicted(made.layouts, ranks[0], elsewhere=everything))
+        for rank in ranks:
+            stepper, share = steppers[-1].at_rank(rank), made.at(rank)
+            terms = _terms(request, share, config, offloads)
+            elements = sum(layout.local_numel(rank) for layout in made.layouts)
+            place = index * mesh.of_stage + rank
+            found.append(RankHoldings(place, elements, terms, _entries(stepper), _workspaces(request, stepper)))
+    return _Prepared(about, steppers, offloads, found)
 
 
 def _record(request: Request, prepared: _Prepared) -> Record:
@@ -224,6 +237,9 @@ def _judge(request: Request) -> None:
         problems.append(f"there is no ZeRO stage {request.stage}: 0, 1, 2 or 3")
     if request.precision == "pure bf16" and request.stage is not None:
         problems.append("DeepSpeed keeps an fp32 master: pure bf16 is for plain PyTorch (no ZeRO stage)")
+    problems += request.whole_mesh.problems(request.stage)
+    if not request.mesh.is_plain and not request.states_only:
+        problems.append("activations are not predicted under model parallelism: give --states-only")
     longest = positions_of(request.model)
     if longest and request.seq_length > longest and not request.states_only:
         problems.append(
@@ -252,15 +268,13 @@ def _zero_config(request: Request, training: Training) -> Any:
         raise BlueprintError(f"DeepSpeed refuses zero_optimization: {in_words(error)}") from error
 
 
-def _terms(
-    request: Request, about: Blueprint, layouts: Sequence[Layout], rank: int, config: Any, offloads: bool
-) -> Terms:
+def _terms(request: Request, share: RankShare, config: Any, offloads: bool) -> Terms:
     width = 4 if request.precision == "fp32" else 2
     has_master = request.stage is not None and (request.stage > 0 or request.precision != "fp32")
     one = Partition(
-        groups=about.groups,
-        layouts=layouts,
-        rank=rank,
+        groups=share.groups,
+        layouts=share.layouts,
+        ranks=share.ranks,
         world_size=request.world_size,
         width=width,
         master=4 if has_master else 0,
@@ -336,9 +350,9 @@ def _provenance(request: Request, prepared: _Prepared) -> Provenance:
         parameters=about.numel,
         optimizer=f"{cls.__module__.partition('.')[0]}.{cls.__name__}",
         settings={key: str(value) for key, value in about.options.items()},
-        strategy="plain PyTorch" if request.stage is None else f"DeepSpeed ZeRO-{request.stage}",
+        strategy=_strategy(request),
         stage=request.stage,
-        world_size=request.world_size,
+        world_size=request.whole_mesh.ranks,
         precision=request.precision,
         offload="cpu" if prepared.offloads else "none",
         micro_batch=request.micro_batch,
@@ -350,14 +364,20 @@ def _provenance(request: Request, prepared: _Prepared) -> Provenance:
     )
 
 
+def _strategy(request: Request) -> str:
+    found = "plain PyTorch" if request.stage is None else f"DeepSpeed ZeRO-{request.stage}"
+    return found if request.mesh.is_plain else f"{found} over a mesh ({request.whole_mesh})"
+
+
 def _notes(request: Request) -> list[str]:
     passes = "one micro-batch" if request.passes == 1 else f"{request.passes} micro-batches, the last one shown"
     notes = [f"A steady step (not the first), {passes} per step."]
-    if request.world_size > _RANKS_LOOKED_AT:
-        looked_at = len(_ranks_to_look_at(request.world_size))
-        notes.append(
-            f"{looked_at} of {request.world_size} ranks were looked at; another may hold one or two per cent more."
-        )
+    mesh = request.whole_mesh
+    if mesh.of_stage > _RANKS_LOOKED_AT:
+        looked_at = len(_ranks_to_look_at(mesh.of_stage)) * mesh.pp
+        notes.append(f"{looked_at} of {mesh.ranks} ranks were looked at; another may hold one or two per cent more.")
+    if not mesh.is_plain:
+        notes.append("Stages share the layers out evenly; slices are those of transformers' own plan for the model.")
     if request.device_memory is not None and request.reserve:
         notes.append(
             f"{request.reserve:,} bytes of the device are set aside for its context, the communication library and "

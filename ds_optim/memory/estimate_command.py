@@ -63,6 +63,10 @@ def estimate(
     world_size: Annotated[
         list[int], typer.Option("--world-size", "--ranks", help="Data-parallel ranks; may be given several times.")
     ] = [8],  # noqa: B006
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Model parallelism: dp=8,tp=4,pp=2,ep=4, in the place of --world-size; states only."),
+    ] = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Sequences per rank and pass; else the JSON's, else 1.")
     ] = None,
@@ -100,17 +104,34 @@ def estimate(
     given = {"optimizer": optimizer, "micro_batch": micro_batch, "passes": accumulation, "checkpointing": checkpointing}
     given |= {"accelerator": accelerator, "states_only": states_only, **_device(device_memory, reserve)}
     try:
-        for request in _requests(model, config, world_size, seq_length, stage, precision, plain, given):
-            asked = [request, replace(request, optimizer=compare)] if compare else [request]
-            folder = output / f"ranks_{request.world_size}" if output and len(world_size) > 1 else output
-            found = _predicted(console, asked, folder)
-            if plan and request.stage is not None:
-                _show_plan(console, request, all_ranks)
-            if request.device_memory is not None:
-                _show_fit(console, asked, found)
+        ranks, meshed = _over(mesh, world_size)
+        for request in _requests(model, config, ranks, seq_length, stage, precision, plain, {**given, **meshed}):
+            folder = output / f"ranks_{request.world_size}" if output and len(ranks) > 1 else output
+            _answer(console, request, compare, folder, plan, all_ranks)
     except ValueError as error:
         console.print(Text.assemble(("problem:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(1) from error
+
+
+def _over(mesh: str | None, world_sizes: list[int]) -> tuple[list[int], dict[str, Any]]:
+    """Data-parallel ranks, and fields of a request that say how each of them is cut further."""
+    from ds_optim.memory.mesh import Mesh
+
+    if mesh is None:
+        return world_sizes, {}
+    found = Mesh.parsed(mesh)
+    return [found.dp], {"mesh": found, **({} if found.is_plain else {"states_only": True})}
+
+
+def _answer(
+    console: Console, request: Request, compare: str | None, folder: Path | None, plan: bool, all_ranks: bool
+) -> None:
+    asked = [request, replace(request, optimizer=compare)] if compare else [request]
+    found = _predicted(console, asked, folder)
+    if plan and request.stage is not None:
+        _show_plan(console, request, all_ranks)
+    if request.device_memory is not None:
+        _show_fit(console, asked, found)
 
 
 def _device(memory: str | None, reserve: str) -> dict[str, Any]:
@@ -178,9 +199,9 @@ def _show_plan(console: Console, request: Request, all_ranks: bool) -> None:
     """Who computes what, where blocks have owners."""
     from ds_optim.memory.estimate import planned
 
-    made = planned(request)
-    if made is not None:
-        title = f"{made.owner}, ZeRO {request.stage}, {request.world_size} ranks"
+    for stage, made in enumerate(planned(request)):
+        title = f"{made.owner}, ZeRO {request.stage}, {request.whole_mesh.of_stage} ranks"
+        title += f", stage {stage} of {request.mesh.pp}" if request.mesh.pp > 1 else ""
         console.print(f"\n{title}", style="bold", highlight=False)
         options = made.options
         exchange = {"bucket_size": options.exchange_bucket_size, "exchange_bytes": options.exchange_dtype.itemsize}

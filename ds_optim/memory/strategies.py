@@ -55,9 +55,9 @@ class Partition:
 
     Attributes:
         groups: all parameters, by parameter group.
-        layouts: of the local tensors.
-        rank: in the shard group.
-        world_size: ranks of it.
+        layouts: of the local tensors, over data-parallel ranks.
+        ranks: this one's rank in each of them.
+        world_size: data-parallel ranks.
         width: bytes per element of the model's weights.
         master: bytes per element of the master; 0 if the weights themselves are updated.
         config: DeepSpeed's ``zero_optimization`` with its defaults filled in.
@@ -67,7 +67,7 @@ class Partition:
 
     groups: Sequence[Sequence[ParameterSpec]]
     layouts: Sequence[Layout]
-    rank: int
+    ranks: Sequence[int]
     world_size: int
     width: int
     master: int
@@ -83,7 +83,12 @@ class Partition:
     @property
     def local(self) -> list[int]:
         """Elements of each local tensor of this rank, padding included."""
-        return [layout.local_numel(self.rank) for layout in self.layouts]
+        return [layout.local_numel(rank) for layout, rank in zip(self.layouts, self.ranks, strict=True)]
+
+    @property
+    def padded(self) -> int:
+        """Elements of all ranks' local tensors that make up this rank's weights."""
+        return sum(size * layout.world_size for size, layout in zip(self.local, self.layouts, strict=True))
 
 
 def plain(one: Partition) -> Terms:
@@ -118,13 +123,12 @@ def zero_0(one: Partition) -> Terms:
 
 def zero_1_and_2(one: Partition, *, partition_gradients: bool) -> Terms:
     """A flat copy of all weights, a master partition, and gradients averaged bucket by bucket."""
-    padded = sum(one.local) * one.world_size
     mine = _held(one)
     order = [(spec.name, spec.numel * one.width) for group in one.groups for spec in group]
     kept = sum(size for name, size in order if name in mine)  # their gradients are kept whole
     bucket = one.config.reduce_bucket_size
     buffers = bucket * one.width * (2 if one.config.overlap_comm else 1)
-    steady = {Category.PARAMETERS: padded * one.width, Category.MASTER: sum(one.local) * one.master}
+    steady = {Category.PARAMETERS: one.padded * one.width, Category.MASTER: sum(one.local) * one.master}
     offloaded: Bytes = {}
     if one.offload:
         largest = max(spec.numel for group in one.groups for spec in group)
@@ -362,7 +366,9 @@ class _Reduction:
 def _held(one: Partition) -> frozenset[str]:
     """Names of the parameters of which this rank holds a part."""
     return frozenset(
-        layout.parameters[fragment.parameter].name for layout in one.layouts for fragment in layout.fragments(one.rank)
+        layout.parameters[fragment.parameter].name
+        for layout, rank in zip(one.layouts, one.ranks, strict=True)
+        for fragment in layout.fragments(rank)
     )
 
 

@@ -232,12 +232,14 @@ class TensorParallel:
         boxes: of each of them, what every tensor-parallel rank has; none where all have the whole.
         layouts: on every tensor-parallel rank: what its local tensor holds, parameters as if a rank's box were all.
         places: of every rank: its tensor-parallel rank, and its rank in that layout.
+        axis: what a plan calls the former: ``tp``, or ``ep`` of stacks of experts.
     """
 
     whole: tuple[ParameterSpec, ...]
     boxes: tuple[tuple[Box, ...], ...]
     layouts: tuple[Layout, ...]
     places: tuple[tuple[int, int], ...]
+    axis: str = "tp"
 
     @cached_property
     def parameters(self) -> tuple[ParameterSpec, ...]:

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from ds_optim.sharding.assignment import Block, Floats, Holding, Tile, Work, assign, holdings, stagger
-from ds_optim.sharding.layout import Layout, Replicated
+from ds_optim.sharding.layout import Layout, Replicated, TensorParallel
 from ds_optim.sharding.schedule import BUCKET_SIZE, Bucket, BucketTables, buckets
 
 _SHOWN_RANKS = 16
@@ -172,6 +172,11 @@ class Plan:
             matrix_elements=sum(block.tile.box.numel for block in self.blocks),
         )
 
+    def _label(self, rank: int) -> str:
+        """A rank, and where it stands in a mesh of tensor or expert parallelism."""
+        places = {one.axis: one.places for one in self.layouts if isinstance(one, TensorParallel)}
+        return " ".join([str(rank), *(f"{axis}{its[rank][0]}" for axis, its in places.items())])
+
     def explain(self, *, bucket_size: int = BUCKET_SIZE, exchange_bytes: int = 4, all_ranks: bool = False) -> str:
         """A table of what each rank computes, keeps and moves per step, before any training.
 
@@ -181,10 +186,11 @@ class Plan:
             all_ranks: every rank's line, however many there are.
         """
         costs = self.costs
+        width = max(6, *(len(self._label(rank)) for rank in (0, self.world_size - 1)))
         lines = [
             f"{len(self.blocks)} blocks of {costs.matrix_elements / 1e6:.2f} M elements over {self.world_size} ranks"
             + (f", roots refreshed every {self.frequency} steps" if self.frequency > 1 else ""),
-            f"{'rank':>6} {'blocks':>8} {'GFLOP/step':>12} {'state MB':>10} {'sent MB':>9} {'received MB':>12}",
+            f"{'rank':>{width}} {'blocks':>8} {'GFLOP/step':>12} {'state MB':>10} {'sent MB':>9} {'received MB':>12}",
         ]
         shown = range(self.world_size)
         if not all_ranks and self.world_size > _SHOWN_RANKS:
@@ -192,14 +198,14 @@ class Plan:
 
         def row(label: str, pick: Callable[[Floats], float]) -> str:
             return (
-                f"{label:>6} {pick(costs.blocks):8.0f} {pick(costs.flops) / 1e9:12.3f} "
+                f"{label:>{width}} {pick(costs.blocks):8.0f} {pick(costs.flops) / 1e9:12.3f} "
                 f"{pick(costs.state_bytes) / 1e6:10.2f} {pick(costs.sent) * exchange_bytes / 1e6:9.2f} "
                 f"{pick(costs.received) * exchange_bytes / 1e6:12.2f}"
             )
 
-        lines += [row(str(rank), lambda values, rank=rank: float(values[rank])) for rank in shown]  # type: ignore[misc]
+        lines += [row(self._label(rank), lambda values, rank=rank: float(values[rank])) for rank in shown]  # type: ignore[misc]
         if len(shown) < self.world_size:
-            lines.append(f"{'...':>6} ({self.world_size - len(shown)} more)")
+            lines.append(f"{'...':>{width}} ({self.world_size - len(shown)} more)")
         lines += [row("mean", lambda values: float(values.mean())), row("max", lambda values: float(values.max()))]
         lines.append(
             f"imbalance (max/mean): flops {imbalance(costs.flops):.3f}, worst step {costs.worst_step:.3f}, "

@@ -306,7 +306,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self.stepper.plans.listed[0]
 
     def predicted(
-        self, layouts: Sequence[Layout], rank: int, roles: Mapping[str, Role] | None = None
+        self,
+        layouts: Sequence[Layout],
+        rank: int,
+        roles: Mapping[str, Role] | None = None,
+        elsewhere: Elsewhere | None = None,
     ) -> InPlace | OwnedBlocks:
         """How this optimizer would step one rank's tensors of a strategy: what it keeps, plans and needs there.
 
@@ -317,9 +321,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             layouts: of the local tensors.
             rank: in the shard group.
             roles: of the parameters in them; None: they are those that this optimizer was given, by the same names.
+            elsewhere: what other ranks step.
         """
         known = self.shards.roles if roles is None else roles
-        return self._stepper_over(Shards.predicted(layouts, rank, known), self.defaults)
+        return self._stepper_over(Shards.predicted(layouts, rank, known, elsewhere), self.defaults)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -80,13 +80,16 @@ class Shards:
         """Goes up when tensors or roles are others than before: what was derived from them is void."""
 
     @classmethod
-    def predicted(cls, layouts: Sequence[Layout], rank: int, roles: Mapping[str, Role]) -> Shards:
+    def predicted(
+        cls, layouts: Sequence[Layout], rank: int, roles: Mapping[str, Role], elsewhere: Elsewhere | None = None
+    ) -> Shards:
         """The tensors of one rank of a strategy, on the meta device; nothing is allocated.
 
         Args:
             layouts: of the local tensors.
             rank: in the shard group.
             roles: of every parameter, by name.
+            elsewhere: what other ranks step.
         """
         return cls(
             {
@@ -96,6 +99,7 @@ class Shards:
                 for layout in layouts
             },
             roles,
+            elsewhere,
         )
 
     @property
@@ -109,7 +113,11 @@ class Shards:
 
     def at_rank(self, rank: int) -> Shards:
         """What stands for the same tensors on another rank."""
-        tensors = {tensor: replace(bound, rank=rank) for tensor, bound in self._tensors.items()}
+        tensors = {}
+        for tensor, bound in self._tensors.items():
+            if not isinstance(bound.layout, Replicated) and bound.layout.local_numel(rank) != tensor.numel():
+                tensor = tensor.new_empty(bound.layout.local_numel(rank))  # slices may be uneven
+            tensors[tensor] = replace(bound, rank=rank)
         return Shards(tensors, self._roles, self.elsewhere)
 
     @property
