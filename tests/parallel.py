@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_optim
+from ds_optim.deepspeed.model_parts import slices_in
 from ds_optim.known_transformers import tied as with_ties
 from ds_optim.roles import exempt_names
 from ds_optim.roles.role import Role
+from ds_optim.sharding.boxes import Box
 from engines import constant_gradient, learning_rate
 
 WIDTH, HEADS, TOKENS, LAYERS, EXPERTS = 12, 3, 11, 3, 4
@@ -87,6 +89,7 @@ class Parallel:
         stacks: over how many ranks AutoEP spreads stacks of experts; 0: it does not.
         slices: over how many ranks AutoTP cuts; 0: it does not.
         tied: of the model that it cuts, whether embeddings and output layer are.
+        fused: the model that it cuts has two weights in one.
     """
 
     optimizer: str
@@ -98,6 +101,7 @@ class Parallel:
     stacks: int = 0
     slices: int = 0
     tied: bool = False
+    fused: bool = False
     steps: int = 10
     seed: int = 0
 
@@ -118,13 +122,14 @@ class Parallel:
         if self.stacks:
             config["expert_parallel"] = {"enabled": True, "autoep_size": self.stacks, "preset_model": "mixtral"}
         if self.slices > 1:
-            config["tensor_parallel"] = {"autotp_size": self.slices}
+            fused = {"partition_config": {"use_default_specs": False, "layer_specs": FUSED}} if self.fused else {}
+            config["tensor_parallel"] = {"autotp_size": self.slices, **fused}
         return {**config, "bf16": {"enabled": True}} if self.precision == "bf16" else config
 
     def model(self) -> nn.Module:
         """This rank's part, with the weights of its parameters' names; the whole of what AutoTP is going to cut."""
         if self.slices or self.stacks:
-            model = llama(self.tied) if self.slices else mixtral()
+            model = (gated() if self.fused else llama(self.tied)) if self.slices else mixtral()
         else:
             model = pipeline(self.stages) if self.stages else with_experts(self.experts)
         with torch.no_grad():
@@ -175,6 +180,29 @@ def llama(tied: bool) -> nn.Module:
     return with_ties(LlamaForCausalLM(config))
 
 
+class GatedMlp(nn.Module):
+    """Gate and up projection in one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(WIDTH, 28, bias=False), nn.Linear(14, WIDTH, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, -1)
+        return hidden + self.down_proj(gate.sigmoid() * up)
+
+
+FUSED = [
+    {"patterns": [r".*\.gate_up_proj\.weight$"], "partition_type": "column", "shape": [2, -1], "partition_dim": 0},
+    {"patterns": [r".*\.down_proj\.weight$"], "partition_type": "row"},
+]
+
+
+def gated() -> nn.Module:
+    layers = [GatedMlp(), nn.LayerNorm(WIDTH), GatedMlp(), nn.LayerNorm(WIDTH)]
+    return nn.Sequential(nn.Embedding(TOKENS, WIDTH), *layers, nn.Linear(WIDTH, TOKENS, bias=False))
+
+
 def mixtral() -> nn.Module:
     """Of sizes that torch's grouped products take."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -182,10 +210,10 @@ def mixtral() -> nn.Module:
     config = MixtralConfig(
         vocab_size=37,
         hidden_size=12,
-        intermediate_size=20,
+        intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=2,
         head_dim=6,
         num_local_experts=4,
         num_experts_per_tok=2,
@@ -254,6 +282,7 @@ def engine_of(run: Parallel) -> Any:
     model = run.model()
     engine, *_ = deepspeed.initialize(model=model, config=run.config(), model_parameters=list(model.parameters()))
     spread = max(run.slices, run.stacks, 1)
+    slices = slices_in(engine.module)  # a test of its own holds them against the whole
     for name, parameter in names_of(engine.module, run.experts).items():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         if run.stacks and ".experts." in name:
@@ -261,9 +290,16 @@ def engine_of(run: Parallel) -> Any:
         sliced = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None) or {}
         shape = tuple(sliced.get("logical_shape") or shape)
 
-        def constant(grad: Tensor, name: str = name, shape: tuple[int, ...] = shape) -> Tensor:
-            whole = constant_gradient(name, shape, clock["step"], run.seed).to(grad.dtype)
-            return slice_of(whole, grad.shape, dist.get_rank() % spread, spread).clone()
+        boxes = slices[parameter].boxes if parameter in slices else ((),)
+
+        def constant(
+            grad: Tensor, name: str = name, shape: tuple[int, ...] = shape, boxes: tuple[tuple[Box, ...], ...] = boxes
+        ) -> Tensor:
+            whole, rank = constant_gradient(name, shape, clock["step"], run.seed).to(grad.dtype), dist.get_rank()
+            if len(boxes[0]) > 1:
+                parts = [whole[tuple(map(slice, box.start, box.stop))] for box in boxes[rank % spread]]
+                return torch.cat(parts).view(grad.shape)
+            return slice_of(whole, grad.shape, rank % spread, spread).clone()
 
         parameter.register_hook(constant)
     try:
@@ -282,7 +318,7 @@ def train(run: Parallel, engine: Any, clock: dict[str, int], steps: range) -> No
             group["lr"] = learning_rate(step)
         if run.stages:
             engine.train_batch(iter([(tokens, tokens)]))
-        elif run.slices or run.stacks:
+        elif (run.slices and not run.fused) or run.stacks:
             engine.backward(engine(input_ids=tokens, labels=tokens).loss)
             engine.step()
         else:

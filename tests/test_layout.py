@@ -60,7 +60,7 @@ def boxed(draw: st.DrawFn) -> tuple[Layout, dict[str, BlockGrid]]:
         edges[dim] = sorted([0, shape[dim], *draw(st.lists(st.integers(0, shape[dim]), min_size=1, max_size=3))])
     corners = product(*(pairwise(of_dim) for of_dim in edges))
     boxes = [Box(tuple(low for low, _ in one), tuple(high for _, high in one)) for one in corners]
-    return Boxed(ParameterSpec("p0", shape), tuple(draw(st.permutations(boxes)))), {"p0": grid}
+    return Boxed(ParameterSpec("p0", shape), tuple((box,) for box in draw(st.permutations(boxes)))), {"p0": grid}
 
 
 def elements_of(layout: Layout, rank: int) -> dict[int, tuple[int, int]]:

@@ -61,6 +61,7 @@ SLICES = [
     *((4, of(name, slices=2, stage=3)) for name in ("AdamMini", "Shampoo")),
     *((4, of(name, slices=2, stage=stage)) for stage, name in enumerate(("SWAN", "Muon", "AdamMini"))),
     (4, of("Muon", slices=2, stage=1, tied=True)),
+    *((4, of(name, slices=2, stage=stage, fused=True)) for stage, name in enumerate(("Muon", "AdamMini", "Shampoo"))),
     (4, of("AdamMini", slices=2, stage=0, tied=True)),
 ]
 

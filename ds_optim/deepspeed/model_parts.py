@@ -28,8 +28,10 @@ _EXPERT_LAYER = "AutoEPMoELayer"  # a router, and the stacks of this rank's expe
 _SLICED_LAYERS = (
     *("LinearLayer", "LinearAllreduce", "LinearAllreduceWithReplicatedInput", "LmHeadLinearAllreduce"),
     *("VocabParallelLinear", "VocabParallelEmbedding", "HiddenParallelEmbedding"),
+    *("SubParamLinearLayer", "fused_LinearLayer", "GateUpPack_LinearLayer"),
 )
-"""Layers of AutoTP that hold one box of each weight. Others interleave parts of it, or turn it round without a word."""
+"""Layers of AutoTP that hold rows or columns of each weight, or rows of each of its parts, as they say. Others
+interleave parts of it, or turn it round without a word."""
 _DIVIDED = (
     *("n_heads", "inner_dim", "num_heads", "num_kv", "num_attention_heads", "num_attn_heads", "all_head_size"),
     *("embed_dim", "hidden_size", "num_key_value_heads", "num_kv_heads", "kv_n_heads", "d_model"),
@@ -59,12 +61,12 @@ class Slices(NamedTuple):
 
     Attributes:
         whole: its shape.
-        boxes: what every rank of a group has of it.
+        boxes: what every rank of a group has of it, see `ds_optim.sharding.layout.Boxed`.
         experts: the name of DeepSpeed's group of ranks that share its experts; empty: tensor parallelism cuts it.
     """
 
     whole: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    boxes: tuple[tuple[Box, ...], ...]
     experts: str = ""
 
 
@@ -74,7 +76,10 @@ def slices_in(model: nn.Module) -> dict[Tensor, Slices]:
     for parameter in model.parameters():
         sliced = getattr(parameter, _SLICED, None) or {}
         sizes, dim, shape = sliced.get("partition_sizes"), sliced.get("partition_dim"), sliced.get("logical_shape")
-        if sizes and dim is not None and shape:
+        stripes = sliced.get("sub_param_shard_widths")
+        if stripes and dim == 0 and shape:
+            found[parameter] = Slices(tuple(shape), _striped(shape, stripes))
+        elif sizes and dim is not None and shape and not stripes:
             found[parameter] = Slices(tuple(shape), _boxes(shape, dim, sizes))
     for module in model.modules():
         if type(module).__name__ == _EXPERT_LAYER:
@@ -92,15 +97,26 @@ def shapes_in(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
     return {one: slices[one].whole if one in slices else logical_shape(one) for one in model.parameters()}
 
 
-def _boxes(shape: Sequence[int], dim: int, sizes: Sequence[int]) -> tuple[Box, ...]:
-    edges = [0, *accumulate(sizes)]
+def _boxes(shape: Sequence[int], dim: int, sizes: Sequence[int]) -> tuple[tuple[Box, ...], ...]:
+    """One box for each rank."""
+    return tuple((_between(shape, dim, low, high),) for low, high in pairwise([0, *accumulate(sizes)]))
+
+
+def _striped(shape: Sequence[int], widths: Sequence[Sequence[int]]) -> tuple[tuple[Box, ...], ...]:
+    """Rows of each of several parts, which stand one behind the other: ``widths[part][rank]`` of them."""
+    edges = [0, *accumulate(width for part in widths for width in part)]
+    ranks = len(widths[0])
     return tuple(
-        Box(
-            tuple(low if at == dim else 0 for at in range(len(shape))),
-            tuple(high if at == dim else size for at, size in enumerate(shape)),
-        )
-        for low, high in pairwise(edges)
+        tuple(_between(shape, 0, *edges[part * ranks + rank :][:2]) for part in range(len(widths)))
+        for rank in range(ranks)
     )
+
+
+def _between(shape: Sequence[int], dim: int, low: int, high: int) -> Box:
+    """What of an array has these indices along a dimension."""
+    start, stop = [0] * len(shape), list(shape)
+    start[dim], stop[dim] = low, high
+    return Box(tuple(start), tuple(stop))
 
 
 def unknown_slices(model: nn.Module) -> list[str]:
@@ -113,9 +129,15 @@ def unknown_slices(model: nn.Module) -> list[str]:
     for parameter in model.parameters():
         marked = bool(getattr(parameter, "tensor_model_parallel", False))
         boxes = slices[parameter].boxes if parameter in slices else ()
-        if marked and not any(box.shape == logical_shape(parameter) for box in boxes):
+        if marked and not any(_held(its) == logical_shape(parameter) for its in boxes):
             unknown.add(parameter)
     return [name for parameter, name in names_in(model).items() if parameter in unknown]
+
+
+def _held(boxes: Sequence[Box]) -> tuple[int, ...]:
+    """The shape of a local tensor that consists of boxes."""
+    first = boxes[0].shape
+    return first if len(boxes) == 1 else (sum(box.shape[0] for box in boxes), *first[1:])
 
 
 def names_in(model: nn.Module) -> dict[Tensor, str]:

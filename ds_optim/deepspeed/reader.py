@@ -340,7 +340,7 @@ class EngineReader:
 
 
 def _replicated_slices(
-    spec: ParameterSpec, boxes: tuple[Box, ...], group: dist.ProcessGroup, everyone: dist.ProcessGroup
+    spec: ParameterSpec, boxes: tuple[tuple[Box, ...], ...], group: dist.ProcessGroup, everyone: dist.ProcessGroup
 ) -> BoundTensor:
     """A parameter at ZeRO-0 of which all ranks of a group have a box, or the whole; the same in each such group.
 

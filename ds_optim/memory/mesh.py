@@ -177,7 +177,7 @@ def _joined(
     return [
         TensorParallel(
             tuple(whole[spec.name] for spec in layouts[0].parameters),
-            tuple(boxes[spec.name] for spec in layouts[0].parameters),
+            tuple(tuple((box,) for box in boxes[spec.name]) for spec in layouts[0].parameters),
             layouts,
             places,
             axis,

@@ -89,10 +89,24 @@ class Holding:
     def counts(self) -> Ints:
         return np.diff(self.edges)
 
+    @property
+    def totals(self) -> tuple[Ints, Ints]:
+        """The holders, each once, and how many elements each has; nobody of a replicated parameter."""
+        if len(self.ranks) < 2:
+            return self.ranks, self.counts[: len(self.ranks)]
+        ranks, index = np.unique(self.ranks, return_inverse=True)
+        return ranks, np.bincount(index, weights=self.counts).astype(np.int64)
+
+    @property
+    def most(self) -> int:
+        """Elements that one rank has at most."""
+        return int((self.counts if len(self.ranks) < 2 else self.totals[1]).max())
+
     def everywhere(self, replicas: int, shards: int) -> tuple[Ints, Ints]:
         """The holders and their elements in all replicas of a shard group of ``shards`` ranks."""
-        first = np.arange(replicas).repeat(len(self.ranks)) * shards
-        return first + np.tile(self.ranks, replicas), np.tile(self.counts[: len(self.ranks)], replicas)
+        ranks, counts = self.totals
+        first = np.arange(replicas).repeat(len(ranks)) * shards
+        return first + np.tile(ranks, replicas), np.tile(counts, replicas)
 
 
 class HeldParts:
@@ -185,7 +199,7 @@ def assign(
     burden = _burdens([block.work for block in blocks], [block.offset for block in blocks], frequency, world_size)
     loads = np.zeros((burden.shape[1], world_size))
     owners = np.zeros(len(blocks), dtype=np.int64)
-    most = [int(one.counts.max()) for one in held]  # of equal blocks, those that lie on one rank choose first
+    most = [one.most for one in held]  # of equal blocks, those that lie on one rank choose first
     for block in sorted(range(len(blocks)), key=lambda i: (-burden[i, 0], -burden[i, 1], -most[i], i)):
         rows = [0, 1, 2 + blocks[block].offset % frequency]
         after = loads[rows] + burden[block, rows][:, None]

@@ -26,6 +26,8 @@ from ds_optim.sharding.boxes import Box, is_one_range
 from ds_optim.sharding.exchange import Ranks, group_over
 from ds_optim.sharding.layout import Boxed, Layout, ParameterSpec, Replicated, RowSharded, Scattered
 
+_MOST_STRIPES = 4096  # on a rank: two for each of very many experts
+
 Placement: TypeAlias = Any
 """Of `torch.distributed.tensor`: a shard's ``dim`` is not every placement's."""
 
@@ -52,16 +54,20 @@ def read(name: str, tensor: Tensor, replicas: dist.ProcessGroup | None = None) -
     if known_torch.sums_for_averages(mesh.device_type):
         _say_sums()
     order = _order(mesh, tensor.placements)
-    if order is None:
+    striped = None if order is not None else _stripes(spec.shape, mesh, tensor.placements, cut)
+    if order is None and striped is None:
         held = ParameterSpec(name, tuple(tensor.to_local().shape))
         return BoundTensor(Scattered(held, placements=str(tensor.placements)))
     group = mesh.get_group(cut[0]) if len(cut) == 1 else group_over(_along(mesh, cut))
     ranks = dist.get_process_group_ranks(group)
     layout: Layout
-    if len(cut) == 1 and tensor.placements[cut[0]] == Shard(0) and _along(mesh, cut) == ranks:
+    if order is None:
+        assert striped is not None
+        layout = Boxed(spec, striped)
+    elif len(cut) == 1 and tensor.placements[cut[0]] == Shard(0) and _along(mesh, cut) == ranks:
         layout = RowSharded(spec, len(ranks))
     else:
-        layout = Boxed(spec, tuple(boxes_of(spec.shape, mesh, tensor.placements, order, ranks)))
+        layout = Boxed(spec, tuple((box,) for box in boxes_of(spec.shape, mesh, tensor.placements, order, ranks)))
     return BoundTensor(layout, dist.get_rank(group), group, owners=_owners(mesh, cut))
 
 
@@ -98,6 +104,30 @@ def _order(mesh: DeviceMesh, placements: Sequence[Placement]) -> list[int] | Non
     return [dim for dim in cut if dim not in strided] + list(strided)[::-1]
 
 
+def _stripes(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], cut: Sequence[int]
+) -> tuple[tuple[Box, ...], ...] | None:
+    """What every rank along a mesh's one cut has of a parameter that is cut in stripes (packed tensor parallelism): a
+    part of each of the equal parts of a dimension. None where these are not boxes, or too many."""
+    (dim, *others), factor = cut, known_torch.split_factor(placements[cut[0]])
+    along, ranks = placements[dim].dim, mesh.size(dim)
+    leading = math.prod(shape[:along])
+    if others or factor is None or shape[along] % (factor * ranks) or leading * factor > _MOST_STRIPES:
+        return None
+    width, behind = shape[along] // (factor * ranks), shape[along + 1 :]
+    found = []
+    for rank in range(ranks):
+        first = range(rank * width, shape[along], ranks * width)
+        found.append(
+            tuple(
+                Box((*at, row, *(0 for _ in behind)), (*(index + 1 for index in at), row + width, *behind))
+                for at in product(*map(range, shape[:along]))
+                for row in first
+            )
+        )
+    return tuple(found)
+
+
 def problems(
     tensor: Tensor, bound: BoundTensor, *, is_elementwise: bool, stochastic: bool, in_codes: bool
 ) -> list[str]:
@@ -127,7 +157,8 @@ def problems(
                 "dimensions); use AdamW, Lion or Adan, or shard it that way"
             )
     elif isinstance(layout, Boxed) and isinstance(tensor, DTensor):
-        is_apart = any(not is_one_range(layout.parameter.shape, box) for box in layout.boxes)
+        shape = layout.parameter.shape
+        is_apart = any(len(its) > 1 or not is_one_range(shape, its[0]) for its in layout.boxes)
         how = f"{name} lies as {tensor.placements} over its mesh"
     if is_apart and in_codes:
         found.append(

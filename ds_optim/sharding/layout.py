@@ -6,9 +6,11 @@ communication, so one process can lay out 1,024 ranks. It knows nothing of deeps
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -188,14 +190,15 @@ class RowSharded:
 
 @dataclass(frozen=True, slots=True)
 class Boxed:
-    """One parameter of which every rank holds a box, row-major: tensor parallelism, alone or over sharded rows.
+    """One parameter of which every rank holds boxes: tensor parallelism, alone or over sharded rows.
 
     Attributes:
-        boxes: of each rank; together they are the parameter. One may be empty.
+        boxes: of each rank, one behind the other in its local tensor, each row-major: mostly one, several where it has
+            stripes; together they are the parameter. One may be empty.
     """
 
     parameter: ParameterSpec
-    boxes: tuple[Box, ...]
+    boxes: tuple[tuple[Box, ...], ...]
 
     @property
     def parameters(self) -> tuple[ParameterSpec, ...]:
@@ -206,17 +209,26 @@ class Boxed:
         return len(self.boxes)
 
     def local_numel(self, rank: int) -> int:
-        return self.boxes[rank].numel
+        return sum(box.numel for box in self.boxes[rank])
 
     def fragments(self, rank: int) -> list[Fragment]:
-        numel = self.boxes[rank].numel
-        return [Fragment(0, 0, numel, 0, rank)] if numel else []
+        before = sum(map(len, self.boxes[:rank]))
+        return [
+            Fragment(0, 0, box.numel, offset, before + at)
+            for at, (offset, box) in enumerate(_one_behind_the_other(self.boxes[rank]))
+            if box.numel
+        ]
 
     def parts(self, parameter: int) -> Sequence[Box]:
-        return self.boxes
+        return [box for boxes in self.boxes for box in boxes]
 
     def shares(self, parameter: int) -> Sequence[Share]:
-        return [Share((0, box.numel), (rank,)) for rank, box in enumerate(self.boxes)]
+        return [Share((0, box.numel), (rank,)) for rank, boxes in enumerate(self.boxes) for box in boxes]
+
+
+def _one_behind_the_other(boxes: Sequence[Box]) -> list[tuple[int, Box]]:
+    """Where each box begins in a local tensor that consists of them."""
+    return list(zip(accumulate((box.numel for box in boxes), initial=0), boxes, strict=False))
 
 
 @dataclass(frozen=True)
@@ -229,14 +241,14 @@ class TensorParallel:
 
     Attributes:
         whole: the parameters in the local tensors.
-        boxes: of each of them, what every tensor-parallel rank has; none where all have the whole.
+        boxes: of each of them, what every tensor-parallel rank has, as in `Boxed`; none where all have the whole.
         layouts: on every tensor-parallel rank: what its local tensor holds, parameters as if a rank's box were all.
         places: of every rank: its tensor-parallel rank, and its rank in that layout.
         axis: what a plan calls the former: ``tp``, or ``ep`` of stacks of experts.
     """
 
     whole: tuple[ParameterSpec, ...]
-    boxes: tuple[tuple[Box, ...], ...]
+    boxes: tuple[tuple[tuple[Box, ...], ...], ...]
     layouts: tuple[Layout, ...]
     places: tuple[tuple[int, int], ...]
     axis: str = "tp"
@@ -266,21 +278,35 @@ class TensorParallel:
     def fragments(self, rank: int) -> list[Fragment]:
         column, row = self.places[rank]
         index = {inner: at for at, (inner, copy) in enumerate(self._listed) if copy in (-1, column)}
-        return [
-            replace(found, parameter=index[found.parameter], part=column if self.boxes[found.parameter] else 0)
-            for found in self.layouts[column].fragments(row)
-        ]
+        found = list[Fragment]()
+        for one in self.layouts[column].fragments(row):
+            boxes, at = self.boxes[one.parameter], index[one.parameter]
+            if not boxes:
+                found.append(replace(one, parameter=at))
+                continue
+            before = sum(map(len, boxes[:column]))
+            for part, (begin, box) in enumerate(_one_behind_the_other(boxes[column]), before):
+                low, high = max(one.start, begin), min(one.stop, begin + box.numel)
+                if low < high:
+                    found.append(Fragment(at, low - begin, high - begin, one.offset + low - one.start, part))
+        return found
 
     def parts(self, parameter: int) -> Sequence[Box]:
         inner, _ = self._listed[parameter]
-        return self.boxes[inner] or [whole(self.whole[inner].shape)]
+        return [box for of_column in self.boxes[inner] for box in of_column] or [whole(self.whole[inner].shape)]
 
     def shares(self, parameter: int) -> Sequence[Share]:
         inner, copy = self._listed[parameter]
         found = []
         for column in range(len(self.layouts)) if copy < 0 else (copy,):
-            for edges, rows in self.layouts[column].shares(inner):
-                found.append(Share(edges, [self._ranks[column, row] for row in rows]))
+            (edges, rows), *_ = self.layouts[column].shares(inner)
+            ranks = [self._ranks[column, row] for row in rows]
+            for begin, box in _one_behind_the_other(self.boxes[inner][column]) if copy < 0 else [(0, None)]:
+                end = begin + box.numel if box is not None else edges[-1]
+                inside = [edge for edge in edges if begin < edge < end]
+                first = bisect_right(edges, begin, hi=len(ranks)) - 1
+                its = ranks[first : first + len(inside) + 1]
+                found.append(Share([0, *(edge - begin for edge in inside), end - begin], its))
         return found
 
 

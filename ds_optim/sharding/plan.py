@@ -148,15 +148,15 @@ class Plan:
                 received += numel
                 received[owner] -= numel
                 continue
-            sources = held.ranks + owner // shards * shards
+            holders, held_by = held.totals
             for ranks, counts, to, by in (
-                (sources, held.counts, received, sent),
+                (holders + owner // shards * shards, held_by, received, sent),
                 (*held.everywhere(self.replicas, shards), sent, received),
             ):
                 remote = ranks != owner
                 to[owner] += counts[remote].sum()
                 np.add.at(by, ranks[remote], counts[remote])
-            straddling += (self.replicas + 1) * numel - 2 * int(held.counts.max())
+            straddling += (self.replicas + 1) * numel - 2 * held.most
         refreshes = np.zeros((self.frequency, self.world_size))
         for block, owner in zip(self.blocks, self.owners, strict=True):
             refreshes[block.offset, owner] += block.work.refresh_flops

@@ -15,7 +15,7 @@ import numpy as np
 
 from ds_optim.sharding.assignment import Block, HeldParts, Holding
 from ds_optim.sharding.boxes import Rectangle, elements_before, placed, shared, strides_of, within
-from ds_optim.sharding.layout import Layout
+from ds_optim.sharding.layout import Fragment, Layout
 
 BUCKET_SIZE = 1 << 24
 """Default ``exchange_bucket_size``, elements: 64 MiB of fp32 per buffer."""
@@ -181,9 +181,10 @@ class _Load:
 
     def add(self, rank: int, numel: int, held: Holding) -> bool:
         """Count a block that ``rank`` owns, unless that is too much for any rank; the first is not, whatever it is."""
-        ranks = held.ranks + rank // self._shards * self._shards  # none if replicated
+        holders, counts = held.totals  # none if replicated
+        ranks = holders + rank // self._shards * self._shards
         remote = ranks != rank
-        ranks, counts = ranks[remote], held.counts[: len(ranks)][remote]
+        ranks, counts = ranks[remote], counts[remote]
         fits = (
             self._computed[rank] + numel <= self._limit
             and self._received[rank] + counts.sum() <= self._limit
@@ -238,7 +239,10 @@ class BucketTables:
         self._message_size = message_size(bucket_size)
         self._replicas, self._shards = replicas, world_size // replicas
         shard = rank % self._shards
-        self._fragments = [{found.parameter: found for found in layout.fragments(shard)} for layout in layouts]
+        self._fragments: list[dict[int, list[Fragment]]] = [{} for _ in layouts]
+        for mine, layout in zip(self._fragments, layouts, strict=True):
+            for found in layout.fragments(shard):
+                mine.setdefault(found.parameter, []).append(found)
         self._parts: dict[tuple[int, int], HeldParts] = {}
 
     def bucket(self, members: Sequence[int]) -> Bucket:
@@ -346,34 +350,33 @@ class BucketTables:
     def _piece(self, block: int, start: int, *, is_own: bool = False) -> Piece | None:
         """What this rank holds of a block, if anything."""
         one = self._blocks[block]
-        fragment = self._fragments[one.tensor].get(one.parameter)
-        if fragment is None:
-            return None
         box, parts = one.tile.box, self._parts_of(block)
-        part = parts.boxes[fragment.part]
-        common = shared(box, part)
-        if common is None:
+        found, inside, strides = list[Rectangle](), list[Rectangle](), tuple[int, ...]()
+        for fragment in self._fragments[one.tensor].get(one.parameter, ()):
+            part = parts.boxes[fragment.part]
+            common = shared(box, part)
+            if common is None:
+                continue
+            local = within(common, part)
+            low, high = elements_before(part.shape, local, np.array([fragment.start, fragment.stop])).tolist()
+            if low == high:
+                continue
+            shift = fragment.offset - fragment.start
+            found += [Rectangle(its.offset + shift, its.shape) for its in placed(part.shape, local, low, high)]
+            strides = strides or strides_of(part.shape)  # those of stripes differ where they are one element thick
+            if is_own:
+                inside += placed(box.shape, within(common, box), low, high)
+        if not found:
             return None
-        local = within(common, part)
-        low, high = elements_before(part.shape, local, np.array([fragment.start, fragment.stop])).tolist()
-        if low == high:
-            return None
-        shift = fragment.offset - fragment.start
-        found = tuple(
-            Rectangle(rectangle.offset + shift, rectangle.shape) for rectangle in placed(part.shape, local, low, high)
-        )
-        inside = None
-        if is_own:
-            inside = InBlock(tuple(placed(box.shape, within(common, box), low, high)), strides_of(box.shape))
         return Piece(
             one.tensor,
             one.parameter,
-            found,
-            strides_of(part.shape),
-            high - low,
+            tuple(found),
+            strides,
+            sum(rectangle.numel for rectangle in found),
             start,
             self._owners[block],
-            inside,
+            InBlock(tuple(inside), strides_of(box.shape)) if is_own else None,
         )
 
 
