@@ -272,42 +272,52 @@ def share(run: Parallel, name: str) -> float:
 
 
 @contextmanager
-def engine_of(run: Parallel) -> Any:
-    """An engine whose gradients are the constants, and the step that they are of."""
+def engine_alone(model: nn.Module, config: dict[str, Any]) -> Any:
+    """An engine, of which DeepSpeed keeps nothing afterwards: a pipeline's mpu, the groups of AutoTP."""
     import deepspeed
     import deepspeed.utils.groups as known
 
-    clock = {"step": 0}
     take_defaults()
-    model = run.model()
-    engine, *_ = deepspeed.initialize(model=model, config=run.config(), model_parameters=list(model.parameters()))
-    spread = max(run.slices, run.stacks, 1)
-    slices = slices_in(engine.module)  # a test of its own holds them against the whole
-    for name, parameter in names_of(engine.module, run.experts).items():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if run.stacks and ".experts." in name:
-            shape = (EXPERTS, *shape[1:])
-        sliced = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None) or {}
-        shape = tuple(sliced.get("logical_shape") or shape)
-
-        boxes = slices[parameter].boxes if parameter in slices else ((),)
-
-        def constant(
-            grad: Tensor, name: str = name, shape: tuple[int, ...] = shape, boxes: tuple[tuple[Box, ...], ...] = boxes
-        ) -> Tensor:
-            whole, rank = constant_gradient(name, shape, clock["step"], run.seed).to(grad.dtype), dist.get_rank()
-            if len(boxes[0]) > 1:
-                parts = [whole[tuple(map(slice, box.start, box.stop))] for box in boxes[rank % spread]]
-                return torch.cat(parts).view(grad.shape)
-            return slice_of(whole, grad.shape, rank % spread, spread).clone()
-
-        parameter.register_hook(constant)
+    engine = None
     try:
-        yield engine, clock
+        engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))
+        yield engine
     finally:
-        engine.destroy()
-        # DeepSpeed keeps a pipeline's, and AutoTP's groups, for the engines that come after.
+        if engine is not None:
+            engine.destroy()
         known.mpu = known._TENSOR_MODEL_PARALLEL_GROUP = known._MODEL_PARALLEL_GROUP = known._DATA_PARALLEL_GROUP = None
+
+
+@contextmanager
+def engine_of(run: Parallel) -> Any:
+    """An engine whose gradients are the constants, and the step that they are of."""
+    clock = {"step": 0}
+    with engine_alone(run.model(), run.config()) as engine:
+        spread = max(run.slices, run.stacks, 1)
+        slices = slices_in(engine.module)  # a test of its own holds them against the whole
+        for name, parameter in names_of(engine.module, run.experts).items():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            if run.stacks and ".experts." in name:
+                shape = (EXPERTS, *shape[1:])
+            sliced = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None) or {}
+            shape = tuple(sliced.get("logical_shape") or shape)
+
+            boxes = slices[parameter].boxes if parameter in slices else ((),)
+
+            def constant(
+                grad: Tensor,
+                name: str = name,
+                shape: tuple[int, ...] = shape,
+                boxes: tuple[tuple[Box, ...], ...] = boxes,
+            ) -> Tensor:
+                whole, rank = constant_gradient(name, shape, clock["step"], run.seed).to(grad.dtype), dist.get_rank()
+                if len(boxes[0]) > 1:
+                    parts = [whole[tuple(map(slice, box.start, box.stop))] for box in boxes[rank % spread]]
+                    return torch.cat(parts).view(grad.shape)
+                return slice_of(whole, grad.shape, rank % spread, spread).clone()
+
+            parameter.register_hook(constant)
+        yield engine, clock
 
 
 def train(run: Parallel, engine: Any, clock: dict[str, int], steps: range) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ds_optim.deepspeed import model_parts
 from ds_optim.roles import infer_roles
+from parallel import engine_alone
 from pool import Pools
 
 SIZES = {
@@ -57,7 +58,6 @@ def model_of(family: str) -> nn.Module:
 
 def cut(model: nn.Module, check: Callable[[nn.Module, int], Any]) -> Any:
     """What is found of a model that AutoTP has cut over two ranks."""
-    import deepspeed
     import deepspeed.utils.groups as known
 
     config = {
@@ -66,13 +66,8 @@ def cut(model: nn.Module, check: Callable[[nn.Module, int], Any]) -> Any:
         "tensor_parallel": {"autotp_size": 2},
         "optimizer": {"type": "Adam", "params": {"lr": 1e-2}},
     }
-    try:
-        engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=list(model.parameters()))
-        found = check(engine.module, dist.get_rank(known.get_tensor_model_parallel_group()))
-        engine.destroy()
-    finally:
-        known.mpu = known._TENSOR_MODEL_PARALLEL_GROUP = known._MODEL_PARALLEL_GROUP = known._DATA_PARALLEL_GROUP = None
-    return found
+    with engine_alone(model, config) as engine:
+        return check(engine.module, dist.get_rank(known.get_tensor_model_parallel_group()))
 
 
 def compared(family: str) -> dict[str, Any]:
