@@ -106,7 +106,8 @@ class Parallel:
     seed: int = 0
 
     def __str__(self) -> str:
-        spread = f"{self.stages} stages" if self.stages else f"experts on {self.experts}"
+        spread = f"experts on {self.experts}" if self.experts else ""
+        spread = " ".join([f"{self.stages} stages", spread]).strip() if self.stages else spread
         spread = f"{self.slices} slices" if self.slices else spread
         spread = f"stacks on {self.stacks}" if self.stacks else spread
         return f"{self.optimizer.removeprefix('ds_optim.')} at ZeRO-{self.stage}, {spread}"
@@ -128,35 +129,40 @@ class Parallel:
 
     def model(self) -> nn.Module:
         """This rank's part, with the weights of its parameters' names; the whole of what AutoTP is going to cut."""
-        if self.slices or self.stacks:
-            model = (gated() if self.fused else llama(self.tied)) if self.slices else mixtral()
+        if self.stages:
+            model = pipeline(self.stages, self.experts)
+        elif self.stacks:
+            model = mixtral()
+        elif self.slices:
+            model = gated() if self.fused else llama(self.tied)
         else:
-            model = pipeline(self.stages) if self.stages else with_experts(self.experts)
+            model = with_experts(self.experts)
         with torch.no_grad():
             for name, parameter in names_of(model, self.experts).items():
                 parameter.copy_(weight(name, tuple(parameter.shape), self.seed))
         return model.bfloat16() if self.precision == "bf16" else model
 
 
-def pipeline(stages: int) -> nn.Module:
+def pipeline(stages: int, experts: int) -> nn.Module:
     from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 
     layers = [
         TiedLayerSpec("embed", Tied),
-        *(LayerSpec(Layer) for _ in range(LAYERS)),
+        *(LayerSpec(Layer, mixture(experts) if experts else None) for _ in range(LAYERS)),
         LayerSpec(nn.LayerNorm, WIDTH),
         TiedLayerSpec("embed", Tied, forward_fn=logits),
     ]
     return PipelineModule(layers, num_stages=stages, loss_fn=loss_of, partition_method="uniform")
 
 
-def with_experts(ranks: int) -> nn.Module:
+def mixture(ranks: int) -> nn.Module:
     from deepspeed.moe.layer import MoE
 
-    made = [
-        Layer(MoE(WIDTH, Mlp(), EXPERTS, ranks, k=1, min_capacity=8, capacity_factor=4.0) if index else None)
-        for index in range(2)
-    ]
+    return MoE(WIDTH, Mlp(), EXPERTS, ranks, k=1, min_capacity=8, capacity_factor=4.0)
+
+
+def with_experts(ranks: int) -> nn.Module:
+    made = [Layer(mixture(ranks) if index else None) for index in range(2)]
     return nn.Sequential(nn.Embedding(TOKENS, WIDTH), *made, nn.LayerNorm(WIDTH), nn.Linear(WIDTH, TOKENS, bias=False))
 
 
@@ -286,6 +292,10 @@ def engine_alone(model: nn.Module, config: dict[str, Any]) -> Any:
         if engine is not None:
             engine.destroy()
         known.mpu = known._TENSOR_MODEL_PARALLEL_GROUP = known._MODEL_PARALLEL_GROUP = known._DATA_PARALLEL_GROUP = None
+        for name in [
+            name for name in vars(known) if name.startswith("_EXPERT_") and isinstance(vars(known)[name], dict)
+        ]:
+            vars(known)[name].clear()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ds_optim import checkpoint
 from ds_optim.checkpoint import ranges
+from ds_optim.deepspeed.refusals import judge
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.roles import infer_roles
 from engines import constant_gradient
@@ -75,7 +76,16 @@ STACKS = [
 ]
 
 
-@pytest.mark.parametrize(("ranks", "run"), [*PIPELINES, *EXPERTS, *SLICES, *STACKS], ids=str)
+BOTH = [
+    (4, of("Muon", stages=2, experts=2, stage=0)),
+    (4, of("AdamMini", stages=2, experts=2, stage=1)),
+    (8, of("Shampoo", stages=2, experts=2, stage=1)),
+    (8, of("SWAN", slices=2, stage=2)),
+    (8, of("AdamMini", stacks=4, stage=1)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "run"), [*PIPELINES, *EXPERTS, *SLICES, *STACKS, *BOTH], ids=str)
 def test_every_rule_ends_with_the_bits_of_one_process(pool: Pools, ranks: int, run: Parallel) -> None:
     reports = pool(ranks).run(ran, run)
     assert gaps(run, whole_of(reports), alone(run, reports)) == {}
@@ -141,6 +151,7 @@ MOVES = {
     "one stage to three": ((2, {"stages": 1}), (3, {"stages": 3})),
     "experts on two ranks to one": ((4, {"experts": 2}), (2, {"experts": 1})),
     "experts on one rank to four": ((2, {"experts": 1}), (4, {"experts": 4})),
+    "two stages of experts to one": ((4, {"stages": 2, "experts": 2}), (2, {"stages": 1, "experts": 1})),
     "two slices to one": ((4, {"slices": 2}), (2, {"slices": 1})),
     "stacks on two ranks to one": ((4, {"stacks": 2}), (2, {"stacks": 1, "stage": 2})),
     "one slice to two": ((2, {"slices": 1}), (2, {"slices": 2, "stage": 2})),
@@ -158,6 +169,34 @@ def test_a_checkpoint_goes_on_elsewhere(pool: Pools, tmp_path: Path, name: str, 
     one, two = values_of(first), values_of(second)
     assert one.keys() == two.keys()
     assert [key for key, values in one.items() if not torch.equal(values, two[key])] == []
+
+
+IMPOSSIBLE = {
+    "a pipeline at ZeRO-2": (of("Muon", stages=2, stage=2), "incompatible with pipeline parallelism"),
+    "experts at ZeRO-3": (of("Muon", experts=2, stage=3), "MoE is not supported with ZeRO Stage 3"),
+    "a pipeline of slices": (of("Muon", stages=2, slices=2, stage=1), "Not able to determine model policy"),
+    "stacks and slices": (of("Muon", stacks=2, slices=2, stage=1), "the plan is rejected as a whole"),
+}
+
+
+def said_of(run: Parallel) -> str:
+    try:
+        with engine_of(run):
+            return ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(("run", "said"), IMPOSSIBLE.values(), ids=list(IMPOSSIBLE))
+def test_what_cannot_be_is_said(pool: Pools, run: Parallel, said: str) -> None:
+    """By DeepSpeed itself, deepspeed 0.19.8."""
+    for found in pool(4).run(said_of, run, timeout=60):
+        assert said in found
+
+
+def test_what_nobody_tried_is_refused() -> None:
+    config = of("Muon", stacks=2, slices=2, stage=1).config()
+    assert any("folds experts over slices" in reason for reason in judge(config)[1])
 
 
 def states_of(run: Parallel, name: str) -> dict[str, Tensor]:

@@ -32,8 +32,8 @@ from ds_optim.sharding.layout import (
     ParameterSpec,
     Replicated,
     SlicedParameters,
-    TensorParallel,
 )
+from ds_optim.sharding.tensor_parallel import TensorParallel
 
 _COMPARE_ELEMENTS = 1 << 24  # values compared at a time: bounds the check's memory
 

@@ -149,6 +149,8 @@ def engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, inferr
             "transposed and packed layers, an mpu's own), and an optimizer of blocks needs whole heads, rows and "
             "matrices: use AdamW, Lion or Adan, or FSDP2 over tensor parallelism"
         )
+    if engine.pipeline_parallelism and model_parts.tensor_parallel_size(engine) > 1:
+        problems.append("AutoTP inside a PipelineModule is not supported: set tensor_parallel.autotp_size to 1")
     try:
         roles_of(engine, roles, inferred)
     except ValueError as error:

@@ -21,7 +21,8 @@ from ds_optim.known_transformers import tensor_parallel_plan
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.roles.role import Role
 from ds_optim.sharding.boxes import Box
-from ds_optim.sharding.layout import Layout, ParameterSpec, TensorParallel
+from ds_optim.sharding.layout import Layout, ParameterSpec
+from ds_optim.sharding.tensor_parallel import TensorParallel
 
 Groups = Sequence[Sequence[ParameterSpec]]
 Column = Sequence[tuple[Groups, list[Layout]]]

@@ -14,8 +14,9 @@ from functools import cached_property
 import numpy as np
 
 from ds_optim.sharding.assignment import Block, Floats, Holding, Tile, Work, assign, holdings, stagger
-from ds_optim.sharding.layout import Layout, Replicated, TensorParallel
+from ds_optim.sharding.layout import Layout, Replicated
 from ds_optim.sharding.schedule import BUCKET_SIZE, Bucket, BucketTables, buckets
+from ds_optim.sharding.tensor_parallel import TensorParallel
 
 _SHOWN_RANKS = 16
 
