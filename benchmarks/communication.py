@@ -3,7 +3,8 @@
     python benchmarks/communication.py [--markdown docs/results/communication.md] [--skip-arithmetic]
 
 Counted: a Llama of the SWAN paper's 60M shape, two layers of it, in real DeepSpeed engines at ZeRO 1, 2 and 3 on 2 and
-4 ranks; every message's elements are counted as it is sent. The floor is what equal slices of every parameter make each
+4 ranks; every message's elements are counted as it is sent. The same over two tensor-parallel ranks (AutoTP), and a
+small Mixtral whose experts are spread over two (AutoEP). The floor is what equal slices of every parameter make each
 rank move on average: (N-1)/N * P/N elements in, and the same out. Computed: from shapes and layouts alone, as
 ``ds-optim estimate`` does.
 """
@@ -31,31 +32,45 @@ from ds_optim.blueprint import blueprint, meta_model
 from ds_optim.deepspeed.predict import predicted_layouts
 from ds_optim.sharding.plan import imbalance
 from ds_optim.stepping.owned_blocks import OwnedBlocks
+from parallel import engine_alone
 from pool import Pools
 
 ROOT = Path(__file__).parents[1]
 OPTIONS: dict[str, dict[str, Any]] = {"Shampoo": {"max_preconditioner_dim": 256}, "SWAN": {}}
 STAGES = (1, 2, 3)
+SPREAD: dict[str, dict[str, Any]] = {
+    "ZeRO": {},
+    "AutoTP": {"tensor_parallel": {"autotp_size": 2}},
+    "AutoEP": {"expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "mixtral"}},
+}
 RANKS = (2, 4)
 COMPUTED = [("llama2_7b", (8, 64, 1024)), ("llama2_70b", (8, 64, 1024))]
 
 
-def counted(optimizer: str, stage: int) -> dict[str, Any]:
+def counted(optimizer: str, stage: int, spread: str) -> dict[str, Any]:
     """Elements that this rank sent and received in the second step, and the plan's own figures."""
-    import deepspeed
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    config = json.loads((ROOT / "configs" / "models" / "llama_60m.json").read_text())
-    model = LlamaForCausalLM(LlamaConfig(**{**config, "num_hidden_layers": 2, "vocab_size": 512}))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "zero_optimization": {"stage": stage},
-            "optimizer": {"type": optimizer, "params": OPTIONS[optimizer]},
-        },
-    )
+    shape = json.loads((ROOT / "configs" / "models" / "llama_60m.json").read_text())
+    shape = {**shape, "num_hidden_layers": 2, "vocab_size": 512}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": optimizer, "params": OPTIONS[optimizer]},
+        **SPREAD[spread],
+    }
+    if "expert_parallel" in config:
+        shape = {**shape, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+        model = MixtralForCausalLM(MixtralConfig(**shape))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    with engine_alone(model, config) as engine:
+        return counted_in(engine)
+
+
+def counted_in(engine: Any) -> dict[str, Any]:
+    """The same of an engine."""
     tokens = torch.arange(16).view(1, 16)
     basic = engine.basic_optimizer
     for step in range(2):
@@ -65,7 +80,7 @@ def counted(optimizer: str, stage: int) -> dict[str, Any]:
         engine.step()
     costs = basic.plan.costs
     rank = torch.distributed.get_rank()
-    report = {
+    return {
         "sent": basic.stepper.traffic.sent,
         "received": basic.stepper.traffic.received,
         "messages": basic.stepper.traffic.messages,
@@ -74,30 +89,29 @@ def counted(optimizer: str, stage: int) -> dict[str, Any]:
         "straddling": costs.straddling,
         "elements": costs.matrix_elements,
     }
-    engine.destroy()
-    return report
 
 
 def counted_table(pools: Pools) -> tuple[list[str], bool]:
     """The counted figures as Markdown, and whether stage 3 keeps to 1.05 of the floor and counts equal the plan's."""
     lines = [
-        "| optimizer | ZeRO | ranks | floor, MB | sent, mean | sent, most | mean / floor | unavoidable | "
+        "| optimizer | ZeRO | ranks | cut by | floor, MB | sent, mean | sent, most | mean / floor | unavoidable | "
         "moved for balance | messages |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     good = True
-    cases = [(ranks, optimizer, stage) for ranks in RANKS for optimizer in OPTIONS for stage in STAGES]
-    for ranks, optimizer, stage in track(cases, description="counting"):
-        reports = pools(ranks).run(counted, optimizer, stage)
+    cases = [(ranks, optimizer, stage, "ZeRO") for ranks in RANKS for optimizer in OPTIONS for stage in STAGES]
+    cases += [(4, optimizer, stage, cut) for cut in ("AutoTP", "AutoEP") for optimizer in OPTIONS for stage in STAGES]
+    for ranks, optimizer, stage, cut in track(cases, description="counting"):
+        reports = pools(ranks).run(counted, optimizer, stage, cut)
         good &= all((one["sent"], one["received"]) == one["planned"] for one in reports)
         moved = [(one["sent"] + one["received"]) / 2 for one in reports]
         mean, floor = sum(moved) / ranks, reports[0]["floor"]
         straddling = reports[0]["straddling"] / ranks
-        if stage == 3:
+        if stage == 3 and cut == "ZeRO":
             good &= mean <= 1.05 * floor
         megabytes = 4 / 1e6
         lines.append(
-            f"| {optimizer} | {stage} | {ranks} | {floor * megabytes:.2f} | {mean * megabytes:.2f} | "
+            f"| {optimizer} | {stage} | {ranks} | {cut} | {floor * megabytes:.2f} | {mean * megabytes:.2f} | "
             f"{max(moved) * megabytes:.2f} | {mean / floor:.2f} | {straddling * megabytes:.2f} | "
             f"{(mean - straddling) * megabytes:.2f} | {reports[0]['messages']} |"
         )
@@ -160,6 +174,8 @@ def main() -> int:
         "*Floor*: equal slices of every parameter and one owner per matrix, twice (N-1)/N of P/N elements.",
         "*Unavoidable*: what would move if whoever holds most of a block owned it; the rest moves so that flops, state",
         "and refreshes are even. At ZeRO 1 and 2 a rank holds most matrices whole: the floor is only for comparison.",
+        "*AutoTP*: over two ranks, and ZeRO over two more; what tensor parallelism cuts must come together. *AutoEP*:",
+        "a Mixtral of four experts, two on each rank.",
         "",
         *lines,
         "",

@@ -21,6 +21,7 @@ from ds_optim.roles import infer_roles
 from engines import constant_gradient
 from parallel import Parallel, alone, engine_of, names_of, ran, report, train, whole_of
 from pool import Pools
+from test_eight_bit_state import with_small_ones
 from test_invariance import OPTIONS, STEPS
 
 LIMIT = {"AdamMini": 1e-6}  # the sums of cut blocks in another order; all others are bitwise
@@ -118,6 +119,18 @@ def test_stages_with_other_numbers_of_groups_are_refused(pool: Pools) -> None:
     """DeepSpeed would add the norms of one group up with those of another, and wait."""
     for said in pool(4).run(refused, of("AdamMini", stages=4, stage=1), timeout=60):
         assert "have 1 and 2 parameter groups" in said
+
+
+def in_eight_bits(run: Parallel) -> str:
+    with pytest.raises(RuntimeError, match="eight bits") as caught, engine_of(run):
+        pass
+    return str(caught.value)
+
+
+def test_eight_bits_of_columns_are_refused_by_name(pool: Pools) -> None:
+    full = Parallel("AdamMini", {"state_dtype": "int8"}, slices=2, stage=1)
+    for said in pool(2).run(with_small_ones, in_eight_bits, full, timeout=60):
+        assert "model.layers.0.self_attn.o_proj.weight: neighbouring elements" in said
 
 
 HALF = 4

@@ -163,6 +163,17 @@ def test_state_in_eight_bits_of_cut_rows(pool: Pools, name: str, ranks: int, sha
 
 
 @pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
+def test_state_in_eight_bits_of_matrices_that_are_cut_by_columns(
+    pool: Pools, ranks: int, shape: tuple[int, ...]
+) -> None:
+    """It lies at their owners, whole."""
+    case = Case("Shampoo", IN_CODES["Shampoo"], steps=STEPS["Shampoo"])
+    wanted = with_small_ones(by_one_process, case)
+    for found in pool(ranks).run(with_small_ones, differences, case, shape, wanted):
+        assert {key: gap for key, gap in found.items() if not gap <= 0} == {}
+
+
+@pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
 @pytest.mark.parametrize("name", ["ds_optim.Lion", "AdamMini", "Muon"])
 def test_stochastic_rounding_of_cut_rows(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
     case = Case(name, {**OPTIONS[name if name in OPTIONS else f"ds_optim.{name}"], "bf16_stochastic_round": True})

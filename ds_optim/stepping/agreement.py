@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ds_optim.errors import raise_all
 from ds_optim.listing import first_of
+from ds_optim.rule import AnyRule, WholeMatrix
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import Binding, BoundTensor, local_grad, locals_of, verify
 from ds_optim.sharding.exchange import Ranks, from_all_ranks
@@ -28,23 +29,24 @@ class Agreement:
 
     Args:
         owner: the optimizer's name, for messages.
-        is_elementwise: otherwise its rule needs whole rows, heads or matrices.
+        rule: its rule, which needs whole rows, heads or matrices unless it is elementwise.
         options: its options.
     """
 
-    def __init__(self, owner: str, is_elementwise: bool, options: Options) -> None:
-        self._owner, self._is_elementwise, self._options = owner, is_elementwise, options
+    def __init__(self, owner: str, rule: AnyRule, options: Options) -> None:
+        self._owner, self._rule, self._options = owner, rule, options
         self._seen: set[Tensor] = set()
 
     def problems_of(self, name: str, tensor: Tensor, bound: BoundTensor) -> list[str]:
         """Why a parameter cannot be stepped exactly."""
         kind = kind_problems(name, tensor)
+        is_coded = self._options.state_dtype == EIGHT_BITS
         return kind + dtensor.problems(
             tensor,
             bound,
-            is_elementwise=self._is_elementwise,
+            is_elementwise=self._rule.is_elementwise,
             stochastic=self._options.bf16_stochastic_round,
-            in_codes=self._options.state_dtype == EIGHT_BITS,
+            in_codes=is_coded and not isinstance(self._rule, WholeMatrix),  # of matrices it is at their owners
         )
 
     def check(self, tensors: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], stepper: Stepper) -> None:

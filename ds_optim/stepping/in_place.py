@@ -96,6 +96,9 @@ class InPlace:
         if isinstance(self.rule, Blockwise):
             for tensor in self.shards.tensors:
                 self.runs_of(tensor)
+        if self._is_coded:
+            for tensor in self.shards.tensors:
+                self.parts_of(tensor)
         return {}
 
     def backends(self, device: torch.device) -> set[str]:
@@ -345,7 +348,13 @@ def _part(
     codes = None
     if in_codes:
         grids = {layout.parameters[index].name: code_grid(layout.parameters[index].numel) for index in parameters}
-        codes = block_runs(layout, bound.rank, grids)
+        try:
+            codes = block_runs(layout, bound.rank, grids)
+        except ValueError as error:
+            raise ValueError(
+                f"{error.args[0].partition(':')[0]}: neighbouring elements, which share a scale in eight bits, lie on "
+                'several ranks: set state_dtype="fp32", or cut it along dimension 0 alone'
+            ) from None
     return KeptPart(parameters, spans, has_room or is_all, codes)
 
 

@@ -88,7 +88,9 @@ class OwnedBlocks:
         return other
 
     def agreed(self) -> dict[dist.ProcessGroup | None, str]:
-        return self.plans.digests()
+        found = self.plans.digests()
+        self._others.agreed()
+        return found
 
     def backends(self, device: torch.device) -> set[str]:
         groups = {self.shards.of(tensor).owner_group for tensor in self.shards.tensors}

@@ -98,7 +98,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.roles_given = roles
         self.ranks = ALONE
         self._names = ParameterNames(roles)
-        self._agreement = Agreement(owner, self.rule.is_elementwise, options)
+        self._agreement = Agreement(owner, self.rule, options)
         self._freezing = Freezing({})
         self._settle_gradients: Callable[[], None] | None = None
         self._joined: Joined | None = None
