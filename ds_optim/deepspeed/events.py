@@ -45,6 +45,33 @@ def before_clipping(engine: Any, action: Callable[[], object]) -> Callable[[], N
     return wrap(wrapper, "get_grads_for_norm" if is_bf16 else "unscale_and_clip_grads", clipping)
 
 
+def around_step(engine: Any, begins: Callable[[], object], done: Callable[[], object]) -> Callable[[], None]:
+    """Let ``begins()`` come before the step behind the last micro-batch, and ``done()`` after it.
+
+    A pipeline runs its passes and the step in one call.
+
+    Returns:
+        What takes it back.
+    """
+    is_pipeline = bool(getattr(engine, "pipeline_parallelism", False))
+
+    def step(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
+        is_last = is_pipeline or engine.is_gradient_accumulation_boundary()
+        if is_last:
+            begins()
+        result = wrapped(*args, **kwargs)
+        if is_last:
+            done()
+        return result
+
+    return wrap(engine, "_take_model_step" if is_pipeline else "step", step)
+
+
+def called_in_training(engine: Any) -> Any:
+    """What the forward pass of a step calls: the engine, or a pipeline's module."""
+    return engine.module if getattr(engine, "pipeline_parallelism", False) else engine
+
+
 def around_load(engine: Any, around: Callable[[Callable[[], Any], Any, dict[str, Any]], Any]) -> None:
     """Let ``around(load, engine, asked)`` take the place of this engine's ``load_checkpoint``.
 

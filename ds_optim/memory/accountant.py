@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ds_optim.deepspeed.events import called_in_training
 from ds_optim.memory import cross_checks
 from ds_optim.memory.errors import MemoryAccountError
 from ds_optim.memory.labels import (
@@ -183,7 +184,7 @@ class MemoryAccountant:
             step_done=self.step_done,
             passing=self._hint,
         )
-        self._restore.extend(hook_model(model, calls))
+        self._restore.extend(hook_model(called_in_training(model) if is_engine else model, calls))
         basic = basic_optimizer(self._optimizer)
         self._restore.extend(hook_engine(model, basic, calls) if is_engine else hook_optimizer(basic, calls))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_optim.deepspeed.events import around_step
 from ds_optim.memory.record import Category
 from ds_optim.memory.tracker import in_backward
 
@@ -69,19 +70,7 @@ def hook_engine(engine: Any, optimizer: torch.optim.Optimizer, calls: PhaseCalls
         optimizer: of the engine, unwrapped.
         calls: ``optimizer_step``, ``handed`` and ``step_done`` are used.
     """
-    original = engine.step
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        is_last = engine.is_gradient_accumulation_boundary()
-        if is_last:
-            calls.optimizer_step()
-        result = original(*args, **kwargs)
-        if is_last:
-            calls.step_done()
-        return result
-
-    engine.step = step
-    yield lambda: vars(engine).pop("step", None)
+    yield around_step(engine, calls.optimizer_step, calls.step_done)
     yield optimizer.register_step_pre_hook(lambda *_: calls.handed()).remove
 
 
