@@ -6,6 +6,7 @@ The models, gradients and one-process runs are those of `parallel`.
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,30 @@ def test_slices_have_the_roles_of_the_whole(pool: Pools, tied: bool) -> None:
             key: replace(role, source="module") for key, role in before.items()
         }
         assert found["model.layers.0.self_attn.k_proj.weight"].head_dim == 6
+
+
+def stated(run: Parallel) -> Any:
+    """The roles of an engine whose JSON states some by pattern, and the groups of its parameters."""
+    with engine_of(run) as (engine, _):
+        shards = engine.basic_optimizer.shards
+        decays = [group["weight_decay"] for group in engine.basic_optimizer.param_groups]
+        return {name: shards.roles[name].kind for name in shards.shapes}, decays
+
+
+@pytest.mark.parametrize(
+    ("run", "pattern"),
+    [
+        (of("AdamMini", stages=2, stage=0), "3.mlp.up_proj.weight"),  # of the second stage
+        (of("AdamMini", experts=2), "*.deepspeed_experts.3.up_proj.weight"),  # of one rank of two
+    ],
+    ids=str,
+)
+def test_patterns_are_meant_for_the_whole_model(pool: Pools, run: Parallel, pattern: str) -> None:
+    options = {**run.options, "roles": {pattern: "other", "*.up_proj.weight": "linear"}}
+    reports = pool(4).run(stated, replace(run, options=options))
+    kinds = {name: kind for roles, _ in reports for name, kind in roles.items() if "up_proj" in name}
+    assert sorted(kinds.values()) == ["linear"] * (len(kinds) - 1) + ["other"]
+    assert kinds[next(name for name in kinds if fnmatchcase(name, pattern))] == "other"
 
 
 def refused(run: Parallel) -> str:

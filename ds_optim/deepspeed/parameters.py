@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ds_optim.deepspeed.model_parts import names_in, shapes_in
+from ds_optim.deepspeed.model_parts import is_apart, names_in, shapes_in
+from ds_optim.deepspeed.reader import ranks_of
 from ds_optim.roles import logical_shape
 from ds_optim.roles.overrides import override_roles
 from ds_optim.roles.role import Role
+
+T = TypeVar("T")
 
 
 def parameter_of(entry: Any) -> Tensor:
@@ -48,9 +51,25 @@ def names_of(engine: Any, parameters: list[Tensor]) -> dict[Tensor, str]:
 
 
 def roles_of(engine: Any, given: Any, inferred: Mapping[str, Role]) -> Mapping[str, Role]:
-    """The role of every parameter of the engine's module: inferred, then overridden by what the user gave."""
+    """The role of every parameter of the engine's module: inferred, then overridden by what the user gave.
+
+    Where ranks have different parameters a collective: patterns are meant for the whole model.
+
+    Raises:
+        ValueError: see `ds_optim.roles.override_roles`.
+    """
     if given is None or isinstance(given, torch.nn.Module):
         return inferred
     whole = shapes_in(engine.module)
-    shapes = {name: whole[parameter] for parameter, name in names_in(engine.module).items()}
-    return override_roles(inferred, given, shapes)
+    mine = {name: (whole[parameter], inferred[name]) for parameter, name in names_in(engine.module).items()}
+    everyones = {**anywhere(engine, mine), **mine}
+    roles = {name: role for name, (_, role) in everyones.items()}
+    found = override_roles(roles, given, {name: shape for name, (shape, _) in everyones.items()})
+    return {name: found[name] for name in mine}
+
+
+def anywhere(engine: Any, mine: Mapping[str, T]) -> dict[str, T]:
+    """What all ranks of an engine have, by parameters' names: a collective where they have different ones."""
+    if not is_apart(engine):
+        return dict(mine)
+    return {name: its for one in ranks_of(engine).everyones(mine).values() for name, its in one.items()}

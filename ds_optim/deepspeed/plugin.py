@@ -23,7 +23,7 @@ from ds_optim.deepspeed.configuration import DsOptimObject, option_problems, war
 from ds_optim.deepspeed.model_parts import names_in, roles_in
 from ds_optim.deepspeed.names import install_names, names
 from ds_optim.deepspeed.overlooked import overlooked, watch_trainer
-from ds_optim.deepspeed.parameters import grouped, is_trained, listed, names_of, parameter_of, roles_of
+from ds_optim.deepspeed.parameters import anywhere, grouped, is_trained, listed, names_of, parameter_of, roles_of
 from ds_optim.deepspeed.refusals import engine_problems, untrained
 from ds_optim.deepspeed.resume import guard_resuming
 from ds_optim.errors import in_one, raise_on_all_ranks
@@ -226,10 +226,11 @@ def _called(engine: Any, groups: list[Any]) -> list[Any]:
 def _exempt(engine: Any, no_decay: tuple[str, ...] | None, roles: Mapping[str, Role]) -> tuple[set[Tensor], list[str]]:
     """The parameters without weight decay, and patterns that match none."""
     named = {name: parameter for parameter, name in names_in(engine.module).items()}
+    everywhere = anywhere(engine, dict.fromkeys(named, True))
     problems = [
         f'"no_decay": {pattern!r} matches no parameter'
         for pattern in no_decay or ()
-        if not exempt_names(named, roles, [pattern])
+        if not exempt_names(everywhere, {}, [pattern])
     ]
     return {named[name] for name in exempt_names(named, roles, no_decay)}, problems
 
