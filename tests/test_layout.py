@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from ds_optim.sharding.layout import (
     check,
     digest,
 )
+from ds_optim.sharding.tensor_parallel import TensorParallel
 
 
 @st.composite
@@ -63,6 +64,57 @@ def boxed(draw: st.DrawFn) -> tuple[Layout, dict[str, BlockGrid]]:
     return Boxed(ParameterSpec("p0", shape), tuple((box,) for box in draw(st.permutations(boxes)))), {"p0": grid}
 
 
+def boxes_over(draw: st.DrawFn, shape: tuple[int, ...], columns: int) -> tuple[tuple[Box, ...], ...]:
+    """What each of some ranks has of a parameter: nothing of it cut, one box of each, or stripes."""
+    kind = draw(st.sampled_from(["whole", "box", "box", "stripes"]))
+    if kind == "whole":
+        return ()
+    dim = draw(st.integers(0, len(shape) - 1))
+    stripes = draw(st.integers(1, 3)) if kind == "stripes" else 1
+    inner = draw(st.lists(st.integers(0, shape[dim]), min_size=stripes * columns - 1, max_size=stripes * columns - 1))
+    edges = list(pairwise(sorted([0, shape[dim], *inner])))
+    corners = list(product(*map(range, shape[:dim]))) if kind == "stripes" else [()]
+    found = []
+    for column in range(columns):
+        boxes = []
+        for corner in corners:
+            for low, high in edges[column::columns]:
+                start, stop = [0] * len(shape), list(shape)
+                start[: len(corner)], stop[: len(corner)] = corner, [index + 1 for index in corner]
+                start[dim], stop[dim] = low, high
+                boxes.append(Box(tuple(start), tuple(stop)))
+        found.append(tuple(boxes))
+    return tuple(found)
+
+
+def cut_over(draw: st.DrawFn, specs: tuple[ParameterSpec, ...], world_size: int) -> Layout:
+    """Parameters over tensor-parallel ranks, and what each of these has over the others."""
+    columns = draw(st.sampled_from([count for count in (1, 2, 3, 4) if world_size % count == 0]))
+    boxes = tuple(boxes_over(draw, spec.shape, columns) for spec in specs)
+    rows, layouts = world_size // columns, list[Layout]()
+    is_flat = draw(st.booleans())
+    for column in range(columns):
+        sizes = [
+            sum(box.numel for box in its[column]) if its else spec.numel for spec, its in zip(specs, boxes, strict=True)
+        ]
+        local = tuple(ParameterSpec(spec.name, (size,)) for spec, size in zip(specs, sizes, strict=True))
+        if is_flat:
+            offsets = tuple(accumulate(sizes[:-1], initial=0))
+            layouts.append(FlatPartition(local, offsets, max(-(-sum(sizes) // rows), 1), rows))
+        else:
+            layouts.append(SlicedParameters(local, rows))
+    places = draw(st.permutations([(column, row) for row in range(rows) for column in range(columns)]))
+    return TensorParallel(specs, boxes, tuple(layouts), tuple(places))
+
+
+@st.composite
+def sliced(draw: st.DrawFn) -> tuple[Layout, dict[str, BlockGrid]]:
+    """Parameters that tensor parallelism cuts, in boxes or stripes, or has a copy of on each rank, under ZeRO."""
+    found = {f"p{index}": grid for index, grid in enumerate(draw(st.lists(grids(), min_size=1, max_size=3)))}
+    specs = tuple(ParameterSpec(name, (one.batch, one.reduce, one.axis, one.inner)) for name, one in found.items())
+    return cut_over(draw, specs, draw(st.integers(1, 6))), found
+
+
 def elements_of(layout: Layout, rank: int) -> dict[int, tuple[int, int]]:
     """Parameter and row-major element at every offset of a local tensor: by slicing."""
     found = {}
@@ -97,7 +149,7 @@ def first_element(grid: BlockGrid, block: int) -> int:
     return next(element for element in range(grid.numel) if block_of(grid, element) == block)
 
 
-@given(layouts() | boxed())
+@given(layouts() | boxed() | sliced())
 def test_a_layout_holds_every_element_once(drawn: tuple[Layout, dict[str, BlockGrid]]) -> None:
     layout, _ = drawn
     assert check(layout) == []
@@ -115,7 +167,7 @@ def test_a_layout_holds_every_element_once(drawn: tuple[Layout, dict[str, BlockG
                 ]
 
 
-@given(layouts() | boxed())
+@given(layouts() | boxed() | sliced())
 def test_runs_name_every_block_element_by_element(drawn: tuple[Layout, dict[str, BlockGrid]]) -> None:
     """Walk the tables as a kernel would and compare with the definition of a block."""
     layout, found = drawn
@@ -169,7 +221,7 @@ def test_runs_name_every_block_element_by_element(drawn: tuple[Layout, dict[str,
     assert set(cut_names) <= set(range(num_cuts.pop()))
 
 
-@given(layouts() | boxed())
+@given(layouts() | boxed() | sliced())
 def test_spans_leave_padding_out(drawn: tuple[Layout, dict[str, BlockGrid]]) -> None:
     layout, _ = drawn
     for rank in range(layout.world_size):

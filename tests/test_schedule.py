@@ -20,6 +20,7 @@ from ds_optim.sharding.boxes import Box, tiles
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 from ds_optim.sharding.plan import Plan
 from ds_optim.sharding.schedule import Bucket, InBlock, Piece
+from test_layout import cut_over
 
 Flat = NDArray[np.float64]
 
@@ -70,7 +71,9 @@ class Case:
         for tensor, layout in enumerate(self.plan.layouts):
             flat = np.full(layout.local_numel(rank), np.nan)
             for one in layout.fragments(rank):
-                flat[one.offset : one.offset + one.numel] = self.source(tensor, one.parameter)[one.start : one.stop]
+                box, shape = layout.parts(one.parameter)[one.part], layout.parameters[one.parameter].shape
+                part = self.source(tensor, one.parameter).reshape(shape)[tuple(map(slice, box.start, box.stop))]
+                flat[one.offset : one.offset + one.numel] = part.reshape(-1)[one.start : one.stop]
             found.append(flat)
         return found
 
@@ -90,6 +93,8 @@ def cases(draw: st.DrawFn, replicated: bool | None = None) -> Case:
             layouts.append(Replicated(specs[0], world_size))
         elif draw(st.booleans()):
             layouts.append(SlicedParameters(specs, world_size))
+        elif draw(st.booleans()):
+            layouts.append(cut_over(draw, specs, world_size))
         else:
             offsets, end = [], draw(st.integers(0, 2))
             for spec in specs:

@@ -80,7 +80,8 @@ class TensorParallel:
         found = []
         for column in range(len(self.layouts)) if copy < 0 else (copy,):
             (edges, rows), *_ = self.layouts[column].shares(inner)
-            ranks = [self._ranks[column, row] for row in rows]
+            has_any = self.layouts[column].parameters[inner].numel > 0
+            ranks = [self._ranks[column, row] for row in (rows if has_any else (0,))]
             for begin, box in one_behind_the_other(self.boxes[inner][column]) if copy < 0 else [(0, None)]:
                 end = begin + box.numel if box is not None else edges[-1]
                 inside = [edge for edge in edges if begin < edge < end]
