@@ -58,6 +58,7 @@ class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up_proj, self.down_proj = nn.Linear(WIDTH, 17, bias=False), nn.Linear(17, WIDTH, bias=False)
+        self.register_buffer("mark", torch.zeros(1))
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.down_proj(self.up_proj(hidden).relu())
@@ -90,6 +91,7 @@ class Parallel:
         slices: over how many ranks AutoTP cuts; 0: it does not.
         tied: of the model that it cuts, whether embeddings and output layer are.
         fused: the model that it cuts has two weights in one.
+        frozen: parts of the names of parameters that are not trained.
     """
 
     optimizer: str
@@ -102,6 +104,7 @@ class Parallel:
     slices: int = 0
     tied: bool = False
     fused: bool = False
+    frozen: tuple[str, ...] = ()
     steps: int = 10
     seed: int = 0
 
@@ -140,6 +143,11 @@ class Parallel:
         with torch.no_grad():
             for name, parameter in names_of(model, self.experts).items():
                 parameter.copy_(weight(name, tuple(parameter.shape), self.seed))
+                parameter.requires_grad_(not any(part in name for part in self.frozen))
+        for name, module in model.named_modules():
+            parts = name.split(".")
+            if parts[-2:-1] == ["deepspeed_experts"]:  # the number among all
+                module.mark.fill_(int(parts[-1]) + dist.get_rank() % self.experts * (EXPERTS // self.experts))
         return model.bfloat16() if self.precision == "bf16" else model
 
 
@@ -326,7 +334,8 @@ def engine_of(run: Parallel) -> Any:
                     return torch.cat(parts).view(grad.shape)
                 return slice_of(whole, grad.shape, rank % spread, spread).clone()
 
-            parameter.register_hook(constant)
+            if parameter.requires_grad:
+                parameter.register_hook(constant)
         yield engine, clock
 
 
@@ -389,8 +398,14 @@ def whole_of(reports: list[dict[str, Any]], when: str = "held") -> dict[str, Ten
     return found
 
 
-def alone(run: Parallel, reports: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """What one process without an engine ends with, from the shapes and roles that the ranks report."""
+def alone(
+    run: Parallel, reports: list[dict[str, Any]], later: Parallel | None = None, half: int = 0
+) -> dict[str, Tensor]:
+    """What one process without an engine ends with, from the shapes and roles that the ranks report.
+
+    Args:
+        later: the run that goes on after ``half`` steps.
+    """
     shapes = {name: shape for one in reports for name, shape in one["shapes"].items()}
     roles: dict[str, Role] = {name: role for one in reports for name, role in one["roles"].items()}
     made = {name: nn.Parameter(one.view(shapes[name])) for name, one in whole_of(reports, "before").items()}
@@ -407,6 +422,8 @@ def alone(run: Parallel, reports: list[dict[str, Any]]) -> dict[str, Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         for name, one in made.items():
-            one.grad = constant_gradient(name, tuple(one.shape), step, run.seed) * share(run, name)
+            one.grad = constant_gradient(name, tuple(one.shape), step, run.seed) * share(
+                later if later is not None and step > half else run, name
+            )
         optimizer.step()
     return {name: one.detach().reshape(-1) for name, one in made.items()}

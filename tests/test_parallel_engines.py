@@ -5,6 +5,7 @@ The models, gradients and one-process runs are those of `parallel`.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,8 +20,7 @@ from ds_optim.checkpoint import ranges
 from ds_optim.deepspeed.refusals import judge
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.roles import infer_roles
-from engines import constant_gradient
-from parallel import Parallel, alone, engine_of, names_of, ran, report, train, whole_of
+from parallel import Parallel, alone, engine_of, held, names_of, ran, report, train, whole_of
 from pool import Pools
 from test_eight_bit_state import with_small_ones
 from test_invariance import OPTIONS, STEPS
@@ -79,6 +79,10 @@ STACKS = [
 
 
 BOTH = [
+    (4, of("Muon", slices=2, stage=2, precision="bf16")),
+    (4, of("AdamMini", stages=2, stage=1, precision="bf16")),
+    (4, of("Shampoo", stacks=2, stage=1, precision="bf16")),
+    (4, of("SWAN", experts=2, stage=2, precision="bf16")),
     (4, of("Muon", stages=2, experts=2, stage=0)),
     (4, of("AdamMini", stages=2, experts=2, stage=1)),
     (8, of("Shampoo", stages=2, experts=2, stage=1)),
@@ -161,15 +165,20 @@ def test_eight_bits_of_columns_are_refused_by_name(pool: Pools) -> None:
 HALF = 4
 
 
-def saved(run: Parallel, directory: Path) -> None:
+def saved(run: Parallel, directory: Path) -> dict[str, Any]:
     with engine_of(run) as (engine, clock):
+        before = held(engine)
         train(run, engine, clock, range(1, HALF + 1))
         checkpoint.save(directory, engine, tag="half")
+        return {"before": before}
 
 
 def resumed(run: Parallel, directory: Path, again: Path) -> dict[str, Any]:
     """The rest of a run elsewhere, once it was loaded, and saved as it was loaded."""
     with engine_of(run) as (engine, clock):
+        with torch.no_grad():
+            for parameter in engine.module.parameters():
+                parameter.zero_()
         checkpoint.load(directory, engine)
         checkpoint.save(again, engine, tag="half")
         train(run, engine, clock, range(HALF + 1, run.steps + 1))
@@ -184,6 +193,8 @@ def values_of(directory: Path) -> dict[str, Tensor]:
     return found
 
 
+STACKED = {"frozen": ("k_proj", "w2", "norm")}
+FROZEN = {"frozen": ("k_proj", "down_proj", "norm")}
 MOVES = {
     "two stages to one": ((4, {"stages": 2}), (2, {"stages": 1})),
     "one stage to three": ((2, {"stages": 1}), (3, {"stages": 3})),
@@ -191,7 +202,12 @@ MOVES = {
     "experts on one rank to four": ((2, {"experts": 1}), (4, {"experts": 4})),
     "two stages of experts to one": ((4, {"stages": 2, "experts": 2}), (2, {"stages": 1, "experts": 1})),
     "two slices to one": ((4, {"slices": 2}), (2, {"slices": 1})),
+    "experts on four ranks to one": ((4, {"experts": 4}), (2, {"experts": 1})),
+    "stacks on one rank to two": ((2, {"stacks": 1}), (4, {"stacks": 2, "stage": 2})),
+    "stacks on two ranks to one, some frozen": ((4, {"stacks": 2, **STACKED}), (2, {"stacks": 1, **STACKED})),
     "stacks on two ranks to one": ((4, {"stacks": 2}), (2, {"stacks": 1, "stage": 2})),
+    "two slices to one, some frozen": ((4, {"slices": 2, **FROZEN}), (2, {"slices": 1, **FROZEN})),
+    "two slices to one, some frozen, ZeRO-3": ((4, {"slices": 2, "stage": 3, **FROZEN}), (2, {"slices": 1, **FROZEN})),
     "one slice to two": ((2, {"slices": 1}), (2, {"slices": 2, "stage": 2})),
 }
 
@@ -200,13 +216,23 @@ MOVES = {
 @pytest.mark.parametrize(("before", "after"), MOVES.values(), ids=list(MOVES))
 def test_a_checkpoint_goes_on_elsewhere(pool: Pools, tmp_path: Path, name: str, before: Any, after: Any) -> None:
     (ranks, settings), (others, other_settings) = before, after
-    run, other = of(name, **settings), of(name, seed=1, **other_settings)
+    run, other = of(name, steps=12, **settings), of(name, steps=12, **other_settings)
     first, second = tmp_path / "first", tmp_path / "second"
-    pool(ranks).run(saved, run, first)
-    pool(others).run(resumed, other, first, second)
+    begun = pool(ranks).run(saved, run, first)
+    reports = pool(others).run(resumed, other, first, second)
     one, two = values_of(first), values_of(second)
     assert one.keys() == two.keys()
     assert [key for key, values in one.items() if not torch.equal(values, two[key])] == []
+    about = [json.loads((folder / "half" / "about.json").read_text()) for folder in (first, second)]
+    assert about[0]["parameters"] == about[1]["parameters"]
+    assert about[0]["module"] == about[1]["module"]
+    marks = {key: float(values) for key, values in one.items() if "deepspeed_experts" in key and key.endswith("mark")}
+    assert all(key.split(".")[-2] == str(int(value)) for key, value in marks.items())
+    shapes = {name: shape for report in reports for name, shape in report["shapes"].items()}
+    ends = [{**report, "before": {}} for report in reports]
+    begins = [{**report, "shapes": shapes, "roles": {}} for report in begun]
+    wanted = alone(run, [*ends, *begins], other, HALF)
+    assert gaps(run, whole_of(reports), wanted) == {}
 
 
 IMPOSSIBLE = {
@@ -235,6 +261,46 @@ def test_what_cannot_be_is_said(pool: Pools, run: Parallel, said: str) -> None:
 def test_what_nobody_tried_is_refused() -> None:
     config = of("Muon", stacks=2, slices=2, stage=1).config()
     assert any("folds experts over slices" in reason for reason in judge(config)[1])
+
+
+def gone_on_by_deepspeed(run: Parallel, folder: Path) -> dict[str, Any]:
+    """A run that DeepSpeed's own checkpoint carries over to another engine."""
+    with engine_of(run) as (engine, clock):
+        before = held(engine)
+        train(run, engine, clock, range(1, HALF + 1))
+        engine.save_checkpoint(folder)
+    with engine_of(replace(run, steps=run.steps)) as (engine, clock):
+        engine.load_checkpoint(folder)
+        train(run, engine, clock, range(HALF + 1, run.steps + 1))
+        return {"before": before, **report(engine)}
+
+
+CARRIED = [
+    *(of(name, slices=2, stage=stage) for stage, name in enumerate(("Muon", "AdamMini", "Shampoo", "Muon"))),
+    *(of(name, stacks=2, stage=1 + stage) for stage, name in enumerate(("AdamMini", "Muon", "SWAN"))),
+    of("Shampoo", experts=2, stage=1),
+    *(of(name, stages=2, stage=stage) for stage, name in enumerate(("Muon", "Shampoo"))),
+]
+
+
+@pytest.mark.parametrize("run", CARRIED, ids=str)
+def test_deepspeeds_own_checkpoints_go_on(pool: Pools, tmp_path: Path, run: Parallel) -> None:
+    reports = pool(4).run(gone_on_by_deepspeed, run, tmp_path)
+    assert gaps(run, whole_of(reports), alone(run, reports)) == {}
+
+
+def partly_saved(run: Parallel, folder: Path) -> str:
+    with engine_of(run) as (engine, clock):
+        train(run, engine, clock, range(1, 2))
+        with pytest.raises(RuntimeError) as caught:
+            engine.save_checkpoint(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("run", [of("Muon", experts=2, stage=0), of("Shampoo", stacks=2, stage=0)], ids=str)
+def test_a_save_of_which_some_ranks_would_hear_is_refused(pool: Pools, tmp_path: Path, run: Parallel) -> None:
+    for said in pool(4).run(partly_saved, run, tmp_path, timeout=60):
+        assert "use ds_optim.checkpoint.save" in said
 
 
 def states_of(run: Parallel, name: str) -> dict[str, Tensor]:
@@ -284,4 +350,3 @@ def test_every_rank_hears_of_an_update_that_was_withheld(pool: Pools, run: Paral
     for step, said in pool(4).run(hears_of, run, name, timeout=90):
         assert step == 4  # the one behind the next
         assert f"{name}, block 0" in said
-        assert constant_gradient("", (1,), 1, 0).isfinite()

@@ -117,3 +117,22 @@ def turned() -> list[str]:
 
 def test_a_layer_that_interleaves_or_turns_is_not_known(pool: Pools) -> None:
     assert pool(1).run(turned) == [["0.weight"]]
+
+
+def norms_of_heads(registered: bool) -> list[str]:
+    """A model whose queries have a norm, cut; with or without what adds its gradients up."""
+
+    def check(module: nn.Module, _: int) -> list[str]:
+        for name, parameter in module.named_parameters():
+            if "_norm" in name:
+                parameter._ds_grad_allreduce_registered = registered  # type: ignore[attr-defined]
+        return model_parts.partial_gradients(module)
+
+    return cut(model_of("qwen3"), check)  # type: ignore[no-any-return]
+
+
+def test_norms_whose_gradients_nobody_adds_up_are_found(pool: Pools) -> None:
+    assert pool(2).run(norms_of_heads, True) == [[], []]
+    for found in pool(2).run(norms_of_heads, False):
+        assert "model.layers.0.self_attn.q_norm.weight" in found
+        assert len(found) == 4

@@ -91,8 +91,9 @@ def training_state_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple
     if found:
         return None, found
     training = TrainingState(model, optimizer, engine, ranks=ranks)
+    slices = dict[Tensor, model_parts.Slices]()
     if engine is not None:
-        names = model_parts.names_in(model)
+        names, slices = model_parts.names_in(model), model_parts.slices_in(model)
     else:
         names = {parameter: canonical_name(name) for name, parameter in model.named_parameters()}
     for tensor, parameters in (optimizer.logical() if optimizer is not None else {}).items():
@@ -107,8 +108,10 @@ def training_state_of(model: Any, optimizer: Any, ranks: Ranks = ALONE) -> tuple
         ]
     for parameter, name in names.items():
         if name not in trained:
-            training.untrained[name] = (logical_shape(parameter), *engine_state.local_weight(parameter))
-    for name, buffer in _buffers(model):
+            cut = slices.get(parameter)
+            shape = cut.whole if cut is not None else logical_shape(parameter)
+            training.untrained[name] = shape, *engine_state.local_weight(parameter, cut)
+    for name, buffer in _buffers(model, model_parts.naming(model) if engine is not None else canonical_name):
         training.untrained[name] = tuple(buffer.shape), [LogicalRange(0, buffer.numel(), 0)], buffer
     return training, []
 
@@ -134,11 +137,11 @@ def ask_others(training: TrainingState) -> None:
     training.of_others = frozenset(name for name, (_, holders) in mine.items() if first[name] != holders)
 
 
-def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _buffers(model: nn.Module, name_of: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                yield canonical_name(f"{prefix}.{name}" if prefix else name), buffer.detach()
+                yield name_of(f"{prefix}.{name}" if prefix else name), buffer.detach()
 
 
 # -- description ------------------------------------------------------------------------------------------------------
@@ -153,16 +156,17 @@ def described(training: TrainingState) -> dict[str, Any]:
 def _together(listed: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """What all ranks have. Parameter groups are the same if their settings are."""
     first, *others = listed
+    groups = [(group["settings"], dict.fromkeys(group["parameters"])) for group in first["groups"]]
     for one in others:
         for key in ("parameters", "module"):
-            first[key].update({name: its for name, its in one[key].items() if name not in first[key]})
+            first[key] = {**one[key], **first[key]}
         for group in one["groups"]:
-            same = next((known for known in first["groups"] if known["settings"] == group["settings"]), None)
+            same = next((names for settings, names in groups if settings == group["settings"]), None)
             if same is None:
-                first["groups"].append(group)
+                groups.append((group["settings"], dict.fromkeys(group["parameters"])))
             else:
-                same["parameters"] += [name for name in group["parameters"] if name not in same["parameters"]]
-    return first
+                same.update(dict.fromkeys(group["parameters"]))
+    return {**first, "groups": [{"parameters": list(names), "settings": settings} for settings, names in groups]}
 
 
 def _described_here(training: TrainingState) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_optim.checkpoint import content
@@ -46,9 +47,17 @@ def full_state(model: Any, name: str, optimizer: Any = None) -> dict[str, Tensor
     missing = [] if found or name in training.elsewhere else [f"no parameter called {name!r} is trained here"]
     raise_everywhere(ranks, missing, "there is no state to gather")
     values = _gathered(training, *found[0]) if found else {}
-    if training.elsewhere:
-        values = next((its for its in ranks.everyones(values).values() if its), {})
+    if training.elsewhere:  # one rank has it for all
+        is_first = bool(found) and name not in training.of_others and _is_first(training, found[0][0])
+        values = next((its for its in ranks.everyones(values if is_first else {}).values() if its), {})
     return values
+
+
+def _is_first(training: content.TrainingState, tensor: Tensor) -> bool:
+    """Whether this rank is the first of those that step a local tensor."""
+    assert training.optimizer is not None
+    group = training.optimizer.shards.of(tensor).owner_group
+    return group is None or dist.get_rank(group) == 0
 
 
 def _gathered(training: content.TrainingState, tensor: Tensor, index: int, one: LogicalParameter) -> dict[str, Tensor]:

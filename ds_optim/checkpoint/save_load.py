@@ -198,6 +198,8 @@ def _schedule_problems(training: content.TrainingState, saved: Any) -> list[str]
     rates = saved.get("base_lrs") if isinstance(saved, dict) else None
     if getattr(training.engine, "lr_scheduler", None) is None or rates is None or len(rates) == groups:
         return []
+    if training.elsewhere:
+        return [f"the learning-rate schedule is of {len(rates)} parameter groups on the first stage, {groups} here"]
     return [f"the learning-rate schedule was saved for {len(rates)} parameter groups, there are {groups} here"]
 
 

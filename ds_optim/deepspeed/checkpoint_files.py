@@ -107,7 +107,7 @@ class DeepSpeedFiles:
             raise CheckpointError(f"{self.folder / main} was not written by DeepSpeed's save_checkpoint")
         self.world_size = int(self.main["dp_world_size"])
         unknown = [name for name in names if name.startswith(("expert_", "expp_", "layer_"))]
-        if int(self.main.get("mp_world_size", 1)) > 1 or unknown:
+        if int(self.main.get("mp_world_size", 1)) > 1 or unknown or self.main.get("ds_autoep_layers"):
             raise CheckpointError(
                 f"{self.folder} is of a model- or pipeline-parallel run or has experts of their own: not supported"
             )

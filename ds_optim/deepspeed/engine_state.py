@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from ds_optim.deepspeed import model_parts, wrappers
 from ds_optim.sharding import dtensor
 from ds_optim.sharding.binding import BoundTensor, local_of
+from ds_optim.sharding.boxes import stretches
 from ds_optim.stepping.logical_tensors import LogicalRange, element_ranges
 
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -79,18 +80,33 @@ def restore_counters(engine: Any, found: Mapping[str, Any]) -> None:
                 setattr(scaler, name, value)
 
 
-def local_weight(parameter: Tensor) -> tuple[list[LogicalRange], Tensor]:
-    """Which of a parameter's elements are here, and where in them; all without ZeRO-3, FSDP2 or tensor parallelism."""
+def local_weight(parameter: Tensor, slices: model_parts.Slices | None = None) -> tuple[list[LogicalRange], Tensor]:
+    """Which of a parameter's elements are here, and where in them; all without ZeRO-3, FSDP2 or model parallelism.
+
+    Args:
+        slices: how the whole one is cut, if it is.
+    """
     if isinstance(parameter, DTensor):
         bound = dtensor.read("", parameter)
         return element_ranges(bound.layout, bound.rank)[0], local_of(parameter).detach()
-    if not hasattr(parameter, "ds_tensor"):
-        return [LogicalRange(0, parameter.numel(), 0)], parameter.detach()
-    sliced: Any = parameter
-    width, numel = sliced.partition_numel(), sliced.ds_numel
-    begin = min(width * dist.get_rank(sliced.ds_process_group), numel)
-    mine: Tensor = sliced.ds_tensor.detach().view(-1)
-    return [LogicalRange(begin, min(begin + width, numel), 0)], mine[: min(width, numel - begin)]
+    begin, end, values = 0, parameter.numel(), parameter.detach()
+    if hasattr(parameter, "ds_tensor"):
+        sliced: Any = parameter
+        width, numel = sliced.partition_numel(), sliced.ds_numel
+        begin = min(width * dist.get_rank(sliced.ds_process_group), numel)
+        end = min(begin + width, numel)
+        values = sliced.ds_tensor.detach().view(-1)[: end - begin]
+    if slices is None:
+        return [LogicalRange(begin, end, 0)], values
+    found, before = list[LogicalRange](), 0
+    for box in slices.boxes[slices.rank]:
+        low, high = max(begin, before), min(end, before + box.numel)
+        offset = low - begin
+        for start, stop in stretches(slices.whole, box, low - before, high - before):
+            found.append(LogicalRange(start, stop, offset))
+            offset += stop - start
+        before += box.numel
+    return found, values
 
 
 @torch.no_grad()

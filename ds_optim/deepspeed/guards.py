@@ -26,6 +26,7 @@ from ds_optim.errors import raise_on_all_ranks
 from ds_optim.instance_methods import after, wrap
 from ds_optim.listing import first_of
 from ds_optim.roles import canonical_name
+from ds_optim.rule import WholeMatrix
 
 
 def watch(engine: Any) -> None:
@@ -34,6 +35,33 @@ def watch(engine: Any) -> None:
     warn_of_skipped_steps(engine)
     step_outside_of_autograd(engine)
     refuse_lost_gradients(engine)
+    refuse_saves_of_some(engine)
+
+
+def refuse_saves_of_some(engine: Any) -> None:
+    """Let ``engine.save_checkpoint`` raise where DeepSpeed would ask some ranks alone for the optimizer's state.
+
+    Without ZeRO, of a model with experts, those that write them ask; blocks of what all ranks have the same have
+    different owners, of whom it is gathered, and the others would be waited for.
+    """
+    optimizer, has_experts = engine.basic_optimizer, bool(engine.has_moe_layers)
+    if not isinstance(optimizer.rule, WholeMatrix) or engine.zero_optimization_stage() > 0:
+        return
+    if engine.pipeline_parallelism:  # whose stages may have none
+        has_experts = any(optimizer.ranks.everyones(has_experts).values())
+    if not has_experts:
+        return
+
+    name = type(optimizer).__name__
+
+    def save(*_: Any) -> Any:
+        raise RuntimeError(
+            "DeepSpeed's save_checkpoint at ZeRO stage 0 asks only some ranks of a model with experts for the state of "
+            f"{name}, which all of them have a part of: use "
+            "ds_optim.checkpoint.save(directory, engine), or ZeRO stage 1"
+        )
+
+    wrap(engine, "save_checkpoint", save)
 
 
 def guard_loads(engine: Any) -> None:

@@ -7,7 +7,7 @@ parameters how they were cut; AutoEP's have a part of each stack of experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ds_optim.roles import canonical_name, infer_roles, logical_shape
 from ds_optim.roles.role import Role
-from ds_optim.sharding.boxes import Box
+from ds_optim.sharding.boxes import Box, between
 
 _LAYER = "MOELayer"  # of deepspeed.moe: a gate, and the experts of this rank
 _EXPERTS = "experts.deepspeed_experts"
@@ -62,32 +62,37 @@ class Slices(NamedTuple):
     Attributes:
         whole: its shape.
         boxes: what every rank of a group has of it, see `ds_optim.sharding.layout.Boxed`.
+        rank: this process's in that group.
         experts: the name of DeepSpeed's group of ranks that share its experts; empty: tensor parallelism cuts it.
     """
 
     whole: tuple[int, ...]
     boxes: tuple[tuple[Box, ...], ...]
+    rank: int
     experts: str = ""
 
 
 def slices_in(model: nn.Module) -> dict[Tensor, Slices]:
     """The parameters that AutoTP or AutoEP has cut, as their layers say."""
     found = dict[Tensor, Slices]()
+    rank = int(next((vars(module)["tp_index"] for module in model.modules() if "tp_index" in vars(module)), 0))
     for parameter in model.parameters():
         sliced = getattr(parameter, _SLICED, None) or {}
         sizes, dim, shape = sliced.get("partition_sizes"), sliced.get("partition_dim"), sliced.get("logical_shape")
         stripes = sliced.get("sub_param_shard_widths")
         if stripes and dim == 0 and shape:
-            found[parameter] = Slices(tuple(shape), _striped(shape, stripes))
+            found[parameter] = Slices(tuple(shape), _striped(shape, stripes), rank)
         elif sizes and dim is not None and shape and not stripes:
-            found[parameter] = Slices(tuple(shape), _boxes(shape, dim, sizes))
+            found[parameter] = Slices(tuple(shape), _boxes(shape, dim, sizes), rank)
     for module in model.modules():
         if type(module).__name__ == _EXPERT_LAYER:
             layer: Any = module
             sizes = [layer.num_local_experts] * layer.ep_size
             for parameter in layer.experts.parameters():
                 shape = (layer.num_experts, *logical_shape(parameter)[1:])
-                found[parameter] = Slices(shape, _boxes(shape, 0, sizes), layer.ep_group_name)
+                found[parameter] = Slices(
+                    shape, _boxes(shape, 0, sizes), dist.get_rank(layer.ep_group), layer.ep_group_name
+                )
     return found
 
 
@@ -99,7 +104,7 @@ def shapes_in(model: nn.Module) -> dict[Tensor, tuple[int, ...]]:
 
 def _boxes(shape: Sequence[int], dim: int, sizes: Sequence[int]) -> tuple[tuple[Box, ...], ...]:
     """One box for each rank."""
-    return tuple((_between(shape, dim, low, high),) for low, high in pairwise([0, *accumulate(sizes)]))
+    return tuple((between(shape, dim, low, high),) for low, high in pairwise([0, *accumulate(sizes)]))
 
 
 def _striped(shape: Sequence[int], widths: Sequence[Sequence[int]]) -> tuple[tuple[Box, ...], ...]:
@@ -107,16 +112,9 @@ def _striped(shape: Sequence[int], widths: Sequence[Sequence[int]]) -> tuple[tup
     edges = [0, *accumulate(width for part in widths for width in part)]
     ranks = len(widths[0])
     return tuple(
-        tuple(_between(shape, 0, *edges[part * ranks + rank :][:2]) for part in range(len(widths)))
+        tuple(between(shape, 0, *edges[part * ranks + rank :][:2]) for part in range(len(widths)))
         for rank in range(ranks)
     )
-
-
-def _between(shape: Sequence[int], dim: int, low: int, high: int) -> Box:
-    """What of an array has these indices along a dimension."""
-    start, stop = [0] * len(shape), list(shape)
-    start[dim], stop[dim] = low, high
-    return Box(tuple(start), tuple(stop))
 
 
 def unknown_slices(model: nn.Module) -> list[str]:
@@ -134,6 +132,21 @@ def unknown_slices(model: nn.Module) -> list[str]:
     return [name for parameter, name in names_in(model).items() if parameter in unknown]
 
 
+def partial_gradients(model: nn.Module) -> list[str]:
+    """The names of norms that AutoTP left whole behind projections that it cut, and whose gradients nobody adds up."""
+    slices, names, found = slices_in(model), names_in(model), list[str]()
+    for module in model.modules():
+        projection = module._modules.get("q_proj")
+        if projection is None or not any(one in slices for one in projection.parameters()):
+            continue
+        for leaf in ("q_norm", "k_norm", "q_layernorm", "k_layernorm"):
+            norm = module._modules.get(leaf)
+            for one in norm.parameters() if norm is not None else ():
+                if one.requires_grad and one not in slices and not getattr(one, "_ds_grad_allreduce_registered", False):
+                    found.append(names[one])
+    return found
+
+
 def _held(boxes: Sequence[Box]) -> tuple[int, ...]:
     """The shape of a local tensor that consists of boxes."""
     first = boxes[0].shape
@@ -142,13 +155,25 @@ def _held(boxes: Sequence[Box]) -> tuple[int, ...]:
 
 def names_in(model: nn.Module) -> dict[Tensor, str]:
     """What every parameter of an engine's model is called in the whole model."""
+    name_of = naming(model)
+    return {parameter: name_of(name) for name, parameter in model.named_parameters()}
+
+
+def naming(model: nn.Module) -> Callable[[str], str]:
+    """What a parameter or buffer of an engine's model is called in the whole model, by its raw name."""
     renamed = _renamed(model)
-    return {parameter: renamed.get(name, canonical_name(name)) for name, parameter in model.named_parameters()}
+
+    def name_of(name: str) -> str:
+        head = next((head for head in renamed if name.startswith(head)), "")
+        return canonical_name(renamed.get(head, "") + name.removeprefix(head))
+
+    return name_of
 
 
 def roles_in(model: nn.Module) -> dict[str, Role]:
     """The role of every parameter of an engine's model, by its name in the whole model."""
-    whole = {canonical_name(name): new for name, new in _renamed(model).items()}
+    name_of = naming(model)
+    whole = {canonical_name(name): name_of(name) for name, _ in model.named_parameters()}
     shapes = shapes_in(model)
     with _as_a_whole(model, shapes):
         return {whole.get(name, name): role for name, role in infer_roles(model, shapes.__getitem__).items()}
@@ -192,15 +217,13 @@ def group_of(parameter: Tensor, groups: Mapping[str, dist.ProcessGroup]) -> dist
 
 
 def _renamed(model: nn.Module) -> dict[str, str]:
-    """Names of the whole model for the parameters of experts, by their raw names."""
+    """What the names of this rank's experts begin with, and what they do in the whole model."""
     found = dict[str, str]()
     for prefix, module in model.named_modules():
         if type(module).__name__ == _LAYER:
             layer: Any = module
             first = dist.get_rank(layer.ep_group) * layer.num_local_experts if layer.ep_group is not None else 0
-            head = f"{prefix}.{_EXPERTS}." if prefix else f"{_EXPERTS}."
-            for name, _ in module.named_parameters():
-                if name.startswith(f"{_EXPERTS}."):
-                    number, _, rest = name.removeprefix(f"{_EXPERTS}.").partition(".")
-                    found[f"{prefix}.{name}".lstrip(".")] = canonical_name(f"{head}{first + int(number)}.{rest}")
+            head = f"{prefix}.{_EXPERTS}" if prefix else _EXPERTS
+            for number in range(layer.num_local_experts):
+                found[f"{head}.{number}."] = f"{head}.{first + number}."
     return found

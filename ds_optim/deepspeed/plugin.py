@@ -126,6 +126,7 @@ def _configured(
         result = make(client, parameters)
     basic = engine.basic_optimizer
     if isinstance(basic, ShardedOptimizer):
+        _refuse_uneven_stages(engine, len(basic.param_groups))
         binding = reader.read(engine)
         if not binding.problems:
             binding = replace(binding, settle=gradient_window.settle_gradients(engine))
@@ -168,7 +169,6 @@ def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[s
             "that you make yourself"
         )
     _raise_on_all_ranks(engine, problems)
-    _refuse_uneven_stages(engine, sum(map(bool, groups)))
     _allow_cpu_offload(engine)
     return [parameter for group in groups for parameter in group]
 
@@ -194,7 +194,6 @@ def _prepare_from_json(
     engine._config.optimizer_params = options
     _allow_cpu_offload(engine)
     if is_grouped:
-        _refuse_uneven_stages(engine, sum(bool(group) for group in grouped(parameters)))
         return _called(engine, parameters)
 
     decayed, spared = decayed_then_exempt(parameters, lambda entry: parameter_of(entry) in exempt)
@@ -205,7 +204,6 @@ def _prepare_from_json(
             kept.append(group)
         else:
             others += group["params"]
-    _refuse_uneven_stages(engine, len(kept))
     if not kept:  # ZeRO-0, else this was refused: an engine whose steps do nothing, as with DeepSpeed's own optimizers
         return [{"params": others}]
     # What has no elements does not decay either, and DeepSpeed cannot lay out a group of nothing else.
@@ -218,8 +216,8 @@ def _called(engine: Any, groups: list[Any]) -> list[Any]:
     if not engine.has_moe_layers:
         return groups
     return [
-        {"name": f"group {index}", **group, "params": list(map(parameter_of, group["params"]))}
-        for index, group in enumerate(groups)
+        {"name": f"group {index}", **group, "params": its}
+        for index, (group, its) in enumerate(zip(groups, grouped(groups), strict=True))
     ]
 
 
@@ -246,7 +244,7 @@ def _refuse_uneven_stages(engine: Any, groups: int) -> None:
     At ZeRO-1 it adds gradients' norms up group by group over the stages, whatever the optimizer.
 
     Args:
-        groups: of this rank that are not empty.
+        groups: of this rank, experts' own among them.
     """
     if not (engine.pipeline_parallelism and engine.zero_optimization_stage()):
         return

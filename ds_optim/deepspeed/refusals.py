@@ -142,12 +142,19 @@ def engine_problems(engine: Any, cls: type[ShardedOptimizer], roles: Any, inferr
     """Every reason why an optimizer of ``cls`` could not be exact in an engine, ``roles`` that do not fit included."""
     problems = refusals(engine._config, cls)
     problems += _sparse_problems(engine.module)
-    unknown = [] if cls.rule.is_elementwise else model_parts.unknown_slices(engine.module)
-    if unknown:
+    if not cls.rule.is_elementwise and model_parts.has_unknown_parts(engine):
+        unknown = model_parts.unknown_slices(engine.module) or ["any parameter"]
         problems.append(
             f"{first_of(unknown)}: tensor parallelism has cut these in a way that is not known here (AutoTP's fused, "
             "transposed and packed layers, an mpu's own), and an optimizer of blocks needs whole heads, rows and "
             "matrices: use AdamW, Lion or Adan, or FSDP2 over tensor parallelism"
+        )
+    partial = model_parts.partial_gradients(engine.module)
+    if partial:
+        problems.append(
+            f"{first_of(partial)}: norms of queries and keys, of which each tensor-parallel rank sees its own heads; "
+            "nobody adds their gradients up, and ranks would drift apart. AutoTP does where the model has a tp_plan or "
+            'the JSON "tensor_parallel": {"partition_config": ...} with grad_allreduce'
         )
     if engine.pipeline_parallelism and model_parts.tensor_parallel_size(engine) > 1:
         problems.append("AutoTP inside a PipelineModule is not supported: set tensor_parallel.autotp_size to 1")

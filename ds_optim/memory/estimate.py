@@ -378,6 +378,8 @@ def _notes(request: Request) -> list[str]:
         notes.append(f"{looked_at} of {mesh.ranks} ranks were looked at; another may hold one or two per cent more.")
     if not mesh.is_plain:
         notes.append("Stages share the layers out evenly; slices are those of transformers' own plan for the model.")
+    if mesh.tp > 1 and (mesh.pp > 1 or mesh.ep > 1):
+        notes.append("DeepSpeed runs AutoTP neither in a PipelineModule nor with AutoEP: a mesh of other frameworks.")
     if request.device_memory is not None and request.reserve:
         notes.append(
             f"{request.reserve:,} bytes of the device are set aside for its context, the communication library and "

@@ -20,7 +20,7 @@ from ds_optim.deepspeed.predict import predicted_layouts
 from ds_optim.known_transformers import tensor_parallel_plan
 from ds_optim.roles import canonical_name, logical_shape
 from ds_optim.roles.role import Role
-from ds_optim.sharding.boxes import Box
+from ds_optim.sharding.boxes import Box, between
 from ds_optim.sharding.layout import Layout, ParameterSpec
 from ds_optim.sharding.tensor_parallel import TensorParallel
 
@@ -192,12 +192,7 @@ def _boxes(shape: Sequence[int], dim: int | None, count: int) -> tuple[Box, ...]
     if dim is None or count == 1:
         return ()
     edges = [0, *accumulate(shape[dim] // count + (part < shape[dim] % count) for part in range(count))]
-    found = []
-    for low, high in pairwise(edges):
-        start, stop = [0] * len(shape), list(shape)
-        start[dim], stop[dim] = low, high
-        found.append(Box(tuple(start), tuple(stop)))
-    return tuple(found)
+    return tuple(between(shape, dim, low, high) for low, high in pairwise(edges))
 
 
 def expert_stacks(roles: Mapping[str, Role]) -> frozenset[str]:

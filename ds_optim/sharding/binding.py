@@ -123,10 +123,13 @@ def verify(binding: Binding, backend: str, plans: Mapping[dist.ProcessGroup | No
         if actual != expected:
             names = ", ".join(spec.name for spec in bound.layout.parameters[:3])
             problems.append(f"local tensor of {names} ... has {actual} elements, its layout says {expected}")
-    grouped: dict[dist.ProcessGroup | None, list[Layout]] = {}
+    grouped: dict[tuple[int, ...], list[Layout]] = {}
+    planned: dict[tuple[int, ...], str] = {}
     for bound in binding.tensors.values():
-        grouped.setdefault(bound.group, []).append(bound.layout)
-    hashes = {_members(group): digest(layouts) + plans.get(group, "") for group, layouts in grouped.items()}
+        grouped.setdefault(_members(bound.group), []).append(bound.layout)
+    for group in dict.fromkeys(bound.group for bound in binding.tensors.values()):  # of which two may have the same
+        planned[_members(group)] = planned.get(_members(group), "") + plans.get(group, "")
+    hashes = {members: digest(layouts) + planned[members] for members, layouts in grouped.items()}
     mine = (problems, hashes, backend)
 
     ranks = binding.ranks.everyones(mine)
@@ -136,7 +139,7 @@ def verify(binding: Binding, backend: str, plans: Mapping[dist.ProcessGroup | No
         if len(set(hashed)) > 1:
             by_rank = {rank: _short(value) for rank, value in zip(members, hashed, strict=True)}
             reasons.append(f"the ranks of a shard group lay it out or plan it differently (hash by rank): {by_rank}")
-    kernels = {used for _, _, used in ranks.values()}
+    kernels = {used for _, _, used in ranks.values() if used}  # a rank may have nothing to step
     if len(kernels) > 1:
         listed = {used: [rank for rank, entry in ranks.items() if entry[2] == used] for used in sorted(kernels)}
         reasons.append(

@@ -164,6 +164,13 @@ def is_one_range(shape: Sequence[int], box: Box) -> bool:
     return not box.numel or not cut or (len(cut) == 1 and math.prod(shape[: cut[0]]) == 1)
 
 
+def between(shape: Sequence[int], dim: int, low: int, high: int) -> Box:
+    """What of an array has the indices ``[low, high)`` along a dimension."""
+    start, stop = [0] * len(shape), list(shape)
+    start[dim], stop[dim] = low, high
+    return Box(tuple(start), tuple(stop))
+
+
 def whole(shape: Sequence[int]) -> Box:
     """All of an array."""
     return Box((0,) * len(shape), tuple(shape))

@@ -130,7 +130,7 @@ class Withheld:
         self._heard_at = now
         before, judged = self._spread, list(self._judged.values())
         self._judged.clear()
-        failures = torch.zeros((), device=self._shards.tensors[0].device)
+        failures = torch.zeros((), device=next((tensor.device for tensor in self._shards.tensors), "cpu"))
         for one in judged:
             failures = failures.to(one.failures.device) + one.failures
         self._spread = _Told(FailureCount(failures, self._axes), judged)
