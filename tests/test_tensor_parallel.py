@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -373,22 +373,55 @@ def test_the_ranks_of_a_mesh_need_not_ascend(pool: Pools, cls: Any) -> None:
         assert gap <= (1e-6 if cls is ds_optim.AdamMini else 0)
 
 
-def over_expert_meshes(name: str, shape: tuple[int, int]) -> float:
-    """A Mixtral whose experts lie on another mesh than the rest, in one optimizer: the largest difference from one
-    device."""
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("shard", "expert"))
-    everyone = init_device_mesh("cpu", (dist.get_world_size(),))
-    torch.manual_seed(0)
-    alone = mixtral()
-    model = copy.deepcopy(alone)
+EXPERT_MESHES = {  # ranks, and the mesh of the experts: what replicates, what FSDP2 shards, over which experts lie
+    "FSDP2, experts over both ranks": (2, (1, 1, 2)),
+    "FSDP2 for both": (4, (1, 2, 2)),
+    "FSDP2, experts over all ranks": (4, (1, 1, 4)),
+    "HSDP for both": (4, (2, 1, 2)),
+    "FSDP2 over tensor parallelism, experts over all ranks": (4, (1, 1, 4)),
+}
+
+
+def cut_experts(model: nn.Module, shape: tuple[int, int, int]) -> None:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "expert"))
     for layer in model.model.layers:
         experts = layer.mlp.experts
         for key, parameter in list(experts.named_parameters()):
             placed = distribute_tensor(parameter.detach(), mesh["expert"], [Shard(0)], src_data_rank=None)
             experts.register_parameter(key, nn.Parameter(placed))
         if shape[0] > 1:
+            fully_shard(experts, mesh=mesh["replicate", "shard"])
+        elif shape[1] > 1:
             fully_shard(experts, mesh=mesh["shard"])
-    fully_shard(model, mesh=everyone, ignored_params=set() if shape[0] > 1 else of_experts(model))
+
+
+def cut_the_rest(model: nn.Module, kind: str) -> None:
+    world, apart = dist.get_world_size(), of_experts(model)
+    if kind.startswith("HSDP"):
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    elif "tensor" in kind:
+        whole = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("shard", "tensor"))
+        for layer in model.model.layers:
+            for child in ("self_attn", "input_layernorm", "post_attention_layernorm"):
+                cut_by_hand(getattr(layer, child), whole["tensor"], False)
+            cut_by_hand(layer.mlp.gate, whole["tensor"], False)
+        for child in (model.model.embed_tokens, model.model.norm, model.lm_head):
+            cut_by_hand(child, whole["tensor"], False)
+        mesh = whole["shard"]
+    else:
+        mesh = init_device_mesh("cpu", (world,))
+    has_own = any(isinstance(layer.mlp.experts, FSDPModule) for layer in model.model.layers)
+    fully_shard(model, mesh=mesh, ignored_params=set() if has_own else apart)
+
+
+def over_expert_meshes(name: str, kind: str) -> float:
+    """A Mixtral whose experts lie on another mesh than the rest, in one optimizer: the largest difference from one
+    device."""
+    torch.manual_seed(0)
+    alone = mixtral()
+    model = copy.deepcopy(alone)
+    cut_experts(model, EXPERT_MESHES[kind][1])
+    cut_the_rest(model, kind)
     cls, options = getattr(ds_optim, name.split(".")[-1]), OPTIONS[name]
     made = []
     for one in (alone, model):
@@ -410,8 +443,8 @@ def of_experts(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for name, parameter in model.named_parameters() if ".experts." in name}
 
 
-@pytest.mark.parametrize(("ranks", "shape"), [(2, (1, 2)), (4, (2, 2)), (4, (1, 4))])
+@pytest.mark.parametrize("kind", list(EXPERT_MESHES))
 @pytest.mark.parametrize("name", ["ds_optim.AdamW", "AdamMini", "Shampoo", "ds_optim.Muon"])
-def test_experts_on_another_mesh_than_the_rest(pool: Pools, name: str, ranks: int, shape: tuple[int, int]) -> None:
-    for gap in pool(ranks).run(over_expert_meshes, name, shape):
+def test_experts_on_another_mesh_than_the_rest(pool: Pools, name: str, kind: str) -> None:
+    for gap in pool(EXPERT_MESHES[kind][0]).run(over_expert_meshes, name, kind):
         assert gap <= (1e-6 if name == "AdamMini" else 0)
