@@ -23,14 +23,14 @@ from ds_optim.roles import infer_roles
 from parallel import Parallel, alone, engine_of, held, names_of, ran, report, train, whole_of
 from pool import Pools
 from test_eight_bit_state import with_small_ones
-from test_invariance import OPTIONS, STEPS
+from test_invariance import OPTIONS
 
 LIMIT = {"AdamMini": 1e-6}  # the sums of cut blocks in another order; all others are bitwise
 
 
 def of(name: str, **settings: Any) -> Parallel:
     full = name if name in OPTIONS else f"ds_optim.{name}"
-    return Parallel(full, OPTIONS[full], **{"steps": STEPS.get(full, 10), **settings})
+    return Parallel(full, OPTIONS[full], **{"steps": 12, **settings})  # several refreshes of every block
 
 
 def gaps(run: Parallel, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
