@@ -113,6 +113,7 @@ class Parallel:
         spread = " ".join([f"{self.stages} stages", spread]).strip() if self.stages else spread
         spread = f"{self.slices} slices" if self.slices else spread
         spread = f"stacks on {self.stacks}" if self.stacks else spread
+        spread += " in bf16" if self.precision == "bf16" else ""
         return f"{self.optimizer.removeprefix('ds_optim.')} at ZeRO-{self.stage}, {spread}"
 
     def config(self) -> dict[str, Any]:
@@ -218,12 +219,12 @@ def gated() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    """Of sizes that torch's grouped products take."""
+    """Of sizes that torch's grouped products take, in bf16 too."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
         vocab_size=37,
-        hidden_size=12,
+        hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
