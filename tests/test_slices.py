@@ -64,7 +64,7 @@ def cut(model: nn.Module, check: Callable[[nn.Module, int], Any]) -> Any:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 0},
         "tensor_parallel": {"autotp_size": 2},
-        "optimizer": {"type": "Adam", "params": {"lr": 1e-2}},
+        "optimizer": {"type": "ds_optim.AdamW", "params": {"lr": 1e-2}},
     }
     with engine_alone(model, config) as engine:
         return check(engine.module, dist.get_rank(known.get_tensor_model_parallel_group()))
