@@ -483,18 +483,6 @@ def test_deepcompile_is_refused(pool: Pools, stage: int) -> None:
         assert "compile.deepcompile moves gradients past the hooks" in message
 
 
-@pytest.mark.skipif(DEEPSPEED.is_before("0.19.2"), reason="before 0.19.2 DeepSpeed has no such thing")
-def test_autoep_is_refused_before_there_is_an_engine(pool: Pools) -> None:
-    from ds_optim.deepspeed.refusals import judge
-
-    experts = {"expert_parallel": {"enabled": True, "autoep_size": 2}}
-    name, reasons = judge({"optimizer": {"type": "Adan", "params": {}}, "zero_optimization": {"stage": 2}, **experts})
-    assert name == "Adan"
-    assert [reason.split()[0] for reason in reasons] == ["expert_parallel"]
-    for message in pool(2).run(refusal, 2, experts):
-        assert reasons[0] in message
-
-
 def compiled(stage: int, zero: dict[str, Any], backwards: bool) -> tuple[Weights, Weights]:
     """With and without torch's compiler, which must not hide from us what was used; `late` is not, in step 2."""
     ends = []

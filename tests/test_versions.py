@@ -674,9 +674,8 @@ def frozen_at_zero_0() -> str:
     from ds_optim.deepspeed.reader import EngineReader
 
     weights = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2), requires_grad=False)]
-    reader = EngineReader(
-        SimpleNamespace(seq_data_parallel_group=None), dict(zip(weights, ("trained", "frozen"), strict=True))
-    )
+    engine = SimpleNamespace(seq_data_parallel_group=None, has_moe_layers=False, module=torch.nn.Module())
+    reader = EngineReader(engine, dict(zip(weights, ("trained", "frozen"), strict=True)))
     reader.replicated([weights], [[weight.detach().clone() for weight in weights]])
     (problem,) = reader.problems
     return problem
