@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore, distributed_c10d
 
 from ds_optim.releases import DEEPSPEED
 
@@ -289,6 +289,24 @@ def _join_group(rank: int, world_size: int, port: int) -> None:
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=START_TIMEOUT))
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed("gloo")
+    _share_groups()
+
+
+def _share_groups() -> None:
+    """Have the same ranks always get the same process group.
+
+    Engines and meshes make groups and give none back, and torch's caches hold on to them. An idle group of gloo's is
+    three threads and a hundred wake-ups a second: those of a hundred jobs would take all of the machine.
+    """
+    make, made = distributed_c10d._new_group_with_tag, dict[Any, Any]()
+
+    def shared(ranks: Any = None, *args: Any, group_desc: Any = None, **kwargs: Any) -> Any:
+        key = repr((ranks and sorted(ranks), args, sorted(kwargs.items())))
+        if key not in made:
+            made[key] = make(ranks, *args, group_desc=group_desc, **kwargs)
+        return made[key]
+
+    distributed_c10d._new_group_with_tag = shared
 
 
 def _call(job: bytes) -> Any:
