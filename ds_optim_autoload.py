@@ -19,7 +19,7 @@ failure: str | None = None
 
 
 def autoload() -> None:
-    """Have `ds_optim.deepspeed.plugin` imported when DeepSpeed's engine is, or at once if it was."""
+    """Have `ds_optim.plugin` imported when DeepSpeed's engine is, or at once if it was."""
     global installed, failure
     if installed:
         return
@@ -35,7 +35,7 @@ def autoload() -> None:
 def _register(engine: ModuleType) -> None:
     global failure
     try:
-        import ds_optim.deepspeed.plugin  # noqa: F401  (importing it installs it)
+        import ds_optim.plugin  # noqa: F401  (importing it installs it)
     except Exception as error:  # nor break DeepSpeed
         failure = f"{type(error).__name__}: {error}"
         print(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,24 +31,33 @@ def engine_of_other_weights(case: Case) -> Iterator[tuple[Any, nn.Module, dict[s
         engine.destroy()
 
 
-def uninterrupted(case: Case, folder: str) -> dict[str, Any]:
-    """Save after K steps, go on to the end."""
+def uninterrupted(case: Case, folder: str, deepspeeds: str = "") -> dict[str, Any]:
+    """Save after K steps, in DeepSpeed's own form too if it has a folder; go on to the end."""
     with engine_for(case) as (engine, _, clock):
         train(engine, case, clock, range(1, K + 1))
         checkpoint.save(folder, engine, client_state=CLIENT_STATE)
+        if deepspeeds:
+            engine.save_checkpoint(deepspeeds, client_state=CLIENT_STATE)
         train(engine, case, clock, range(K + 1, STEPS + 1))
         return {"masters": masters(engine)}
 
 
-def resumed(case: Case, folder: str, again: str) -> dict[str, Any]:
+def resumed(case: Case, folder: str, again: str, load: Callable[[str, Any], Any] = checkpoint.load) -> dict[str, Any]:
     """Load into a fresh engine, save again, go on to the end."""
     with engine_of_other_weights(case) as (engine, model, clock):
-        client_state = checkpoint.load(folder, engine)
+        client_state = load(folder, engine)
         loaded = {"masters": masters(engine), "weights": weights(model)}
         checkpoint.save(again, engine, client_state=client_state)
         steps = engine.global_steps
         train(engine, case, clock, range(K + 1, STEPS + 1))
         return {"loaded": loaded, "masters": masters(engine), "client_state": client_state, "steps": steps}
+
+
+def by_the_engine(folder: str, engine: Any) -> Any:
+    """As DeepSpeed's users and every framework load; the client state."""
+    path, client_state = engine.load_checkpoint(folder)
+    assert path is not None
+    return client_state
 
 
 def wrongly_loaded(reports: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[str]:

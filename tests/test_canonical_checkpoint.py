@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,7 @@ from pool import Pools
 from resumption import (
     STEPS,
     K,
+    by_the_engine,
     engine_of_other_weights,
     relative_difference,
     resumed,
@@ -91,10 +93,20 @@ def _called(change: Any) -> str:
 def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
     pool: Pools, ranks: int, before: Case, other_ranks: int, after: Case, tmp_path: Path
 ) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
+    """From the canonical form, and by ``engine.load_checkpoint`` from DeepSpeed's own."""
+    first, second, deepspeeds = tmp_path / "first", tmp_path / "second", tmp_path / "deepspeeds"
     before, after = replace(before, layers=1), replace(after, layers=1)  # one has every kind of parameter
-    undisturbed = assembled(pool(ranks).run(uninterrupted, before, str(first)))
+    undisturbed = assembled(pool(ranks).run(uninterrupted, before, str(first), str(deepspeeds)))
     reports = pool(other_ranks).run(resumed, after, str(first), str(second))
+    goes_on_as_if_nothing_had_happened(before, reports, undisturbed, first, second)
+    shutil.rmtree(second)
+    reports = pool(other_ranks).run(resumed, after, str(deepspeeds), str(second), by_the_engine)
+    goes_on_as_if_nothing_had_happened(before, reports, undisturbed, first, second)
+
+
+def goes_on_as_if_nothing_had_happened(
+    case: Case, reports: list[dict[str, Any]], undisturbed: dict[str, Tensor], first: Path, second: Path
+) -> None:
 
     tensors = stored(first / f"global_step{K}")
     again = stored(second / f"global_step{K}")
@@ -105,7 +117,7 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
     assert same_bits(tensors, again)
     assert not wrongly_loaded(reports, tensors)
     found = assembled(reports)
-    if before.optimizer == "AdamMini":  # the sums of cut blocks are added up in another order
+    if case.optimizer == "AdamMini":  # the sums of cut blocks are added up in another order
         assert relative_difference(found, undisturbed) <= 1e-6
     else:
         assert same_bits(found, undisturbed)

@@ -219,9 +219,6 @@ def test_what_is_needed_is_asked_for(saved: dict[str, Path], tmp_path: Path) -> 
     message = refused("shampoo", model=Wide())
     assert "extra.weight has shape (5, 21) in the checkpoint, (5, 22) in the model" in message
     assert "the model has no parameter gain" in message
-    assert "parameter groups have [" in refused("grouped", model=model)
-    with_others = {"ds_optim": {"no_decay": ["*layers.0.mlp*", "*layers.1.mlp*"]}}
-    assert "weights in" in refused("mini", model=model, deepspeed_config={**with_others, **ADAM_MINI})
     assert "not saved by Adan" in refused("adamw", deepspeed_config={"optimizer": {"type": "Adan"}})
     with pytest.warns(UserWarning, match="Lion has no eps"):
         assert "the state has" in refused("adamw", deepspeed_config={"optimizer": {"type": "ds_optim.Lion"}})
@@ -231,6 +228,32 @@ def test_what_is_needed_is_asked_for(saved: dict[str, Path], tmp_path: Path) -> 
 
     made = convert(saved["by hand"] / "theirs", tmp_path / "made", model=model, deepspeed_config=ADAM_MINI)
     assert same_bits(stored(saved["by hand"] / "ours" / made.name), stored(made))
+
+
+def without_names(saved: Path, folder: Path) -> Path:
+    """DeepSpeed's directory of ZeRO-0, as optimizers without names of their parameters would have left it."""
+    shutil.copytree(saved / "theirs", folder)
+    main = folder / f"global_step{STEPS}" / "mp_rank_00_model_states.pt"
+    state = torch.load(main, weights_only=False)
+    states = state["optimizer"].get("optimizer_state_dict", state["optimizer"])
+    assert states.pop("param_names")
+    torch.save(state, main)
+    return folder
+
+
+def test_groups_of_zero_0_are_told_by_names_or_made_again(saved: dict[str, Path], tmp_path: Path) -> None:
+    model = model_of(Case(""))
+    made = convert(saved["grouped"] / "theirs", tmp_path / "made", model=model, deepspeed_config=ADAM_MINI)
+    assert same_bits(stored(saved["grouped"] / "ours" / made.name), stored(made))
+    grouped = without_names(saved["grouped"], tmp_path / "grouped")
+    with pytest.raises(CheckpointError, match=r"parameter groups have \["):
+        convert(grouped, tmp_path / "out", model=model)
+    mini = without_names(saved["mini"], tmp_path / "mini")
+    others = {"ds_optim": {"no_decay": ["*layers.0.mlp*", "*layers.1.mlp*"]}, **ADAM_MINI}
+    with pytest.raises(CheckpointError, match="weights in"):
+        convert(mini, tmp_path / "out", model=model, deepspeed_config=others)
+    made = convert(mini, tmp_path / "again", model=model)
+    assert same_bits(stored(saved["mini"] / "ours" / made.name), stored(made))
 
 
 class Executed:

@@ -1,10 +1,10 @@
-"""DeepSpeed's own checkpoints at the same number of ranks: a resumed run is bitwise the uninterrupted one."""
+"""DeepSpeed's own checkpoints: a resumed run is bitwise the uninterrupted one; on other terms loaded or refused."""
 
 from __future__ import annotations
 
 import re
+import zipfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 import ds_optim
-from ds_optim import checkpoint
-from ds_optim.checkpoint.convert import convert
 from ds_optim.checkpoint.warm_start import warm_start
+from ds_optim.errors import CheckpointError
 from ds_optim.releases import DEEPSPEED
 from engines import Case, assembled, build_model, engine_for, install_gradients, masters, train, weights
 from pool import Pools
@@ -108,7 +107,7 @@ def refused(case: Case, folder: str) -> str:
         before = weights(model), masters(engine)
         try:
             engine.load_checkpoint(folder)
-        except ValueError as error:
+        except (ValueError, CheckpointError) as error:
             said = str(error)
         else:
             return "nothing"
@@ -157,57 +156,68 @@ def deepspeeds_own_word(case: Case, folder: str) -> tuple[str, bool]:
     return "nothing", True
 
 
-def loaded(case: Case, folder: str, *, canonical: bool) -> dict[str, Any]:
+def loaded(case: Case, folder: str) -> dict[str, Any]:
     with engine_for(replace(case, seed=case.seed + 1)) as (engine, _, _):
-        if canonical:
-            checkpoint.load(folder, engine)
-        else:
-            engine.load_checkpoint(folder)
+        path, _ = engine.load_checkpoint(folder)
+        assert path is not None
         return {"masters": masters(engine)}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_another_number_of_ranks_is_told_of_the_conversion(pool: Pools, stage: int, tmp_path: Path) -> None:
-    case = Case("ds_optim.Lion", stage=stage)
-    saved = assembled(pool(2).run(save, case, str(tmp_path / "theirs")))
-    control, changed = pool(1).run(deepspeeds_own_word, case, str(tmp_path / "theirs"))[0]
-    assert "used a DP world size of 2" in control
-    assert changed == (stage == 2)  # at ZeRO-3 the masters hold the weights
-    for said in pool(3).run(refused, case, str(tmp_path / "theirs")):
-        assert "it was saved by 2 ranks, here are 3" in said
-        assert f"`ds-optim checkpoint convert {tmp_path / 'theirs'} OUT`" in said
-        assert "docs/checkpoints.md" in said
-        assert "weights were changed" not in said
-    convert(tmp_path / "theirs", tmp_path / "OUT")
-    for name, values in assembled(pool(3).run(partial(loaded, canonical=True), case, str(tmp_path / "OUT"))).items():
-        assert torch.equal(values, saved[name])
+MINI = Case("AdamMini", stage=2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case", "others", "other", "control"),
+    [
+        (2, Case("ds_optim.Lion", stage=2), 3, Case("ds_optim.Lion", stage=2), "used a DP world size of 2"),
+        (2, Case("ds_optim.Lion", stage=3), 3, Case("ds_optim.Lion", stage=3), "used a DP world size of 2"),
+        (1, MINI, 1, replace(MINI, stage=3), ""),
+        (1, replace(MINI, stage=0, user_groups=True), 1, replace(MINI, stage=1, user_groups=True), ""),
+        (1, replace(MINI, stage=3), 1, replace(MINI, stage=3, precision="bf16"), ""),
+        (1, replace(MINI, stage=3, zero={"sub_group_size": 300}), 1, replace(MINI, stage=3), ""),
+    ],
+    ids=["ranks", "ranks at 3", "stage", "groups of ZeRO-0", "precision", "sub-groups"],
+)
+def test_what_deepspeeds_own_loader_cannot_is_loaded_all_the_same(
+    pool: Pools, ranks: int, case: Case, others: int, other: Case, control: str, tmp_path: Path
+) -> None:
+    """How such a run goes on: test_canonical_checkpoint.py."""
+    saved = assembled(pool(ranks).run(save, case, str(tmp_path)))
+    said, changed = pool(others).run(deepspeeds_own_word, other, str(tmp_path))[0]
+    assert said != "nothing"
+    assert control in said
+    if control:
+        assert changed == (case.stage == 2)  # at ZeRO-3 the masters hold the weights
+    found = assembled(pool(others).run(loaded, other, str(tmp_path)))
+    assert found.keys() == saved.keys()
+    for name, values in found.items():
+        assert torch.equal(values, saved[name]), name
 
 
 @pytest.mark.parametrize(
     ("case", "other", "word"),
     [
-        (Case("AdamMini", stage=2), Case("AdamMini", stage=3), "saved at ZeRO stage 1 or 2, this engine's is 3"),
-        (Case("AdamMini", stage=0), Case("AdamMini", stage=1), "saved at ZeRO stage 0, this engine's is 1"),
-        (Case("AdamMini", stage=3), Case("AdamMini", stage=3, precision="bf16"), "this engine's is bf16"),
-        (Case("AdamMini", stage=0, precision="bf16"), Case("AdamMini", stage=0), "in bf16, this engine's is not"),
-        (Case("AdamMini", stage=3, zero={"sub_group_size": 300}), Case("AdamMini", stage=3), "sub_group_size"),
+        (replace(MINI, stage=1), replace(MINI, stage=1, frozen=("norm",)), "llama.model.norm.weight, not trained"),
+        (MINI, replace(MINI, stage=3, layers=1), "llama.model.layers.1"),
+        (MINI, replace(MINI, stage=3, extra=Q_PROJ), "saved with other roles"),
+        (MINI, Case("ds_optim.Lion", stage=3), "saved by AdamMini, whose state is not Lion's"),
         (
-            Case("AdamMini", stage=1),
-            Case("AdamMini", stage=1, frozen=("norm",)),
-            "llama.model.norm.weight, not trained",
+            Case("Shampoo", SHAMPOO, stage=1),
+            Case("Shampoo", {**SHAMPOO, "max_preconditioner_dim": 9}, stage=2),
+            "max_preconditioner_dim|blocks",
         ),
     ],
-    ids=str,
+    ids=["frozen", "another model", "other roles", "another optimizer", "other blocks"],
 )
-def test_so_is_another_stage_precision_or_split(
+def test_on_other_ranks_something_else_is_refused_too(
     pool: Pools, case: Case, other: Case, word: str, tmp_path: Path
 ) -> None:
     pool(1).run(save, case, str(tmp_path))
-    [said] = pool(1).run(refused, other, str(tmp_path))
-    assert word in said
-    assert "`ds-optim checkpoint convert" in said
-    assert " OUT --model CONFIG.JSON`" in said
-    assert "weights were changed" not in said
+    first, *others = pool(2).run(refused, other, str(tmp_path))
+    assert re.search(word, first), first
+    assert "nothing was changed" in first
+    assert "weights were changed" not in first
+    assert all(said == first for said in others)
 
 
 def started_warm(case: Case, folder: str) -> bool:
@@ -244,7 +254,7 @@ def test_going_on_from_deepspeeds_adamw_names_the_second_group_and_the_warm_star
             assert "weights were changed" not in said
         assert pool(2).run(started_warm, case, folder) == [True, True]
     one_group = replace(ours, extra={"ds_optim": {"no_decay": []}})
-    assert all(found["masters"] for found in pool(2).run(partial(loaded, canonical=False), one_group, folder))
+    assert all(found["masters"] for found in pool(2).run(loaded, one_group, folder))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +265,10 @@ def test_going_on_from_deepspeeds_adamw_names_the_second_group_and_the_warm_star
             Case("ds_optim.AdamW", stage=0),
             "ds_optim.checkpoint.warm_start.warm_start('OUT', engine, weights=True)",
         ),
-        (Case("Adan", stage=2), "ds_optim.checkpoint.load('OUT', engine, load_optimizer_states=False), weights alone"),
+        (
+            Case("Adan", stage=2),
+            "ds_optim.checkpoint.load('OUT', engine, load_optimizer_states=False) takes over weights alone",
+        ),
         (Case("SGD", stage=0), "weights alone can be taken over: load_checkpoint(..., load_optimizer_states=False)"),
     ],
     ids=lambda value: value.optimizer if isinstance(value, Case) else "",
@@ -268,14 +281,43 @@ def test_what_goes_on_depends_on_what_was_saved(pool: Pools, case: Case, words: 
     assert "weights were changed" not in said
 
 
-def test_a_file_that_one_rank_cannot_read_stops_all_of_them(pool: Pools, tmp_path: Path) -> None:
-    case = Case("ds_optim.Lion", stage=2)
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def flip(path: Path) -> None:
+    """One bit of the largest tensor in it."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda one: one.file_size)
+    data = bytearray(path.read_bytes())
+    at = data.find(archive_name(largest)) + 200  # behind the local header and its padding
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def archive_name(one: zipfile.ZipInfo) -> bytes:
+    return one.filename.encode()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("damage", [lose, cut_short, flip])
+@pytest.mark.parametrize("file", ["*rank_1_*optim_states.pt", "mp_rank_00_model_states.pt"])
+def test_damage_of_any_file_stops_all_ranks_before_anything_changes(
+    pool: Pools, ranks: int, damage: Any, file: str, tmp_path: Path
+) -> None:
+    case = Case("ds_optim.Lion", stage=2, layers=1)
     pool(2).run(save, case, str(tmp_path))
-    [lost] = tmp_path.glob("*/*rank_1_*optim_states.pt")
-    lost.unlink()
-    for said in pool(2).run(refused, case, str(tmp_path)):
-        assert f"rank 1: {lost} cannot be read" in said
-        assert "weights were changed" not in said
+    [found] = tmp_path.glob(f"*/{file}")
+    damage(found)
+    first, *others = pool(ranks).run(refused, case, str(tmp_path))
+    assert found.name in first or "no *_model_states.pt" in first
+    assert "nothing was changed" in first
+    assert "weights were changed" not in first
+    assert all(said == first for said in others)
 
 
 # ---------------------------------------------------------------------------------------------------- without an engine

@@ -56,7 +56,10 @@ FLOORS: list[dict[str, str]] = [
         "memory": "record -> accountant (measured) or estimate (predicted) -> claims -> report",
         "batch_size": "gradient noise scale, critical batch size",
     },
-    {"selftest": "what a machine does with our updates, and how fast"},
+    {
+        "selftest": "what a machine does with our updates, and how fast",
+        "plugin": "what follows from `import deepspeed`: names in a JSON, engines that load and save on any terms",
+    },
     {"cli": "ds-optim estimate, claims, report, checkpoint, batch-size, doctor, selftest"},
 ]
 ALONE = {"kernels", "linalg"}  # import nothing of ours but themselves and what is known of torch
@@ -301,12 +304,11 @@ def nobody_uses_anothers_underscore_names(sources: Sources) -> list[str]:
 
 
 def the_hook_knows_the_plugin_alone(sources: Sources) -> list[str]:
-    """What `import torch` runs, ds_optim_autoload, imports the standard library, wrapt and a module of deepspeed/."""
+    """What `import torch` runs, ds_optim_autoload, imports the standard library, wrapt and the plugin."""
     return [
         f"ds_optim_autoload:{one.line} imports {one.module}"
         for one in imports(sources.get("ds_optim_autoload", ""), sources)
-        if one.module.split(".")[0] not in {*sys.stdlib_module_names, "wrapt"}
-        and (one.module.split(".")[0] != "ds_optim" or room(one.module) not in KNOWS_DEEPSPEED)
+        if one.module.split(".")[0] not in {*sys.stdlib_module_names, "wrapt"} and one.module != "ds_optim.plugin"
     ]
 
 
@@ -457,7 +459,7 @@ def test_the_house_stands(rule: Rule) -> None:
 
 SOUND = {
     "ds_optim": "_HOME = {'Lion': 'ds_optim.optimizers.lion'}",
-    "ds_optim_autoload": "import sys\ndef hook():\n    import ds_optim.deepspeed.plugin",
+    "ds_optim_autoload": "import sys\ndef hook():\n    import ds_optim.plugin",
     "ds_optim.kernels": "from ds_optim.kernels import eager",
     "ds_optim.kernels.eager": "import torch",
     "ds_optim.linalg.polar": "",
@@ -473,6 +475,7 @@ SOUND = {
     "    return model._parameters",
     "ds_optim.deepspeed.plugin": "import deepspeed\nfrom ds_optim import Lion",
     "ds_optim.checkpoint": "from ds_optim.listing import listed",
+    "ds_optim.plugin": "from ds_optim.deepspeed import plugin\nimport ds_optim.checkpoint",
     "ds_optim.cli": "import ds_optim.checkpoint",
     "launcher.settings": "def of(model): ...",
     "launcher.train": "import settings\nimport torch\ntorch.distributed._set_timeout()\n"

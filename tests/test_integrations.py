@@ -30,7 +30,6 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 import ds_optim.checkpoint
-from ds_optim.checkpoint.convert import convert
 from ds_optim.releases import ACCELERATE, DEEPSPEED, TRANSFORMERS
 from ds_optim.roles import canonical_name
 
@@ -440,40 +439,135 @@ def test_the_trainer_goes_on_from_its_own_checkpoint(
         assert_close(found, wanted, 1e-6)
 
 
-def on_other_ranks(saved: Path, given: dict[str, Any]) -> tuple[str, int, int, float]:
-    """What a resumption is told, then docs/transformers.md's way: steps taken here, counted in all, learning rate."""
+def going_on(
+    saved: Path, stage: int, rows: int, window: int, optimizer: dict[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
+    """A job: the Trainer goes on from a checkpoint as it would at the ranks that saved it; what it then counts."""
+    config = zero2(**optimizer) | {
+        "zero_optimization": {"stage": stage},
+        "train_micro_batch_size_per_gpu": rows,
+        "gradient_accumulation_steps": window,
+    }
+    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": window}
     with fresh_accelerate():
-        trainer = trainer_of(saved.parent, "", given)
-        with pytest.raises(ValueError, match="nothing was changed") as refusal:
-            trainer.train(resume_from_checkpoint=str(saved))
-        trainer.deepspeed.destroy()
-    convert(saved, saved.parent / "OUT")
-    with fresh_accelerate():
-        trainer = trainer_of(saved.parent, "", given)
+        trainer = trainer_of(saved.parent, "", {**given, **batch, "deepspeed": config, "save_strategy": "no"})
         rates: list[float] = []
+        note = {"on_step_end": lambda *_, **__: rates.append(trainer.deepspeed.get_lr()[0])}
+        trainer.add_callback(type("Rates", (TrainerCallback,), note))
+        trainer.train(resume_from_checkpoint=str(saved))
+        engine, state = trainer.deepspeed, trainer.state
+        with deepspeed_gathered(trainer.model):
+            weights = whole_weights(trainer)
+        steps = {int(one["step"]) for one in engine.basic_optimizer.state.values() if "step" in one}
+        found = {
+            "weights": weights,
+            "rates": rates,
+            "counted": (engine.global_steps, state.global_step, *steps),
+            "epoch": state.epoch,
+            "losses": [entry["loss"] for entry in state.log_history if "loss" in entry],
+        }
+        engine.destroy()
+        return found
 
-        class GoOn(TrainerCallback):
-            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                ds_optim.checkpoint.load(saved.parent / "OUT", trainer.deepspeed)
-                state.global_step = trainer.deepspeed.global_steps
 
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                rates.append(trainer.deepspeed.get_lr()[0])
+@contextmanager
+def deepspeed_gathered(model: nn.Module) -> Iterator[None]:
+    import deepspeed
 
-        trainer.add_callback(GoOn())
-        trainer.train()
-        counted = trainer.deepspeed.global_steps
-        trainer.deepspeed.destroy()
-    return str(refusal.value), len(rates), counted, rates[-1]
+    cut = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(cut):
+        yield
 
 
-def test_the_trainer_goes_on_at_another_number_of_ranks_by_way_of_the_conversion(pool: Any, tmp_path: Path) -> None:
-    given = {"deepspeed": zero2(type="ds_optim.Lion", params={"lr": "auto"}), "lr_scheduler_type": "linear"}
-    pool(2).run(train, tmp_path, "", None, {**given, "save_strategy": "steps", "save_steps": 4})
-    [(said, steps, counted, rate)] = pool(1).run(on_other_ranks, tmp_path / "checkpoint-4", given)
-    assert "it was saved by 2 ranks, here is 1" in said
-    assert "`ds-optim checkpoint convert" in said
-    assert (steps, counted, rate) == (STEPS - 4, STEPS, 0.0)
+SAVING = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "linear", "logging_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "ranks", "others", "stage", "rows", "window"),
+    [
+        ("AdamMini", 2, 1, 3, ROWS, 2),
+        ("Shampoo", 2, 4, 2, ROWS // 2, 1),
+        ("ds_optim.Lion", 3, 2, 3, ROWS // 2, 3),
+    ],
+)
+def test_the_trainer_goes_on_on_other_ranks(
+    pool: Any, tmp_path: Path, optimizer: str, ranks: int, others: int, stage: int, rows: int, window: int
+) -> None:
+    """Nothing is said but ``resume_from_checkpoint``. The same global batch: the same sequences, step for step."""
+    named = {"type": optimizer, "params": {"lr": "auto"}}
+    through = pool(ranks).run(train, tmp_path, "", None, {**SAVING, "deepspeed": zero2(**named)})[0][0]
+    for found in pool(others).run(going_on, tmp_path / "checkpoint-3", stage, rows, window, named, SAVING):
+        assert found["counted"] == (STEPS, STEPS, STEPS)
+        assert found["rates"] == pytest.approx([4e-3 * (1 - step / STEPS) for step in range(4, STEPS + 1)])
+        assert_close(found["weights"], through, 2e-4)
+
+
+def test_with_another_global_batch_the_trainer_counts_in_its_steps(pool: Any, tmp_path: Path) -> None:
+    """docs/transformers.md says so: 512 sequences, 3 steps of 8 taken; at 16 a step the Trainer leaves 48 out."""
+    named = {"type": "AdamMini", "params": {"lr": "auto"}}
+    pool(1).run(train, tmp_path, "", None, {**SAVING, "deepspeed": zero2(**named)})  # 4 sequences a step
+    for found in pool(2).run(going_on, tmp_path / "checkpoint-3", 2, ROWS, 1, named, SAVING):
+        assert found["counted"] == (STEPS, STEPS, STEPS)
+        assert found["epoch"] == pytest.approx(STEPS * 2 * ROWS / 512)  # as if all six had been of 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fsdp2_through_the_trainer_goes_on_on_other_ranks(kind: str, pool: Any, tmp_path: Path) -> None:
+    given = {**SAVING, **fsdp2(state_dict_type=kind)}
+    through = pool(2).run(train, tmp_path, "AdamMini", None, given)[0][0]
+    small = {**given, "per_device_train_batch_size": ROWS // 2, "save_strategy": "no"}
+    for found, steps in pool(4).run(train, tmp_path, "AdamMini", str(tmp_path / "checkpoint-3"), small):
+        assert steps == STEPS - 3
+        assert_close(found, through, 2e-4)
+
+
+def engine_of_accelerate(folder: Path, stage: int, rows: int, *, saves: bool) -> tuple[list[float], int, float]:
+    """A job: three steps and a save, or a load; then the losses of three steps on the next sequences."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import DummyOptim, DummyScheduler
+    from tiny import tiny_llama, windows
+    from torch.utils.data import DataLoader
+
+    config = zero2(type="SWAN", params={"lr": 1e-3}) | {"zero_optimization": {"stage": stage}}
+    config |= {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_max_lr": 1e-3}}}
+    config["train_micro_batch_size_per_gpu"] = rows
+    with fresh_accelerate():
+        accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+        model = tiny_llama(0 if saves else 1)
+        optimizer = DummyOptim(model.parameters())
+        loader = DataLoader(windows(), batch_size=rows)
+        model, optimizer, loader, _ = accelerator.prepare(model, optimizer, loader, DummyScheduler(optimizer))
+
+        def steps(batches: Iterator[Any], count: int) -> list[float]:
+            losses = []
+            for _, batch in zip(range(count), batches, strict=False):
+                loss = model(**batch).loss
+                losses.append(float(accelerator.reduce(loss.detach(), "mean")))
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            return losses
+
+        if saves:
+            batches = iter(loader)
+            steps(batches, 3)
+            accelerator.save_state(str(folder))
+        else:
+            accelerator.load_state(str(folder))
+            batches = iter(accelerator.skip_first_batches(loader, 3))
+        found = steps(batches, 3), model.global_steps, model.get_lr()[0]
+        model.destroy()
+        return found
+
+
+@pytest.mark.parametrize(("ranks", "others", "stage", "rows"), [(2, 1, 3, 2 * ROWS), (2, 4, 2, ROWS // 2)])
+def test_accelerate_goes_on_on_other_ranks(
+    pool: Any, tmp_path: Path, ranks: int, others: int, stage: int, rows: int
+) -> None:
+    (losses, counted, rate), *_ = pool(ranks).run(partial(engine_of_accelerate, saves=True), tmp_path, 2, ROWS)
+    for found in pool(others).run(partial(engine_of_accelerate, saves=False), tmp_path, stage, rows):
+        assert found[0] == pytest.approx(losses, abs=2e-5)
+        assert found[1:] == (counted, rate) == (6, rate)
 
 
 def accelerated(folder: Path, kind: str) -> list[float]:

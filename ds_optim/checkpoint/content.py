@@ -64,6 +64,13 @@ class TrainingState:
         """Every trained parameter, with the local tensor that it lies in."""
         return ((tensor, one) for tensor, parameters in self.parameters.items() for one in parameters)
 
+    def leave_out_frozen(self) -> None:
+        """Forget the parameters that are not trained, buffers aside."""
+        frozen = {canonical_name(name) for name, _ in self.model.named_parameters()}
+        if self.engine is not None:
+            frozen = set(model_parts.names_in(self.model).values())
+        self.untrained = {name: its for name, its in self.untrained.items() if name not in frozen}
+
     @property
     def step(self) -> int:
         """The largest step count of any parameter."""

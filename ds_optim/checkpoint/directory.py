@@ -44,8 +44,11 @@ class NewerFormatError(CheckpointError):
 
 
 @contextmanager
-def new_checkpoint(ranks: Ranks, directory: Path, tag: str) -> Iterator[Path]:
+def new_checkpoint(ranks: Ranks, directory: Path, tag: str, *, latest: bool = True) -> Iterator[Path]:
     """A folder for ranks to write into, which becomes ``directory/tag`` when the block ends. A collective.
+
+    Args:
+        latest: whether the file ``latest`` then names it.
 
     Raises:
         CheckpointError: on every rank; what was written is removed, and what was there before is untouched.
@@ -62,7 +65,7 @@ def new_checkpoint(ranks: Ranks, directory: Path, tag: str) -> Iterator[Path]:
             ranks, lambda: {path.name: described(path) for path in _share(ranks, _files(folder))}, subject
         )
         files = {name: found for of_rank in ranks.everyones(sums).values() for name, found in of_rank.items()}
-        on_first_rank(ranks, lambda: publish(directory, tag, folder, files), subject)
+        on_first_rank(ranks, lambda: publish(directory, tag, folder, files, latest=latest), subject)
     except BaseException:
         if ranks.index == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -89,7 +92,7 @@ def make_folder(directory: Path, tag: str, folder: Path) -> None:
     folder.mkdir()
 
 
-def publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any]) -> None:
+def publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any], *, latest: bool = True) -> None:
     """Make a written checkpoint whole, name it, and point ``latest`` to it. One rank calls it.
 
     Args:
@@ -97,6 +100,7 @@ def publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any]) -
         tag: the checkpoint's name.
         folder: where it was written.
         files: `described` of every file in it, by name.
+        latest: whether to point to it.
     """
     ordered = dict(sorted(files.items()))
     manifest = {"format": FORMAT, "saved": now(), "files": ordered}
@@ -108,8 +112,9 @@ def publish(directory: Path, tag: str, folder: Path, files: Mapping[str, Any]) -
         target.rename(old)
     folder.rename(target)
     sync_folder(directory)
-    write_text(directory / f".{LATEST}.tmp", tag)
-    (directory / f".{LATEST}.tmp").replace(directory / LATEST)
+    if latest:
+        write_text(directory / f".{LATEST}.tmp", tag)
+        (directory / f".{LATEST}.tmp").replace(directory / LATEST)
     sync_folder(directory)
     shutil.rmtree(old, ignore_errors=True)
 

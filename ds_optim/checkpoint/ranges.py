@@ -7,6 +7,7 @@ chunk once, however many of its parts are wanted (`Reader`).
 
 from __future__ import annotations
 
+import bisect
 import operator
 import queue
 import warnings
@@ -128,6 +129,24 @@ def _joined(ordered: list[tuple[int, Tensor]], most: int) -> dict[int, list[Tens
             start = end = start + piece.numel()
             room -= piece.numel()
     return chunks
+
+
+def copy(wanted: Mapping[str, Ranges], there: Mapping[str, Ranges]) -> int:
+    """Fill what is wanted from what somebody else holds of the same tensors; how many elements that were."""
+    copied = 0
+    for name in wanted.keys() & there.keys():
+        held = list(there[name].held())
+        begins = [start for start, _ in held]
+        for start, values in wanted[name].held():
+            at = max(bisect.bisect_right(begins, start) - 1, 0)
+            while at < len(held) and begins[at] < start + values.numel():
+                begin, source = held[at]
+                low, high = max(start, begin), min(start + values.numel(), begin + source.numel())
+                if low < high:
+                    values[low - start : high - start].copy_(source[low - begin : high - begin])
+                    copied += high - low
+                at += 1
+    return copied
 
 
 class Writer(FileSystemWriter):

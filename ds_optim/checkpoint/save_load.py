@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ds_optim.checkpoint import content, fit, ranges
 from ds_optim.checkpoint.directory import (
@@ -34,6 +36,8 @@ def save(
     tag: str | None = None,
     client_state: Any = None,
     keep: int | None = None,
+    latest: bool = True,
+    frozen: bool = True,
 ) -> Path:
     """Save weights, optimizer state, settings, scheduler and counters in canonical form.
 
@@ -51,6 +55,9 @@ def save(
         client_state: anything that pickles, the same on all ranks (the first one's is stored); `load` returns it.
         keep: checkpoints that stay in ``directory``, this one and the newest before it; older whole ones are removed
             when this one is there. None keeps all.
+        latest: whether ``latest`` names this checkpoint from now on.
+        frozen: whether parameters that are not trained are stored (buffers are). Where they were not, `load` leaves
+            them as they are: a base model's weights under adapters.
 
     Returns:
         The checkpoint's folder.
@@ -60,21 +67,21 @@ def save(
     """
     directory = Path(directory)
     ranks = ranks_of(model, optimizer)
-    training, problems = content.training_state_of(model, optimizer, ranks)
-    raise_everywhere(ranks, problems, "this cannot be saved")
-    assert training is not None
-    content.ask_others(training)
+    training = known(model, optimizer, ranks, "this cannot be saved")
+    if not frozen:
+        training.leave_out_frozen()
     engine = training.engine
     name = tag or (f"global_step{engine.global_steps}" if engine is not None else f"step{training.step}")
     raise_everywhere(ranks, [*_tag_problems(ranks, name), *_keep_problems(keep)], "this cannot be saved")
     about = {
         **heading(ranks.size, engine_state.counters(engine) if engine is not None else None),
         **content.described(training),
+        **({} if frozen else {"frozen_left_out": True}),
     }
     scheduler = getattr(engine, "lr_scheduler", None)
     schedule = scheduler.state_dict() if scheduler is not None else None
     failed = f"cannot save checkpoint {name!r} in {directory}"
-    with new_checkpoint(ranks, directory, name) as folder:
+    with new_checkpoint(ranks, directory, name, latest=latest) as folder:
         on_first_rank(ranks, partial(write_small, folder, about, client_state, schedule), failed)
         written = on_every_rank(ranks, lambda: content.to_write(training), failed)
         ranges.write(folder, written, ranks.group)
@@ -116,45 +123,87 @@ def load(
         CheckpointError: on every rank: nothing there, damaged (the files are named), of a later version, or of another
             optimizer, other settings, roles or shapes (each difference is named).
     """
-    directory = Path(directory)
     ranks = ranks_of(model, optimizer)
+    training = known(model, optimizer, ranks, "nothing can be loaded into this")
+    stored = opened(ranks, Path(directory), tag, fallback=fallback)
+    put_back(training, stored, states=load_optimizer_states and training.optimizer is not None, strict=strict)
+    return stored.client_state
+
+
+def known(model: Any, optimizer: Any, ranks: Ranks, subject: str) -> content.TrainingState:
+    """What a call names: a collective.
+
+    Raises:
+        CheckpointError: on every rank: why it cannot be saved or loaded.
+    """
     training, problems = content.training_state_of(model, optimizer, ranks)
-    raise_everywhere(ranks, problems, "nothing can be loaded into this")
+    raise_everywhere(ranks, problems, subject)
     assert training is not None
     content.ask_others(training)
+    return training
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A checkpoint whose files were found whole.
+
+    Attributes:
+        folder: that it is in.
+        about: what it holds, see `ds_optim.checkpoint.content`; without ``engine``, counters stay as they are.
+        read: fills tensors of this rank, by name: a collective of the group. OSError on every rank if it fails.
+        schedule: the learning-rate schedule's state; None if there was none, or none is wanted.
+        client_state: the user's.
+    """
+
+    folder: Path
+    about: Mapping[str, Any]
+    read: Callable[[Mapping[str, ranges.Ranges], dist.ProcessGroup | None], None]
+    schedule: Any = None
+    client_state: Any = None
+
+
+def opened(ranks: Ranks, directory: Path, tag: str | None, *, fallback: bool = False) -> Stored:
+    """A canonical checkpoint, see `load`: a collective."""
     folder = whole_checkpoint(ranks, directory, tag, fallback=fallback)
     about, objects = on_every_rank(
         ranks,
         lambda: (read_about(folder), torch.load(folder / OBJECTS, map_location="cpu", weights_only=False)),
         f"cannot load checkpoint {folder}, nothing was changed",
     )
-    states = load_optimizer_states and training.optimizer is not None
-    _refuse_misfits(folder, training, about, objects, states=states, strict=strict)
-    _read_tensors(folder, training, about, states=states)
+    return Stored(folder, about, partial(ranges.read, folder), objects["lr_scheduler"], objects["client_state"])
+
+
+def put_back(training: content.TrainingState, stored: Stored, *, states: bool = True, strict: bool = True) -> None:
+    """Go on from a checkpoint: a collective.
+
+    Args:
+        states: whether the optimizer's state is wanted, not weights alone.
+        strict: see `load`.
+
+    Raises:
+        CheckpointError: on every rank: each difference between the checkpoint and what is here.
+    """
+    about = stored.about
+    if about.get("frozen_left_out"):
+        there = {**about["parameters"], **about["module"]}
+        training.untrained = {name: its for name, its in training.untrained.items() if name in there}
+    _refuse_misfits(training, stored, states=states, strict=strict)
+    _read_tensors(training, stored, states=states)
     if states:
         assert training.optimizer is not None
         fit.restore_settings(training, about)
         training.optimizer.stepper.forget_past()
     if training.engine is not None:
-        _restore_engine(training, about, objects["lr_scheduler"], follows=states and not strict)
-    return objects["client_state"]
+        _restore_engine(training, stored, follows=states and not strict)
 
 
-def _refuse_misfits(
-    folder: Path,
-    training: content.TrainingState,
-    about: Mapping[str, Any],
-    objects: Mapping[str, Any],
-    *,
-    states: bool,
-    strict: bool,
-) -> None:
+def _refuse_misfits(training: content.TrainingState, stored: Stored, *, states: bool, strict: bool) -> None:
     """Raise on every rank what keeps a checkpoint from being loaded; nothing was changed yet."""
     raise_everywhere(
         training.ranks,
-        fit.misfits(training, about, states=states, strict=strict)
-        + _schedule_problems(training, objects["lr_scheduler"]),
-        f"checkpoint {folder} does not fit, nothing was changed",
+        fit.misfits(training, stored.about, states=states, strict=strict)
+        + _schedule_problems(training, stored.schedule),
+        f"checkpoint {stored.folder} does not fit, nothing was changed",
         "Load it with what it was saved with; if other parameters are trained now: strict=False; weights alone: "
         "load_optimizer_states=False."
         if states
@@ -162,32 +211,33 @@ def _refuse_misfits(
     )
 
 
-def _read_tensors(folder: Path, training: content.TrainingState, about: Mapping[str, Any], *, states: bool) -> None:
+def _read_tensors(training: content.TrainingState, stored: Stored, *, states: bool) -> None:
     """Weights and, if they are wanted, the optimizer's state, into the tensors of this rank."""
-    ranks = training.ranks
+    ranks, folder = training.ranks, stored.folder
     planned = on_every_rank(
-        ranks, lambda: content.to_read(training, about, states=states), f"cannot load {folder}, no weight was changed"
+        ranks,
+        lambda: content.to_read(training, stored.about, states=states),
+        f"cannot load {folder}, no weight was changed",
     )
     try:
-        ranges.read(folder, planned.tensors, ranks.group)
+        stored.read(planned.tensors, ranks.group)
     except OSError as error:  # raised on every rank alike
         raise CheckpointError(f"reading {folder} failed half-way, load again before you go on:\n- {error}") from error
     planned.finish()
 
 
-def _restore_engine(training: content.TrainingState, about: Mapping[str, Any], schedule: Any, *, follows: bool) -> None:
+def _restore_engine(training: content.TrainingState, stored: Stored, *, follows: bool) -> None:
     """Have an engine compute with the weights that were read, and go on counting; its schedule too, if one was saved.
 
     Args:
-        schedule: state of the saved one, or None.
         follows: whether parameter groups that the checkpoint knows nothing of take the rate that it has reached.
     """
-    engine = training.engine
+    engine, about = training.engine, stored.about
     engine_state.publish_weights(engine, training.optimizer.bound_tensors if training.optimizer is not None else {})
     if about["engine"] is not None:
         engine_state.restore_counters(engine, about["engine"])
-    if engine.lr_scheduler is not None and schedule is not None:
-        engine.lr_scheduler.load_state_dict(schedule)
+    if engine.lr_scheduler is not None and stored.schedule is not None:
+        engine.lr_scheduler.load_state_dict(stored.schedule)
         if follows:
             fit.follow_schedule(training, about, engine.lr_scheduler)
 

@@ -8,7 +8,7 @@
     reader            who holds which elements, read out of an engine; access to state
     gradient_window   a step's gradient is what arrived since the last step
     events            where that can be seen
-    guards, resume    where DeepSpeed says nothing, or blames other things
+    guards            where DeepSpeed says nothing
     overlooked        an optimizer that was given and is not the one that trains
     engine_state      what of an engine a checkpoint needs beside tensors
     checkpoint_files  the directory that ``save_checkpoint`` writes

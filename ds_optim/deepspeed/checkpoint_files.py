@@ -36,6 +36,10 @@ _OWN_KEYS = (
 _UNIVERSAL = ("exp_avg", "exp_avg_sq")
 
 
+class PartsOfModelsError(CheckpointError):
+    """The files hold the parts of models that ranks had under model parallelism."""
+
+
 class _Plain:
     """Stands for a class of DeepSpeed's: its attributes are kept, its code is not needed."""
 
@@ -89,7 +93,8 @@ class DeepSpeedFiles:
         verify: whether all files must be there and whole; otherwise only what is asked for is opened.
 
     Raises:
-        CheckpointError: files that are missing, damaged or not safe to read, all of them; model parallelism.
+        CheckpointError: files that are missing, damaged or not safe to read, all of them.
+        PartsOfModelsError: model parallelism.
     """
 
     def __init__(self, source: Path, tag: str | None, *, trust: bool = False, verify: bool = True) -> None:
@@ -108,11 +113,11 @@ class DeepSpeedFiles:
         self.world_size = int(self.main["dp_world_size"])
         unknown = [name for name in names if name.startswith(("expert_", "expp_", "layer_"))]
         if int(self.main.get("mp_world_size", 1)) > 1 or unknown or self.main.get("ds_autoep_layers"):
-            raise CheckpointError(
+            raise PartsOfModelsError(
                 f"{self.folder} is of a model- or pipeline-parallel run or has experts of their own: not supported"
             )
         if verify:
-            self._refuse([problem for name in self._others(main) for problem in _damage(self.folder / name)])
+            self._refuse(self.damages([name for name in self.files if name != main]))
         self.shapes = [
             {canonical_name(name): tuple(shape) for name, shape in group.items()}
             for group in self.main["param_shapes"] or []
@@ -244,11 +249,19 @@ class DeepSpeedFiles:
     def _optimizer_file(self, rank: int) -> str:
         return f"{self._bf16}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
-    def _others(self, main: str) -> list[str]:
-        """The files that must be there beside the first."""
+    @property
+    def files(self) -> list[str]:
+        """The names of all files that must be there, without doubles."""
         ranks = range(self.world_size if self.is_zero else 0)
-        models = [self._model_file(rank) for rank in ranks if self._slices]
-        return [name for name in (*models, *map(self._optimizer_file, ranks)) if name != main]
+        return list(dict.fromkeys([self._model_file(0), *(name for rank in ranks for name in self.files_of(rank))]))
+
+    def files_of(self, rank: int) -> list[str]:
+        """The names of those that hold what one rank had."""
+        return [self._model_file(rank), *([self._optimizer_file(rank)] if self.is_zero else [])]
+
+    def damages(self, names: Sequence[str]) -> list[str]:
+        """What is wrong with some of the files: they are read once, for their checksums."""
+        return [problem for name in names for problem in _damage(self.folder / name)]
 
     def _refuse(self, problems: Sequence[str]) -> None:
         if problems:

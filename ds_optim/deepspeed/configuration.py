@@ -15,6 +15,9 @@ from typing import Any
 from ds_optim.deepspeed.names import names
 from ds_optim.stepping.sharded import ShardedOptimizer
 
+CHECKPOINT_FORMS = ("deepspeed", "canonical", "both")
+"""What the object's ``"checkpoint"`` may say."""
+
 
 @dataclass(frozen=True, slots=True)
 class DsOptimObject:
@@ -23,21 +26,31 @@ class DsOptimObject:
     Attributes:
         options: options of the optimizer, which take precedence over ``optimizer.params`` (three-element ``betas``).
         no_decay: name patterns of the parameters that are spared weight decay; None: by role, see `is_decay_exempt`.
+        checkpoint: what ``engine.save_checkpoint`` writes, one of `CHECKPOINT_FORMS`.
     """
 
     options: dict[str, Any]
     no_decay: tuple[str, ...] | None
+    checkpoint: str = CHECKPOINT_FORMS[0]
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> DsOptimObject:
         """From a whole DeepSpeed configuration."""
         given = dict(config.get("ds_optim") or {})
-        no_decay = given.pop("no_decay", None)
-        return cls(given, tuple(no_decay) if isinstance(no_decay, list) else None)
+        no_decay, form = given.pop("no_decay", None), given.pop("checkpoint", CHECKPOINT_FORMS[0])
+        return cls(given, tuple(no_decay) if isinstance(no_decay, list) else None, form)
 
     def all_options(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What the optimizer is made with."""
         return {**(config.get("optimizer", {}).get("params") or {}), **self.options}
+
+
+def form_problems(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the form of checkpoints that a whole DeepSpeed configuration asks for."""
+    form = DsOptimObject.of(config).checkpoint
+    if form in CHECKPOINT_FORMS:
+        return []
+    return [f'"ds_optim": "checkpoint" is {form!r}; it is one of {", ".join(map(repr, CHECKPOINT_FORMS))}']
 
 
 def option_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> list[str]:
@@ -55,7 +68,7 @@ def option_problems(cls: type[ShardedOptimizer], config: Mapping[str, Any]) -> l
     auto = [key for key, value in options.items() if value == "auto"]
     if auto:
         problems.append(f'"auto" for {", ".join(auto)} is filled in by a Hugging Face Trainer only; give numbers')
-    problems += _schedule_problems(cls, config)
+    problems += [*form_problems(config), *_schedule_problems(cls, config)]
     return problems + cls.setting_problems({key: value for key, value in options.items() if value != "auto"})
 
 

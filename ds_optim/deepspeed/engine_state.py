@@ -29,6 +29,11 @@ def is_engine(subject: Any) -> bool:
     return hasattr(subject, "basic_optimizer") and hasattr(subject, "module")
 
 
+def writes_torchs_files(engine: Any) -> bool:
+    """Whether its own checkpoints are files of torch's, as they are unless the configuration names another writer."""
+    return type(engine.checkpoint_engine).__name__ == "TorchCheckpointEngine"
+
+
 def problems(engine: Any) -> list[str]:
     """Why an engine cannot be saved or loaded, as sentences."""
     found = wrappers.engine_problem(engine, "checkpoint")

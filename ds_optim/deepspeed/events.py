@@ -72,17 +72,24 @@ def called_in_training(engine: Any) -> Any:
     return engine.module if getattr(engine, "pipeline_parallelism", False) else engine
 
 
-def around_load(engine: Any, around: Callable[[Callable[[], Any], Any, dict[str, Any]], Any]) -> None:
-    """Let ``around(load, engine, asked)`` take the place of this engine's ``load_checkpoint``.
+Around = Callable[[Callable[[], Any], Any, dict[str, Any]], Any]
+"""Takes the place of a call: is given what makes it, the engine, and all arguments by name, defaults filled in."""
 
-    Args:
-        around: is given what loads, the engine, and all arguments by name, defaults filled in; returns what the call
-            returns.
-    """
 
-    def loading(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
+def around_load(engine: Any, around: Around) -> None:
+    """Let ``around(load, engine, asked)`` take the place of this engine's ``load_checkpoint``."""
+    _around(engine, "load_checkpoint", around)
+
+
+def around_save(engine: Any, around: Around) -> None:
+    """Let ``around(save, engine, asked)`` take the place of this engine's ``save_checkpoint``."""
+    _around(engine, "save_checkpoint", around)
+
+
+def _around(engine: Any, method: str, around: Around) -> None:
+    def calling(wrapped: Callable[..., Any], engine: Any, args: Any, kwargs: Any) -> Any:
         given = signature(wrapped).bind(*args, **kwargs)
         given.apply_defaults()
         return around(lambda: wrapped(*args, **kwargs), engine, given.arguments)
 
-    wrap(engine, "load_checkpoint", loading)
+    wrap(engine, method, calling)

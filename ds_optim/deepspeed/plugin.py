@@ -19,13 +19,12 @@ import wrapt
 from torch import Tensor
 
 from ds_optim.deepspeed import gradient_window, guards, reader, wrappers
-from ds_optim.deepspeed.configuration import DsOptimObject, option_problems, warn_of_trainers_betas
+from ds_optim.deepspeed.configuration import DsOptimObject, form_problems, option_problems, warn_of_trainers_betas
 from ds_optim.deepspeed.model_parts import names_in, roles_in
 from ds_optim.deepspeed.names import install_names, names
 from ds_optim.deepspeed.overlooked import overlooked, watch_trainer
 from ds_optim.deepspeed.parameters import anywhere, grouped, is_trained, listed, names_of, parameter_of, roles_of
 from ds_optim.deepspeed.refusals import engine_problems, untrained
-from ds_optim.deepspeed.resume import guard_resuming
 from ds_optim.errors import in_one, raise_on_all_ranks
 from ds_optim.optimizers.registry import when_registered
 from ds_optim.releases import DEEPSPEED, require, say_what_was_not_tried
@@ -37,6 +36,14 @@ from ds_optim_autoload import ENGINE
 
 _ARGUMENTS = ("client_optimizer", "model_parameters")  # of what is wrapped
 _REFUSED = "ds_optim cannot run under this configuration, nothing was changed"
+
+
+_FOLLOWERS: list[Callable[[Any], None]] = []
+
+
+def when_bound(follow: Callable[[Any], None]) -> None:
+    """Have ``follow(engine)`` called whenever an optimizer of ours was bound to an engine."""
+    _FOLLOWERS.append(follow)
 
 
 def _install() -> None:
@@ -132,8 +139,9 @@ def _configured(
             binding = replace(binding, settle=gradient_window.settle_gradients(engine))
         basic.bind(binding, roles_of(engine, basic.roles_given, inferred), names_of(engine, given))
         reader.guard_state_access(engine, type(basic).__name__, basic.stepper.element_keys)
-        guard_resuming(engine)
         guards.watch(engine)
+        for follow in _FOLLOWERS:
+            follow(engine)
         if basic.ranks.index == 0:
             say_what_was_not_tried()
     return result
@@ -163,10 +171,12 @@ def _accept_client(engine: Any, optimizer: ShardedOptimizer, inferred: Mapping[s
             for index, group in enumerate(groups)
             if not group
         ]
-    if engine._config._param_dict.get("ds_optim"):
+    problems += form_problems(engine._config._param_dict)
+    settings = DsOptimObject.of(engine._config._param_dict)
+    if settings.options or settings.no_decay is not None:
         problems.append(
-            'the "ds_optim" object is for an optimizer that the JSON names; give its contents to the optimizer '
-            "that you make yourself"
+            'the "ds_optim" object is for an optimizer that the JSON names; give its contents, "checkpoint" aside, to '
+            "the optimizer that you make yourself"
         )
     _raise_on_all_ranks(engine, problems)
     _allow_cpu_offload(engine)
