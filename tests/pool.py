@@ -60,6 +60,13 @@ PRELOADED = [
     "torch.distributed.tensor",
     "deepspeed",
     "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+    # What the first engine of a process would import, for seconds.
+    "torch._inductor.compile_fx",
+    "torch.distributed.checkpoint.state_dict",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.pipe",
+    "ds_optim.checkpoint.resume",
 ]
 # Of a process that is the only rank of its world; the system picks the port.
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

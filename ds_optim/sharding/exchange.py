@@ -137,10 +137,16 @@ def worker_of(device: torch.device, group: dist.ProcessGroup | None) -> torch.de
 
 def accelerator_at_work() -> torch.device | None:
     """The accelerator that this process has begun to use."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    found = _accelerator()
     if found is None or not known_torch.is_at_work(found):
         return None
     return torch.device(found.type, torch.accelerator.current_device_index())
+
+
+@functools.cache
+def _accelerator() -> torch.device | None:
+    """That of the machine: asking whether there is one loads a driver's library anew each time."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
 def staged(values: Tensor) -> Tensor:
