@@ -48,6 +48,7 @@ EXTRAS = {
         "triton>=3.4; platform_system == 'Linux'",  # whose interpreter runs our programs; torch for CPUs brings none
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<2.5",
+        "build>=1.3",  # .ci/wheel
     ],
 }
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _OF_ROLES = ("Role", "infer_roles", "param_groups")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 require(TORCH)  # at once: what follows would fail with names that an older one does not have
 ds_optim_autoload.autoload()

@@ -24,12 +24,26 @@ from ds_optim import extension_builds, releases
 from ds_optim.batch_size.command import batch_size_app
 from ds_optim.checkpoint.command import checkpoint_app
 from ds_optim.json_file import read_object
+from ds_optim.memory import estimate_command
 from ds_optim.memory.claims_command import claims
-from ds_optim.memory.estimate_command import estimate
 from ds_optim.memory.report_command import report
 from ds_optim.selftest.command import selftest
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+EXAMPLES = """
+Examples:
+
+  ds-optim estimate --model configs/models/llama2_7b.json --optimizer AdamMini --stage 3 --ranks 8 --compare adamw
+
+  ds-optim estimate --model config.json --deepspeed ds.json --ranks 64 --micro-batch 2 --device-memory 80GB
+
+  ds-optim doctor --deepspeed ds.json
+
+  ds-optim checkpoint inspect runs/mine
+
+"ds-optim COMMAND --help" shows more.
+"""
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, epilog=EXAMPLES)
 
 
 @app.callback()
@@ -175,7 +189,7 @@ def _print_refusals(console: Console, config: Path | None) -> list[str]:
     return reasons
 
 
-app.command()(estimate)
+app.command(epilog=estimate_command.EXAMPLES)(estimate_command.estimate)
 app.command()(claims)
 app.command()(report)
 app.command()(selftest)

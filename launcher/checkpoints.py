@@ -1,7 +1,7 @@
 """Saving a run and going on with it: which form a directory holds, and what must be the same as before.
 
 Canonical checkpoints go on with any number of ranks and at any ZeRO stage; they are for the optimizers of this
-repository. DeepSpeed's own directory serves any optimizer, at the same ranks and stage only.
+repository. DeepSpeed's own directory serves any optimizer, of others at the same ranks and stage only.
 """
 
 from __future__ import annotations

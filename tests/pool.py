@@ -158,10 +158,8 @@ class Pool:
     def _start(self) -> None:
         if self._workers:
             return
+        start_fork_server()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        with _environment(ENVIRONMENT):
-            multiprocessing.forkserver.ensure_running()
         # The store lives here, on a port that the system picks, so that no two pools can race for one.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = tempfile.mkdtemp(prefix="ds_optim_pool_")
@@ -226,6 +224,13 @@ class Pool:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGUSR1)
         time.sleep(0.5)
+
+
+def start_fork_server() -> None:
+    """Have the process ready that ranks, and programs of `fresh`, are forked from."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    with _environment(ENVIRONMENT):
+        multiprocessing.forkserver.ensure_running()
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int, log: str) -> None:

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import ds_optim
+import fresh
+from ds_optim import cli
+from ds_optim.memory import estimate_command
 from ds_optim.optimizers.registry import optimizers
 from pool import ALONE
 
@@ -46,8 +51,17 @@ INSTEAD = {
     "ds-optim batch-size advise --batch 64 --noise-scale 213 --ranks 2 --micro-batch 4 --seq-length 128 "
     "--model configs/models/llama_60m.json --deepspeed configs/adamw_zero2.json "
     "--device-memory 8GB": "ds-optim batch-size advise --help",
-    # It is what runs this.
+    # Half a minute for a larger model.
+    "python benchmarks/scaling.py --only planned --planned-model llama2_7b --planned-ranks 8 64 --matrix-tflops 400 "
+    "--tokens 4096": "python benchmarks/scaling.py --only planned --planned-model llama_60m --planned-ranks 8 "
+    "--matrix-tflops 400 --tokens 4096",
+    # It is what runs this, and these tests.
     "bash tests/run.sh": "bash tests/run.sh --collect-only -q tests/test_docs.py",
+    "bash tests/run.sh tests/test_boxes.py tests/test_schedule.py": "bash tests/run.sh --help",
+    "bash tests/run.sh tests/test_vectors.py -k adam_mini --seed 17": "bash tests/run.sh --help",
+    "bash tests/run.sh -n 0 tests/test_layout.py": "bash tests/run.sh --help",
+    # A minute; a check of its own in .ci/run.
+    "mypy --strict": "mypy --help",
     # Minutes each; tests/test_invariance.py runs a part of the matrix, tests/test_digests.py what compares.
     "python benchmarks/full_matrix.py --digests before.json": "python benchmarks/full_matrix.py --help",
     "python benchmarks/full_matrix.py --digests after.json "
@@ -56,6 +70,28 @@ INSTEAD = {
 
 # Commands that other tests run, on the pool's ranks or on a tiny model; here only that these tests exist.
 ELSEWHERE = {
+    # In environments of their own, by benchmarks/tools.py.
+    **dict.fromkeys(
+        (
+            "deepspeed --num_gpus 2 examples/on_cpu.py examples/tools/trl_train.py sft "
+            "--deepspeed examples/tools/zero2.json --output runs/trl",
+            "python examples/tools/llamafactory_data.py",
+            "deepspeed --num_gpus 2 examples/on_cpu.py examples/tools/llamafactory_train.py "
+            "examples/tools/llamafactory_sft.yaml",
+            "torchrun --nproc_per_node 2 examples/tools/lightning_train.py examples/tools/lightning.json runs/lit",
+            "torchrun --nproc_per_node 1 examples/tools/lightning_train.py examples/tools/lightning.json runs/lit "
+            "--resume",
+            "torchrun --nproc_per_node 2 examples/tools/torchtitan_train.py",
+        ),
+        "test_tools.test_every_command_was_run_and_passed",
+    ),
+    # Another port, other sizes: the same measurement.
+    "deepspeed --num_gpus 2 --master_port 29611 benchmarks/scaling.py --measure --stage 3 "
+    "--optimizer AdamMini": "test_scaling.test_real_engines_send_multiply_and_keep_what_was_predicted",
+    "torchrun --nproc_per_node 2 examples/add_an_optimizer.py --save runs/added": "test_registry."
+    "test_optimizers_from_outside_do_all_that_ours_do",
+    "torchrun --nproc_per_node 1 examples/add_an_optimizer.py --resume runs/added": "test_registry."
+    "test_optimizers_from_outside_do_all_that_ours_do",
     "torchrun --no-python --nproc-per-node 2 ds-optim selftest": "test_selftest."
     "test_the_command_with_two_ranks_prints_one_table_and_writes_what_both_found",
     "deepspeed --num_gpus 2 examples/on_cpu.py examples/trainer_deepspeed.py "
@@ -102,12 +138,21 @@ def commands(block: Block) -> list[str]:
     return list(filter(None, (" ".join(line.split("#")[0].split()) for line in lines)))
 
 
-def run(command: list[str], folder: Path) -> None:
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    if command[0] == sys.executable:
-        environment.update(ALONE)
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+def run(command: str, folder: Path) -> None:
+    """Run a line; Python's programs without a shell, where they need none."""
+    scripts = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": scripts}
+    words = shlex.split(command)
+    if words[0] == "python":
+        words = words[1:]
+    if words[0] == "ds-optim" or words[0].endswith(".py"):
+        finished = fresh.run(words, folder, {**environment, **ALONE} if len(words) == 1 else environment)
+        assert finished.returncode == 0, finished.output[-3000:]
+        return
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_there_are_blocks_and_all_have_a_language() -> None:
@@ -119,7 +164,7 @@ def test_there_are_blocks_and_all_have_a_language() -> None:
 def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
     script.write_text(block.text, encoding="utf-8")
-    run([sys.executable, str(script)], tmp_path)
+    run(f"python {shlex.quote(str(script))}", tmp_path)
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
@@ -129,12 +174,26 @@ def test_a_bash_block_runs(block: Block) -> None:
             module, _, name = ELSEWHERE[command].partition(".")
             assert f"\ndef {name}(" in (ROOT / "tests" / f"{module}.py").read_text(encoding="utf-8")
         else:
-            run(["bash", "-c", INSTEAD.get(command, command)], ROOT)
+            run(INSTEAD.get(command, command), ROOT)
 
 
 def test_no_command_is_replaced_that_no_page_has() -> None:
     shown = {command for block in BLOCKS if block.language == "bash" for command in commands(block)}
     assert INSTEAD.keys() | ELSEWHERE.keys() <= shown
+
+
+def examples_of_the_help() -> list[str]:
+    told = f"{cli.EXAMPLES}{estimate_command.EXAMPLES}"
+    return [line.strip() for line in told.splitlines() if line.strip().startswith("ds-optim ")]
+
+
+@pytest.mark.parametrize("line", examples_of_the_help())
+def test_the_helps_examples_have_known_commands_and_options(line: str) -> None:
+    _, *words = shlex.split(line)
+    wanted = [str(ROOT / "configs" / "models" / "llama_60m.json") if word == "config.json" else word for word in words]
+    given = [str(ROOT / "configs" / "swan_zero2.json") if word == "ds.json" else word for word in wanted]
+    assert CliRunner().invoke(cli.app, [*given, "--help"]).exit_code == 0
+    assert CliRunner().invoke(cli.app, [*given, "--unknown", "--help"]).exit_code != 0
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "json"], ids=str)
@@ -149,6 +208,23 @@ def test_a_json_block_names_an_optimizer_with_options_it_has(block: Block) -> No
         given = {**config["optimizer"].get("params", {}), **DsOptimObject.of(config).options}
         numbers = {key: value for key, value in given.items() if value != "auto"}
         assert cls.setting_problems(numbers) == []
+
+
+WRITTEN = [page for page in PAGES if page.parent != ROOT / "docs" / "results" or page.name == "README.md"]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_are_short(page: Path) -> None:
+    """But rows of tables. The other pages of docs/results are written by programs."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.lstrip().startswith("|")] == []
+
+
+def test_the_readme_is_for_a_reader_in_a_hurry() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert max(map(len, text.splitlines())) <= 120
+    assert len(text.split()) <= 900
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

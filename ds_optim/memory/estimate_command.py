@@ -51,6 +51,19 @@ def _parsed(text: str) -> tuple[float, str]:
     return float(found[1]), found[2].lower()
 
 
+EXAMPLES = """
+Examples:
+
+ds-optim estimate --model config.json --optimizer Shampoo --stage 3 --ranks 64
+
+ds-optim estimate --model config.json --deepspeed ds.json --ranks 8 --ranks 64 --compare adamw
+
+ds-optim estimate --model config.json --optimizer SWAN --plain --precision pure-bf16 --ranks 1 --device-memory 24GB
+
+ds-optim estimate --model config.json --optimizer AdamMini --stage 1 --mesh dp=8,tp=4,pp=2
+"""
+
+
 def estimate(
     model: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="A transformers config.json.")],
     config: Annotated[
