@@ -5,6 +5,7 @@ The models, gradients and one-process runs are those of `parallel`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -218,9 +219,17 @@ MOVES = {
 }
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamMini", "Shampoo", "SOAP"])
-@pytest.mark.parametrize(("before", "after"), MOVES.values(), ids=list(MOVES))
-def test_a_checkpoint_goes_on_elsewhere(pool: Pools, tmp_path: Path, name: str, before: Any, after: Any) -> None:
+# Each move with a rule of each kind, in turn.
+RULES = itertools.cycle((("AdamW", "SOAP"), ("AdamMini", "Shampoo")))
+MOVED = [(move, rule) for move, rules in zip(MOVES, RULES, strict=False) for rule in rules]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [(*MOVES[move], rule) for move, rule in MOVED],
+    ids=[f"{move}-{rule}" for move, rule in MOVED],
+)
+def test_a_checkpoint_goes_on_elsewhere(pool: Pools, tmp_path: Path, before: Any, after: Any, name: str) -> None:
     (ranks, settings), (others, other_settings) = before, after
     run, other = of(name, steps=12, **settings), of(name, steps=12, **other_settings)
     first, second = tmp_path / "first", tmp_path / "second"

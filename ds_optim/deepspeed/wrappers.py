@@ -195,11 +195,12 @@ ENGINE_ATTRIBUTES: Mapping[EngineUse, tuple[str, ...]] = {
         *("global_steps", "skipped_steps", "zero_grad", "inside_no_sync_ctxt", "gradient_accumulation_steps"),
         "is_gradient_accumulation_boundary",
         # its checkpoints
-        *("load_checkpoint", "save_checkpoint", "checkpoint_engine", "use_node_local_storage", "global_rank"),
+        *("load_checkpoint", "save_checkpoint", "use_node_local_storage", "global_rank"),
     ),
     "checkpoint": (
         *("module", "optimizer", "basic_optimizer", "mp_world_size", "pipeline_parallelism", "lr_scheduler"),
         *("global_steps", "global_samples", "micro_steps", "skipped_steps", "gradient_accumulation_steps"),
+        "checkpoint_engine",
     ),
     "measurement": (
         *("optimizer", "global_steps", "data_parallel_group", "sequence_parallel_size", "fp16_enabled"),

@@ -17,7 +17,8 @@ class Say(TrainerCallback):
             optimizer = optimizer.optimizer
         if state.is_world_process_zero:
             losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            print(json.dumps({"optimizer": type(optimizer).__name__, "steps": state.global_step, "loss": losses}))
+            said = {"optimizer": type(optimizer).__name__, "steps": state.global_step, "loss": losses}
+            print(f"\n{json.dumps(said)}", flush=True)
 
 
 run_exp(callbacks=[Say()])
