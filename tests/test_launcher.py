@@ -46,6 +46,7 @@ PARAMETERS = {
     "llama2_70b": 68_976_648_192,
     "llama3_8b": 8_030_261_248,
     "gpt2_xl": 1_557_611_200,
+    "mixtral_8x7b": 46_702_792_704,
 }
 WORDS = ("loss", "model", "falls", "while", "its", "optimizer", "moves", "the", "weights", "along", "gradients")
 

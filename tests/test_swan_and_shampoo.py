@@ -372,7 +372,8 @@ def test_the_papers_shampoo_is_its_oracle(exponent: float | None, seed: int) -> 
 
 def test_one_step_of_the_papers_shampoo_orthogonalizes_a_gradient(seed: int) -> None:
     """L^(-1/4) G R^(-1/4) = U V^T."""
-    gradient = normal((8, 8), seed) + 3 * torch.eye(8)
+    u, _, vh = torch.linalg.svd(normal((8, 8), seed))
+    gradient = u * torch.linspace(1, 4, 8) @ vh  # what is squared in fp32 must not be lost there
     params = {"w": nn.Parameter(torch.zeros(8, 8))}
     optimizer = ds_optim.Shampoo(params.items(), lr=1.0, roles=LINEAR, matrix_eps=1e-12, **PAPER)
     take(optimizer, params, {"w": gradient})
