@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 from typer.testing import CliRunner
 
+from damage import flip, remove, truncate
 from ds_optim import checkpoint
 from ds_optim.checkpoint.command import checkpoint_app
 from ds_optim.checkpoint.convert import convert
@@ -151,23 +151,6 @@ def copied(saved: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A copy of DeepSpeed's directory, to be damaged, and the checkpoint's folder in it."""
     shutil.copytree(saved / "theirs", tmp_path / "theirs")
     return tmp_path / "theirs", tmp_path / "theirs" / f"global_step{STEPS}"
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2000])
-
-
-def flip(path: Path) -> None:
-    """One bit in the middle of the largest record."""
-    with zipfile.ZipFile(path) as archive:
-        record = max(archive.infolist(), key=lambda one: one.file_size)
-    content = bytearray(path.read_bytes())
-    content[record.header_offset + record.file_size // 2 + 100] ^= 1
-    path.write_bytes(bytes(content))
 
 
 OPTIMIZER_1 = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"

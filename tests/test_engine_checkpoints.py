@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 import ds_optim
+from damage import flip, remove, truncate
 from ds_optim.checkpoint.warm_start import warm_start
 from ds_optim.errors import CheckpointError
 from ds_optim.releases import DEEPSPEED
@@ -281,30 +281,8 @@ def test_what_goes_on_depends_on_what_was_saved(pool: Pools, case: Case, words: 
     assert "weights were changed" not in said
 
 
-def lose(path: Path) -> None:
-    path.unlink()
-
-
-def cut_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-500])
-
-
-def flip(path: Path) -> None:
-    """One bit of the largest tensor in it."""
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda one: one.file_size)
-    data = bytearray(path.read_bytes())
-    at = data.find(archive_name(largest)) + 200  # behind the local header and its padding
-    data[at] ^= 1
-    path.write_bytes(data)
-
-
-def archive_name(one: zipfile.ZipInfo) -> bytes:
-    return one.filename.encode()
-
-
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("damage", [lose, cut_short, flip])
+@pytest.mark.parametrize("damage", [remove, truncate, flip])
 @pytest.mark.parametrize("file", ["*rank_1_*optim_states.pt", "mp_rank_00_model_states.pt"])
 def test_damage_of_any_file_stops_all_ranks_before_anything_changes(
     pool: Pools, ranks: int, damage: Any, file: str, tmp_path: Path

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from ds_optim.deepspeed.refusals import judge
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tools  # noqa: E402
+
 EXAMPLES = ROOT / "examples" / "tools"
 
 
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tools", ROOT / "benchmarks" / "tools.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_command_was_run_and_passed() -> None:
-    tools = benchmark()
     kept = json.loads(tools.KEPT.read_text(encoding="utf-8"))
     assert {tool: [row["command"] for row in run["rows"]] for tool, run in kept.items()} == tools.COMMANDS
     assert [row for run in kept.values() for row in run["rows"] if not row["passes"]] == []
@@ -33,7 +26,7 @@ def test_every_command_was_run_and_passed() -> None:
 
 
 def test_what_was_trained_was_trained_by_ours_and_went_on() -> None:
-    for tool, run in json.loads(benchmark().KEPT.read_text(encoding="utf-8")).items():
+    for tool, run in json.loads(tools.KEPT.read_text(encoding="utf-8")).items():
         said = [row for row in run["rows"] if "optimizer" in row]
         assert said, tool
         for row in said:
