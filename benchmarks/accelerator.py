@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pages
 import torch
 from accelerator_bench import Bench, Sizes, TimeIsUpError
 from accelerator_soundness import accounts, bits, engines, noise_scale, surroundings, two_ranks
@@ -295,7 +296,7 @@ def within(bench: Bench, section: str) -> Iterator[CheckResult]:
 def _write(folder: Path, where: str, findings: dict[str, list[CheckResult]]) -> None:
     content = {"where": where, "sections": {name: list(map(dataclasses.asdict, one)) for name, one in findings.items()}}
     (folder / "accelerator.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / "accelerator.md").write_text(page(where, findings), encoding="utf-8")
+    pages.write(folder / "accelerator.md", page(where, findings))
 
 
 if __name__ == "__main__":

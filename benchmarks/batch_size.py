@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import pages
 import typer
 from processor import processor
 
@@ -136,7 +137,7 @@ def report(out: Out = DEFAULT_OUT, directory: Annotated[Path, typer.Option(help=
     if not found["measurements"]:
         raise typer.BadParameter(f"{out} holds no measurement: run it first")
     (directory / "batch_size.json").write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
-    (directory / "batch_size.md").write_text(_markdown(found), encoding="utf-8")
+    pages.write(directory / "batch_size.md", _markdown(found))
     _draw(found, directory / "batch_size.png")
 
 

@@ -39,6 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -272,7 +274,7 @@ def main() -> int:
     if arguments.markdown:
         title = "# Checkpoints from everywhere to everywhere"
         lines = [title, "", *introduction(arguments, time.time() - started), *text]
-        arguments.markdown.write_text("\n".join(lines) + ".\n", encoding="utf-8")
+        pages.write(arguments.markdown, "\n".join(lines) + ".\n")
     unchanged = digests.finish(whole.digests(arguments.long_gradients), arguments)
     return 1 if failed or not unchanged else 0
 

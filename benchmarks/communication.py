@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -197,7 +199,7 @@ def main() -> int:
     print("\n".join(text))
     print("holds" if good else "DOES NOT HOLD: see the docstring for what is asked")
     if arguments.markdown:
-        arguments.markdown.write_text("\n".join(text), encoding="utf-8")
+        pages.write(arguments.markdown, "\n".join(text))
     return 0 if good else 1
 
 

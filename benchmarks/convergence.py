@@ -43,6 +43,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launcher"))
 
@@ -777,7 +779,7 @@ def report(out: Out = DEFAULT_OUT, directory: Annotated[Path, typer.Option(help=
         raise typer.BadParameter(f"{out} holds no finished run of {BASE} to compare with")
     runs = [record.content for _, record in sorted(records.items(), key=lambda item: item[0].name)]
     (directory / "convergence.json").write_text(json.dumps(runs, separators=(",", ":")) + "\n", encoding="utf-8")
-    (directory / "convergence.md").write_text(markdown(records), encoding="utf-8")
+    pages.write(directory / "convergence.md", markdown(records))
     draw(records, directory / "convergence.png")
 
 

@@ -21,6 +21,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["DS_OPTIM_KERNELS"] = "native"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -120,7 +122,7 @@ def main() -> None:
         ["# Counted instructions", f"`python benchmarks/counted_instructions.py`. {made}.", said[2], "\n".join(lines)]
     )
     if given.markdown:
-        given.markdown.write_text(text + "\n", encoding="utf-8")
+        pages.write(given.markdown, text + "\n")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -426,7 +428,8 @@ def main() -> int:
         import torch
 
         command = ["python", "benchmarks/crash_recovery.py", *sys.argv[1:]]
-        arguments.markdown.write_text(
+        pages.write(
+            arguments.markdown,
             "# kill -9 of one rank, again and again\n\n"
             f"The small Llama (4.3 M parameters) on {RANKS} ranks under the `deepspeed` launcher: {STEPS} steps, a "
             f"checkpoint every {SAVE_EVERY} steps, `--keep {KEEP} --autoresume`. After every kill what `latest` names "
@@ -436,7 +439,6 @@ def main() -> int:
             + "\n".join(sections)
             + f"\n`{' '.join(command)}`, {datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), "
             f"torch {torch.__version__}, {time.time() - began:.0f} s.\n",
-            encoding="utf-8",
         )
     return 0
 

@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -259,7 +261,7 @@ def main() -> None:
     with Pools() as pools:
         lines = table(pools, given.ranks)
     if given.markdown:
-        given.markdown.write_text(page(lines), encoding="utf-8")
+        pages.write(given.markdown, page(lines))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -91,7 +93,8 @@ def main() -> int:
     print(text)
     print(f"{len(cases) - failures} of {len(cases)} cases hold")
     if arguments.markdown:
-        arguments.markdown.write_text(
+        pages.write(
+            arguments.markdown,
             "# The full matrix\n\n"
             "`=`: bitwise what one process computes on whole parameters; `~`: within 1e-6 of it. The number, with "
             "state in fp32: largest difference from the textbook oracle in fp64, in units of 1 + |parameter|, after "
@@ -101,7 +104,6 @@ def main() -> int:
             + f"\n\n{len(cases) - failures} of {len(cases)} cases hold. `python benchmarks/full_matrix.py`, "
             f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
             f"{time.time() - started:.0f} s.\n",
-            encoding="utf-8",
         )
     unchanged = digests.finish(bits, arguments)
     return 1 if failures or not unchanged else 0

@@ -32,6 +32,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -445,7 +447,7 @@ def main() -> int:
     print(text)
     missing = [name for name in SCENARIOS if name not in outcomes]
     if given.markdown is not None and not missing:
-        given.markdown.write_text(page(text))
+        pages.write(given.markdown, page(text))
     for failure in failures:
         print(f"FAILED {failure.splitlines()[0]}", file=sys.stderr)
     return 1 if failures else 0

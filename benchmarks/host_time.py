@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import os
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["TRITON_INTERPRET"] = "1"  # of tensors on the CPU, which the backend takes for no other reason
 os.environ["DS_OPTIM_KERNELS"] = "triton"
@@ -118,7 +120,7 @@ def main() -> int:
     lines += ["", f"Wanted: at most {MOST_MS:.0f} ms and {MOST_OF_UNIT} of torch's: {'met' if good else 'missed'}.", ""]
     print("\n".join(lines))
     if arguments.markdown is not None:
-        arguments.markdown.write_text("\n".join(lines), encoding="utf-8")
+        pages.write(arguments.markdown, "\n".join(lines))
     return int(not good)
 
 

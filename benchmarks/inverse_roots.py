@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
@@ -121,8 +123,7 @@ def main(
             "relative to the fp64 root of the same fp32 matrix, at three condition numbers before the ridge; the "
             f"largest of the stack.\n\n{table}\n"
         )
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(page, encoding="utf-8")
+        pages.write(markdown, page)
 
 
 if __name__ == "__main__":

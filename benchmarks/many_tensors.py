@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
@@ -145,7 +147,7 @@ def main() -> int:
     if dist.get_rank() == 0:
         print("\n".join(lines))
         if arguments.markdown:
-            arguments.markdown.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            pages.write(arguments.markdown, "\n".join(lines) + "\n")
     dist.destroy_process_group()
     return int(bool(missed))
 

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import pages
 import torch
 from processor import processor
 from torch import Tensor
@@ -161,7 +162,7 @@ def main() -> None:
         f"Measured on {processor()}, {os.cpu_count()} cores, torch {torch.__version__}, {datetime.date.today()}.",
         "",
     ]
-    PAGE.write_text("\n".join(lines), encoding="utf-8")
+    pages.write(PAGE, "\n".join(lines))
     print("\n".join(lines))
 
 

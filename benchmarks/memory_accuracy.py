@@ -19,6 +19,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -110,14 +112,14 @@ def main() -> int:
     print("\n".join(table))
     print(f"{len(rows) - failures} of {len(rows)} cases agree")
     if arguments.markdown:
-        arguments.markdown.write_text(
+        pages.write(
+            arguments.markdown,
             ABOUT
             + "\n"
             + "\n".join(table)
             + f"\n\n{len(rows) - failures} of {len(rows)} cases agree. `python benchmarks/memory_accuracy.py`, "
             f"{datetime.date.today()}, {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
             f"{time.time() - started:.0f} s.\n",
-            encoding="utf-8",
         )
     return 1 if failures else 0
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -396,7 +398,7 @@ def main() -> int:
     print("holds" if good else "DOES NOT HOLD: see the docstring for what is asked")
     if arguments.markdown:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        arguments.markdown.write_text("\n".join(text), encoding="utf-8")
+        pages.write(arguments.markdown, "\n".join(text))
     return 0 if good else 1
 
 

@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -206,7 +208,7 @@ def main() -> int:
             f"`python benchmarks/noise_scale.py`, {datetime.date.today()}, {os.cpu_count()} CPU cores "
             f"({platform.machine()}), torch {torch.__version__}, {time.time() - started:.0f} s.\n"
         )
-        arguments.markdown.write_text(text + foot, encoding="utf-8")
+        pages.write(arguments.markdown, text + foot)
     return 0 if good else 1
 
 

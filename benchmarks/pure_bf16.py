@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launcher"))
 
@@ -119,7 +121,7 @@ def main() -> int:
             rows.append(row(name, *results))
             print(rows[-1], flush=True)
     report = page(rows, text.about, sum(p.numel() for p in llama().parameters()), started)
-    RESULTS.write_text(report, encoding="utf-8")
+    pages.write(RESULTS, report)
     print(report)
     return int(not worst <= ALLOWED)
 

@@ -29,6 +29,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pages
+
 if "--measure" not in sys.argv:  # on a cluster its own accelerators count
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -212,7 +214,7 @@ def main(pools: Pools) -> int:
     print("holds" if good else "DOES NOT HOLD: see the docstring for what is asked")
     if arguments.markdown:
         kept.write_text(json.dumps(record, separators=(",", ":")) + "\n", encoding="utf-8")
-        arguments.markdown.write_text(text, encoding="utf-8")
+        pages.write(arguments.markdown, text)
         if "planned" in record:
             draw(record["planned"]["models"], arguments.markdown.with_suffix(".png"))
     return 0 if good else 1

@@ -36,6 +36,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
@@ -368,7 +370,7 @@ def main() -> int:
         arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     if arguments.markdown:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        arguments.markdown.write_text(markdown(where, arguments, tables), encoding="utf-8")
+        pages.write(arguments.markdown, markdown(where, arguments, tables))
     return int(any(result.holds is False for found in tables.values() for result in found))
 
 

@@ -21,6 +21,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pages
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, PAGE = ROOT / "docs" / "results" / "tools.json", ROOT / "docs" / "results" / "tools.md"
 
@@ -111,7 +113,7 @@ def main() -> int:
         machine = f"{os.cpu_count()} cores, {platform.machine()}"
         kept[tool] = {"version": version, "date": str(date.today()), "machine": machine, "rows": rows}
     KEPT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(kept), encoding="utf-8")
+    pages.write(PAGE, page(kept))
     return int(not passed or not all(passed))
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import environments
+import pages
 from environments import PACKAGES, ROOT, InstallationError
 from processor import processor
 from versions_page import BESIDE, INSTALLATION, in_words, page, passes
@@ -340,7 +341,7 @@ def save(known: Mapping[str, Any], results: Path) -> None:
     """Both files; the table is written from the numbers alone."""
     results.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     if results == RESULTS:
-        TABLE.write_text(page(known, COMBINATIONS, AREAS), encoding="utf-8")
+        pages.write(TABLE, page(known, COMBINATIONS, AREAS))
 
 
 if __name__ == "__main__":

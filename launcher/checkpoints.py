@@ -164,11 +164,11 @@ def _load(
 
 def _place(path: Path) -> tuple[Path, str | None, bool] | None:
     """Directory and tag (None: the newest) of a checkpoint directory or one folder in it, and if it is DeepSpeed's."""
-    from ds_optim.checkpoint.directory import LATEST, MANIFEST, folder_of
+    from ds_optim.checkpoint.directory import MANIFEST, folder_of
+    from ds_optim.latest import newest
 
-    latest = path / LATEST
-    if latest.is_file():
-        return path, None, _is_deepspeeds(folder_of(path, latest.read_text(encoding="utf-8").strip()))
+    if tag := newest(path):
+        return path, None, _is_deepspeeds(folder_of(path, tag))
     if (path / MANIFEST).is_file() or _is_deepspeeds(path):
         return path.parent, path.name, _is_deepspeeds(path)
     return (path, None, False) if any(path.glob(f"*/{MANIFEST}")) else None

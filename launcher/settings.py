@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=CHECKPOINT_FORMS,
         default="canonical",
         help="canonical: resumes on any number of ranks and at any ZeRO stage (default); "
-        "deepspeed: DeepSpeed's own, for any optimizer, same ranks and stage",
+        "deepspeed: DeepSpeed's own, for any optimizer; ours resume from it elsewhere too, others on the same ranks",
     )
     again = keep.add_mutually_exclusive_group()
     again.add_argument("--resume", type=Path, metavar="DIR", help="continue from DIR, or from DIR/global_stepN")

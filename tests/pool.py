@@ -14,13 +14,15 @@ A job can rely on this: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_POR
 DS_ACCELERATOR is cpu, the default dtype is fp32, torch's and Python's generators are seeded with 0. It must leave no
 engine behind (`engine.destroy()`) and no hook in DeepSpeed.
 
-Any failure ends the whole set, since the process group is then in an unknown state; the next `run` starts a new one.
-This is not for tests of the launcher or of the import hook, which need fresh interpreters.
+Ranks are stopped between two jobs. Any failure ends the whole set, since the process group is then in an unknown state;
+the next `run` starts a new one. This is not for tests of the launcher or of the import hook: the former have `forked`,
+and the latter need fresh interpreters.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import io
@@ -68,6 +70,7 @@ PRELOADED = [
     "deepspeed.pipe",
     "ds_optim.checkpoint.resume",
 ]
+PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal that a process gets when its parent dies
 # Of a process that is the only rank of its world; the system picks the port.
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -136,10 +139,14 @@ class Pool:
         """
         job = _serialise((function, args))
         self._start()
+        self._signal(signal.SIGCONT)
         for worker in self._workers:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a dead rank is reported by _collect
                 worker.connection.send_bytes(_serialise((list(sys.path), job)))
-        return self._collect(getattr(function, "__qualname__", repr(function)), timeout)
+        results = self._collect(getattr(function, "__qualname__", repr(function)), timeout)
+        # The threads of gloo's groups wake a hundred times a second each, whatever they have to do.
+        self._signal(signal.SIGSTOP)
+        return results
 
     def close(self) -> None:
         """Ends every process of this pool, whatever it is doing."""
@@ -216,6 +223,12 @@ class Pool:
                 break
         return results, reports
 
+    def _signal(self, number: signal.Signals) -> None:
+        for worker in self._workers:
+            if worker.process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker.process.pid, number)
+
     def _ask_for_stacks(self, ranks: list[int]) -> None:
         """Has each rank write the Python stacks of its threads into its log."""
         for rank in ranks:
@@ -235,6 +248,7 @@ def start_fork_server() -> None:
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int, log: str) -> None:
     """The life of one rank: join the group, then one job after another until the other end of the connection closes."""
+    _die_with_parent()
     # Ctrl-C reaches the whole terminal group; the test process decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -265,6 +279,12 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
         sys.stdout.flush()
         sys.stderr.flush()
         connection.send_bytes(answer)
+
+
+def _die_with_parent() -> None:
+    """The fork server, that is, which ends with the test process: a stopped rank would not notice that one's end."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.close(multiprocessing.forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
 
 
 def _gather_one_by_one() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +22,8 @@ import accelerator_soundness  # noqa: E402
 import accelerator_training  # noqa: E402
 import convergence  # noqa: E402
 from accelerator_bench import Bench, Sizes, TimeIsUpError  # noqa: E402
+
+import forked  # noqa: E402
 
 CPU = torch.device("cpu")
 OPTIMIZERS = tuple(convergence.RECIPES)
@@ -62,8 +63,9 @@ ABOUT_TIME = ("bandwidth", "many_tensors", "matrices", "shampoo")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BENCHMARK), *arguments]
+    environment = forked.environment()
+    del environment["TRITON_INTERPRET"]
+    command = [forked.python(), str(BENCHMARK), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 

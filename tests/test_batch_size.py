@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import ds_optim
 import ds_optim.checkpoint
+import forked
 from ds_optim.batch_size import branch_runs, branching, verdict
 from ds_optim.batch_size.advice import (
     Estimate,
@@ -612,12 +613,12 @@ def test_branches_of_the_real_training_job(pool: Any, short: list[str], tmp_path
     """From a checkpoint of two ranks on one, which is enough here: no launcher."""
     common = [*short[: short.index("--steps")], *short[short.index("--steps") + 2 :], "--optimizer", "lion"]
     pool(2).run(train_in_pool, [*common, "--steps", "6", "--save", str(tmp_path / "saved"), "--save-every", "4"])
-    command = [sys.executable, str(LAUNCHER / "train.py"), *common]
+    command = [forked.python(), str(LAUNCHER / "train.py"), *common]
     start = str(tmp_path / "saved" / "global_step4")
     options = ["--checkpoint", start, "--batches", "8,16", "--tokens", "1024", "--output", str(tmp_path / "out")]
     finished = subprocess.run(
-        [sys.executable, "-c", MAIN, "batch-size", "measure", *options, "--tolerance", "9", "--", *command],
-        env={**os.environ, **ALONE},
+        ["ds-optim", "batch-size", "measure", *options, "--tolerance", "9", "--", *command],
+        env=forked.environment(**ALONE),
         capture_output=True,
         text=True,
         timeout=900,

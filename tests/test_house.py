@@ -32,6 +32,7 @@ FLOORS: list[dict[str, str]] = [
         "linalg": "stacked Newton-Schulz, stacked inverse roots, aligned products, jobs for single threads",
         "listing": "long lists in messages",
         "instance_methods": "methods replaced on one object",
+        "latest": "the file that names the newest checkpoint",
         "json_file": "JSON files that are whole or not there",
         "extension_builds": "where operators are built, and locks that killed builds left behind",
         "trainer_callback": "transformers' callback, or a stand-in without transformers",

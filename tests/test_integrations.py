@@ -30,6 +30,7 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 import ds_optim.checkpoint
+import forked
 from ds_optim.releases import ACCELERATE, DEEPSPEED, TRANSFORMERS
 from ds_optim.roles import canonical_name
 
@@ -227,9 +228,9 @@ def launch(config: dict[str, Any], folder: Path, text: Path, steps: int) -> tupl
         --max_steps {steps} --logging_steps 1 --save_steps {steps} --report_to none
     """.split()
     finished = subprocess.run(
-        [sys.executable, *command, "examples/run_clm.py", *arguments, *given],
+        [forked.python(), *command, "examples/run_clm.py", *arguments, *given],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        env=forked.environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
         timeout=400,

@@ -34,6 +34,8 @@ import settings  # noqa: E402
 from progress import OptimizerClock, Progress  # noqa: E402
 from state_table import ModelStates, StateMeter, table  # noqa: E402
 
+import forked  # noqa: E402
+
 PARAMETERS = {
     "llama_small": 4_273_920,
     "llama_60m": 58_073_600,
@@ -371,7 +373,7 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
     port = local_cluster.free_port()
     command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port, LAUNCHER / "train.py"]
     return subprocess.run(
-        [sys.executable, *map(str, (*command, *arguments))], capture_output=True, text=True, timeout=600
+        [forked.python(), *map(str, (*command, *arguments))], capture_output=True, text=True, timeout=600
     )
 
 

@@ -28,6 +28,7 @@ import local_cluster  # noqa: E402
 import preflight  # noqa: E402
 import rank_logs  # noqa: E402
 
+import forked  # noqa: E402
 import multinode_job  # noqa: E402
 from pool import Pools  # noqa: E402
 
@@ -153,7 +154,7 @@ def test_all_end_bitwise_where_one_host_does(hosts: int, pool: Pools, tmp_path: 
 def test_without_ssh_and_without_root_the_same_over_loopback(pool: Pools, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     job = [str(ROOT / "tests" / "multinode_job.py"), "--output", str(output), "--optimizers", "AdamMini"]
-    command = [sys.executable, str(LAUNCHER / "local_cluster.py"), "loopback", "--hosts", "2", "--", *job]
+    command = [forked.python(), str(LAUNCHER / "local_cluster.py"), "loopback", "--hosts", "2", "--", *job]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     stage = multinode_job.stage_of("AdamMini", 1)

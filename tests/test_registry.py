@@ -8,7 +8,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 import ds_optim
+import forked
 from ds_optim.deepspeed.names import json_names
 from ds_optim.optimizers import registry
 from ds_optim.optimizers.registry import optimizers, unstated
@@ -171,7 +171,7 @@ def test_a_rule_without_a_kernel_steps_as_written_and_says_so_before_anything_co
 
 
 def launched(ranks: int, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command = [forked.python(), "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     script = str(ROOT / "examples" / "add_an_optimizer.py")
     done = subprocess.run([*command, script, *arguments], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ast
 import gc
 import json
-import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import forked
 import pretended
 from ds_optim.cli import app
 from ds_optim.kernels import native
@@ -211,9 +210,8 @@ def test_every_rank_of_a_host_has_an_accelerator_until_there_are_no_more(monkeyp
 
 def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     """Two ranks of a command, or of a script of ours."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command]
-    scripts = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PATH": scripts}
+    environment = forked.environment(COLUMNS="300")
+    launcher = ["torchrun", "--nproc-per-node", "2", *command]
     return subprocess.run(launcher, capture_output=True, text=True, check=False, env=environment)
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_optim.batch_size.learning_rate import ScalingRule, rule_of, scale
-from ds_optim.checkpoint.directory import LATEST, MANIFEST, OBJECTS, folder_of, read_about
+from ds_optim.checkpoint.directory import MANIFEST, OBJECTS, folder_of, read_about
 from ds_optim.json_file import read_object
+from ds_optim.latest import newest
 
 FINISHED = "finished.json"
 """In a branch's folder when it has ended: its setting, and what the command wrote."""
@@ -66,10 +67,8 @@ class Checkpoint:
         Raises:
             BranchingError: there is no checkpoint, or a damaged one.
         """
-        folder = directory
-        if (directory / LATEST).is_file():
-            folder = folder_of(directory, (directory / LATEST).read_text(encoding="utf-8").strip())
-        folder = folder.resolve()
+        tag = newest(directory)
+        folder = (folder_of(directory, tag) if tag else directory).resolve()
         if not (folder / MANIFEST).is_file():
             if not any(folder.glob("*_model_states.pt")):
                 raise BranchingError([f"there is no checkpoint in {directory}"])

@@ -18,6 +18,7 @@ from ds_optim.checkpoint.directory import ABOUT, read_about, whole_checkpoint
 from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles
 from ds_optim.errors import CheckpointError, on_every_rank
 from ds_optim.kernels.codes import BLOCK, blocks_of, decode
+from ds_optim.latest import newest
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.exchange import Ranks
 from ds_optim.stepping.eight_bits import coded_keys
@@ -133,9 +134,7 @@ def source_in(ranks: Ranks, directory: Path, tag: str | None) -> AdamSource:
     Raises:
         CheckpointError: on every rank; nothing there, damaged, or not AdamW's.
     """
-    latest = directory / "latest"
-    name = tag or (latest.read_text(encoding="utf-8").strip() if latest.is_file() else "")
-    if any((directory / name).glob("*model_states.pt")):
+    if any((directory / (tag or newest(directory) or "")).glob("*model_states.pt")):
         return on_every_rank(ranks, lambda: _deepspeed_source(directory, tag), f"cannot start from {directory}")
     return _canonical_source(ranks, directory, tag)
 

@@ -137,12 +137,11 @@ def verify(directory: _Directory, tag: _Tag = None) -> None:
 
 def _folder(directory: Path, tag: str | None, about_deepspeeds: Callable[[Path], str] = lambda _: "") -> Path:
     """The folder of the checkpoint that was asked for: by tag, by ``latest``, or the one that was given itself."""
-    from ds_optim.checkpoint.directory import LATEST, MANIFEST, folder_of
+    from ds_optim.checkpoint.directory import MANIFEST, folder_of
     from ds_optim.errors import CheckpointError
+    from ds_optim.latest import newest
 
-    latest = directory / LATEST
-    if tag is None and latest.is_file():
-        tag = latest.read_text(encoding="utf-8").strip()
+    tag = newest(directory) if tag is None else tag
     folder = folder_of(directory, tag) if tag else directory
     if not (folder / MANIFEST).exists() and any(folder.glob("*_model_states.pt")):
         raise CheckpointError(

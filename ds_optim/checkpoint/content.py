@@ -136,12 +136,9 @@ def ask_others(training: TrainingState) -> None:
         group = training.optimizer.shards.of(tensor).owner_group
         mine[one.name] = one.shape, tuple(dist.get_process_group_ranks(group)) if group else (rank_in_job(),)
     mine.update({name: (shape, (rank_in_job(),)) for name, (shape, _, _) in training.untrained.items()})
-    first: dict[str, tuple[int, ...]] = {}
-    for theirs in training.ranks.everyones(mine).values():
-        for name, (shape, holders) in theirs.items():
-            training.elsewhere[name] = shape
-            first.setdefault(name, holders)
-    training.of_others = frozenset(name for name, (_, holders) in mine.items() if first[name] != holders)
+    first = training.ranks.union(mine)
+    training.elsewhere.update((name, shape) for name, (shape, _) in first.items())
+    training.of_others = frozenset(name for name, (_, holders) in mine.items() if first[name][1] != holders)
 
 
 def _buffers(model: nn.Module, name_of: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:

@@ -27,13 +27,13 @@ import torch
 
 import ds_optim
 from ds_optim.errors import CheckpointError, in_one, on_every_rank, on_first_rank
+from ds_optim.latest import LATEST, newest
 from ds_optim.sharding.exchange import ALONE, Ranks
 
 FORMAT = 2  # 1: symmetric matrices whole, see `ds_optim.stepping.former_state`
 MANIFEST = "manifest.json"
 ABOUT = "about.json"
 OBJECTS = "objects.pt"
-LATEST = "latest"
 
 
 class NewerFormatError(CheckpointError):
@@ -64,7 +64,7 @@ def new_checkpoint(ranks: Ranks, directory: Path, tag: str, *, latest: bool = Tr
         sums = on_every_rank(
             ranks, lambda: {path.name: described(path) for path in _share(ranks, _files(folder))}, subject
         )
-        files = {name: found for of_rank in ranks.everyones(sums).values() for name, found in of_rank.items()}
+        files = ranks.union(sums)
         on_first_rank(ranks, lambda: publish(directory, tag, folder, files, latest=latest), subject)
     except BaseException:
         if ranks.index == 0:
@@ -289,13 +289,11 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def _latest(directory: Path) -> str:
-    path = directory / LATEST
-    if path.is_file():
-        return path.read_text(encoding="utf-8").strip()
-    listed = _tags(directory)
-    if not listed:
-        raise CheckpointError(f"there is no file {path}: nothing was ever saved there")
-    return listed[0]  # the first save there was killed between naming the checkpoint and writing `latest`
+    # Without it the first save there was killed between naming the checkpoint and writing `latest`.
+    for tag in (newest(directory), *_tags(directory)):
+        if tag:
+            return tag
+    raise CheckpointError(f"there is no file {directory / LATEST}: nothing was ever saved there")
 
 
 def _tags(directory: Path) -> list[str]:

@@ -22,10 +22,10 @@ from ds_optim.checkpoint.translation import Origin, Translation, groups_at_zero_
 from ds_optim.deepspeed import engine_state
 from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles, PartsOfModelsError
 from ds_optim.deepspeed.events import around_load
-from ds_optim.deepspeed.facts import LATEST
 from ds_optim.deepspeed.model_parts import is_apart, names_in, shapes_in, tensor_parallel_size
 from ds_optim.deepspeed.names import names
 from ds_optim.errors import on_every_rank, raise_everywhere, raise_on_all_ranks
+from ds_optim.latest import newest
 from ds_optim.listing import first_of
 from ds_optim.stepping.sharded import ShardedOptimizer
 
@@ -69,7 +69,7 @@ def _resume(load: Callable[[], Any], engine: Any, asked: dict[str, Any]) -> Any:
     optimizer: ShardedOptimizer = engine.basic_optimizer
     directory, tag = Path(asked["load_dir"]), asked["tag"]
     if tag is None:
-        tag = _latest(directory)
+        tag = newest(directory)
     found = optimizer.ranks.everyones((tag, tag is not None and (folder_of(directory, str(tag)) / ABOUT).exists()))
     if any(is_canonical for _, is_canonical in found.values()):
         return _load_canonical(engine, directory, str(tag), asked)
@@ -93,13 +93,6 @@ def _resume(load: Callable[[], Any], engine: Any, asked: dict[str, Any]) -> Any:
     problems = _state_problems(engine, optimizer, files)
     raise_on_all_ranks([*problems, *([seen.advice] if problems and seen.advice else [])], subject, optimizer.ranks)
     return load()
-
-
-def _latest(directory: Path) -> str | None:
-    try:
-        return (directory / LATEST).read_text(encoding="utf-8").strip()
-    except OSError:  # DeepSpeed says so itself, and returns None
-        return None
 
 
 # -- what is there ------------------------------------------------------------------------------------------------

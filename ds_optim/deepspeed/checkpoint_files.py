@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_optim.deepspeed.facts import LATEST
 from ds_optim.errors import CheckpointError, in_one
+from ds_optim.latest import LATEST, newest
 from ds_optim.roles import canonical_name
 from ds_optim.sharding.layout import FlatPartition, Layout, ParameterSpec, Replicated, SlicedParameters
 from ds_optim.stepping.logical_tensors import LogicalRange
@@ -318,12 +318,12 @@ def _place(values: Tensor) -> object:
 def _folder(source: Path, tag: str | None) -> Path:
     if tag is None and any(source.glob("*_model_states.pt")):
         return source
-    latest = source / LATEST
-    if tag is None and not latest.is_file():
+    tag = tag or newest(source)
+    if not tag:
         raise CheckpointError(
             f"{source} has neither a file {LATEST} nor *_model_states.pt: it is no DeepSpeed checkpoint"
         )
-    folder = source / (tag or latest.read_text(encoding="utf-8").strip())
+    folder = source / tag
     if not any(folder.glob("*_model_states.pt")):
         raise CheckpointError(f"there is no *_model_states.pt in {folder}: it is no DeepSpeed checkpoint, or damaged")
     return folder

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-LATEST = "latest"
-"""The file beside the checkpoints that names the newest one (`engine.py`, `save_checkpoint`)."""
-
 START_ALIGNMENT = 2
 """Elements per rank that ZeRO-1/2 pads a group to (`stage_1_and_2.py`, `nccl_start_alignment_factor`)."""
 

@@ -21,9 +21,9 @@ import torch
 
 from ds_optim.deepspeed import differences, wrappers
 from ds_optim.deepspeed.events import after_zero_grad, around_load
-from ds_optim.deepspeed.facts import LATEST
 from ds_optim.errors import raise_on_all_ranks
 from ds_optim.instance_methods import after, wrap
+from ds_optim.latest import LATEST, newest
 from ds_optim.listing import first_of
 from ds_optim.roles import canonical_name
 from ds_optim.rule import WholeMatrix
@@ -97,14 +97,11 @@ def _zero_3_load_problems(asked: dict[str, Any]) -> list[str]:
             f"then does not read): give load_optimizer_states=False as well; {ours}"
         ]
     if not asked["load_optimizer_states"] and asked["tag"] is not None:
-        latest = os.path.join(asked["load_dir"], LATEST)
-        newest = ""
-        if os.path.isfile(latest):
-            with open(latest, encoding="utf-8") as file:
-                newest = file.read().strip()
-        if newest != str(asked["tag"]):
+        named = newest(asked["load_dir"])
+        if named != str(asked["tag"]):
+            latest = os.path.join(asked["load_dir"], LATEST)
             return [
-                f"load_optimizer_states=False at ZeRO-3 loads the weights that {latest} names ({newest or 'none'}), "
+                f"load_optimizer_states=False at ZeRO-3 loads the weights that {latest} names ({named or 'none'}), "
                 f"not those of tag {asked['tag']!r}: write {asked['tag']!r} into that file first; {ours}"
             ]
     return []

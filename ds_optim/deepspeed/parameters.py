@@ -70,6 +70,4 @@ def roles_of(engine: Any, given: Any, inferred: Mapping[str, Role]) -> Mapping[s
 
 def anywhere(engine: Any, mine: Mapping[str, T]) -> dict[str, T]:
     """What all ranks of an engine have, by parameters' names: a collective where they have different ones."""
-    if not is_apart(engine):
-        return dict(mine)
-    return {name: its for one in ranks_of(engine).everyones(mine).values() for name, its in one.items()}
+    return ranks_of(engine).union(mine) if is_apart(engine) else dict(mine)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -79,6 +79,14 @@ class Ranks:
         found = {rank_in_job(): mine}
         for axis in self.axes:
             found = {rank: value for part in from_all_ranks(found, axis) for rank, value in part.items()}
+        return found
+
+    def union(self, mine: Mapping[str, T]) -> dict[str, T]:
+        """What they have between them, by name, each as the first of them has it: a collective."""
+        found: dict[str, T] = {}
+        for theirs in self.everyones(mine).values():
+            for name, its in theirs.items():
+                found.setdefault(name, its)
         return found
 
 

@@ -54,8 +54,7 @@ class Elsewhere:
             for spec in bound.layout.parameters
             if spec.name in roles
         }
-        everyones = {name: its for one in binding.ranks.everyones(mine).values() for name, its in one.items()}
-        return cls(everyones, binding.ranks.axes, binding.steps)
+        return cls(binding.ranks.union(mine), binding.ranks.axes, binding.steps)
 
 
 class Shards:

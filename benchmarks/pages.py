@@ -1,0 +1,52 @@
+"""Pages of results, as a benchmark writes them."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+WIDTH = 120
+_ITEM = re.compile(r"\s*(?:[-*] |\d+\. )")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a page of Markdown, its folder too, with lines that are no longer than they may be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(wrapped(text), encoding="utf-8")
+
+
+def wrapped(text: str) -> str:
+    """The page with paragraphs filled anew that have long lines. Tables, headings and code stay as they are."""
+    lines: list[str] = []
+    for paragraph in _paragraphs(text):
+        item = _ITEM.match(paragraph[0])
+        if _is_prose(paragraph[0]) and max(map(len, paragraph)) > WIDTH:
+            indent = " " * (item.end() if item else 0)
+            paragraph = textwrap.wrap(
+                " ".join(paragraph), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
+        lines += paragraph
+    return "\n".join(lines) + "\n"
+
+
+def _is_prose(line: str) -> bool:
+    return bool(line.strip()) and not line.lstrip().startswith(("|", "#", "!", "```"))
+
+
+def _paragraphs(text: str) -> Iterator[list[str]]:
+    """Lines of prose that belong together, blocks of code, and every other line by itself."""
+    found: list[str] = []
+    is_code = False
+    for line in text.splitlines():
+        if found and not is_code and (not _is_prose(line) or _ITEM.match(line)):
+            yield found
+            found = []
+        found.append(line)
+        is_code ^= line.startswith("```")
+        if not is_code and not _is_prose(line):
+            yield found
+            found = []
+    if found:
+        yield found
