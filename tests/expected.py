@@ -20,7 +20,16 @@ from reference.soap import soap
 from reference.swan import swan
 
 HEAD_DIM = 6  # of OddLlama
+ROUNDING = 2e-7  # two ulps
 MATRIX_RULES = ("Shampoo", "SWAN", "Muon", "NorMuon", "SOAP")
+
+
+def add_rounding(model: nn.Module, generator: torch.Generator) -> None:
+    """Put gradients beside by `ROUNDING` of their largest element, as sums in another order are."""
+    for weight in model.parameters():
+        assert weight.grad is not None
+        noise = torch.randn(weight.shape, generator=generator) * (weight.grad != 0)  # no sum, no rounding
+        weight.grad += noise * (ROUNDING * weight.grad.abs().max())
 
 
 def block_labels(name: str, shape: tuple[int, ...]) -> Tensor:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
 
 from ds_optim.linalg import triangle
 from ds_optim.sharding import exchange
@@ -220,7 +219,8 @@ class Device(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = function._schema.name.partition("::")[2]
-        ours = [one for one in tree_iter((args, kwargs)) if isinstance(one, OnDevice)]
+        given = list(_leaves((args, kwargs)))
+        ours = [one for one in given if isinstance(one, OnDevice)]
         asked = kwargs.get("device")
         if name in ("_pin_memory", "pin_memory"):
             return self._pin(args[0].clone())
@@ -243,46 +243,37 @@ class Device(TorchDispatchMode):
             one is not None and one.dtype in (torch.bool, torch.uint8) for one in args[1]
         ):
             self.note(self.waits, f"{name} by a mask")
-        elif ours and any(
-            isinstance(one, Tensor) and not isinstance(one, OnDevice) and one.dim() > 0
-            for one in tree_iter((args, kwargs))
-        ):
+        elif ours and any(isinstance(one, Tensor) and not isinstance(one, OnDevice) and one.dim() > 0 for one in given):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
         if lands_here and name not in FREE:
             self.note(self.launches, name, with_line=False)
         if asked is not None:
             kwargs["device"] = torch.device("cpu")
-        found = function(*tree_map(_values, args), **tree_map(_values, kwargs))
+        found = function(*_mapped(_values, args), **_mapped(_values, kwargs))
+        changed = kwargs.get("out", args[0]) if function._schema.is_mutable else None
+        made = _mapped(_placed, found) if lands_here and changed is None else found
         if name not in FREE:
-            placed = tree_map(_placed, found) if lands_here and not function._schema.is_mutable else found
-            self._order(function, name, args, kwargs, () if function._schema.is_mutable else placed)
-        if function._schema.is_mutable:
-            changed = kwargs.get("out", args[0])
+            self._order(name, given, list(_leaves(made if changed is None else changed)))
+        if changed is not None:
             return None if not function._schema.returns else changed
-        if does_pin:
-            return self._pin(found)
-        return tree_map(_placed, found) if lands_here else found
+        return self._pin(found) if does_pin else made
 
-    def _order(self, function: Any, name: str, args: Any, kwargs: Any, found: Any) -> None:
+    def _order(self, name: str, given: list[Any], written: list[Any]) -> None:
         """Who touches which memory: the stream that is current, or the host; a copy between them is the stream's."""
-        changes = function._schema.is_mutable
-        targets = (kwargs["out"] if "out" in kwargs else args[0]) if changes else ()
-        memory = {
-            is_written: {_address(one) for one in tree_iter(tree) if isinstance(one, Tensor)}
-            for is_written, tree in ((False, (args, kwargs)), (True, (targets, found)))
-        }
-        self._alive += [_values(one) for one in tree_iter((args, kwargs, found)) if isinstance(one, Tensor)]
-        everything = tree_iter((args, kwargs, found))
+        tensors = [[one for one in those if isinstance(one, Tensor)] for those in (given, written)]
+        touched, changed = ({_address(one) for one in those} for those in tensors)
+        everything = [*tensors[0], *tensors[1]]
+        self._alive += map(_values, everything)
         where = self.stream.name if any(isinstance(one, OnDevice) for one in everything) else "host"
         if where != "host":
             self.order.learns(where, self.order.of("host"))  # it was enqueued behind what the host has done
-        self.order.use(where, memory[False] - memory[True], memory[True], f"{name} {_line()}")
+        self.order.use(where, touched - changed, changed, f"{name} {_line()}")
         if self._is_waited_for:
             self.order.learns("host", self.order.of(where))
 
     def touched_by_program(self, args: Any, what: str) -> None:
         """All tensors that a program is given count as written to."""
-        addresses = {_address(one) for one in tree_iter(args) if isinstance(one, OnDevice)}
+        addresses = {_address(one) for one in _leaves(args) if isinstance(one, OnDevice)}
         self.order.learns(self.stream.name, self.order.of("host"))
         self.order.use(self.stream.name, set(), addresses, what)
 
@@ -383,6 +374,25 @@ class Stream:
         self.wait_event(other.record_event())
 
 
+def _leaves(tree: Any) -> Iterator[Any]:
+    """As torch's own trees, which know more and would take most of the time."""
+    if isinstance(tree, (tuple, list)):
+        for one in tree:
+            yield from _leaves(one)
+    elif isinstance(tree, dict):
+        yield from _leaves(list(tree.values()))
+    else:
+        yield tree
+
+
+def _mapped(change: Callable[[Any], Any], tree: Any) -> Any:
+    if isinstance(tree, (tuple, list)):
+        return (list if isinstance(tree, list) else tuple)(_mapped(change, one) for one in tree)
+    if isinstance(tree, dict):
+        return {key: _mapped(change, one) for key, one in tree.items()}
+    return change(tree)
+
+
 def _address(one: Tensor) -> int:
     return int(_values(one).untyped_storage().data_ptr())
 
@@ -414,12 +424,12 @@ class _Program:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            is_there = any(isinstance(one, OnDevice) for one in tree_iter(args))
+            is_there = any(isinstance(one, OnDevice) for one in _leaves(args))
             assert not is_there or self.device.current == CUDA, f"{self.name} would run on {self.device.current}"
             self.device.note(self.device.launches, self.name, with_line=False)
             self.device.touched_by_program(args, f"{self.name} {_line()}")
             if self.does_run:
-                self.program[grid](*tree_map(_values, args), **options)
+                self.program[grid](*_mapped(_values, args), **options)
 
         return launch
 

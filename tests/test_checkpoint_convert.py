@@ -382,7 +382,7 @@ UNIVERSAL = [
 
 def save_theirs(folder: str) -> None:
     for number, one in enumerate(UNIVERSAL):
-        case = Case(one.optimizer, SHAMPOO if one.optimizer == "Shampoo" else {}, stage=one.stage, layers=1)
+        case = Case(one.optimizer, SHAMPOO if one.optimizer == "Shampoo" else {}, stage=one.stage)
         with engine_for(case) as (engine, _, clock):
             train(engine, case, clock, range(1, 2))
             engine.save_checkpoint(f"{folder}/{number}")

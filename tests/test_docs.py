@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import re
@@ -141,6 +142,7 @@ def commands(block: Block) -> list[str]:
     return list(filter(None, (" ".join(line.split("#")[0].split()) for line in lines)))
 
 
+@functools.cache  # several pages show a command, and several commands have one that is run in their place
 def run(command: str, folder: Path) -> None:
     """Run a line; a script on its own, as the only rank there is."""
     words = command.split()

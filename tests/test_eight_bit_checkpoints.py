@@ -38,7 +38,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
 
 def case_of(name: str, **settings: Any) -> Case:
-    return Case(name, IN_CODES[name], layers=1, **settings)
+    return Case(name, IN_CODES[name], **settings)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_optim import kernels
-from ds_optim.kernels import Formula, Operands, Place, Places, Rounding, Tables, codes
+from ds_optim.kernels import Formula, Operands, Place, Places, Rounding, Tables, codes, eager
 from ds_optim.kernels.tables import table_of
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.rule import WholeMatrix
@@ -194,8 +194,9 @@ def test_state_in_eight_bits_is_the_formulas_kept_in_eight_bits(rule: str) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rule", CODED)
-def test_backends_keep_the_same_bits(rule: str, dtype: torch.dtype) -> None:
-    formula, numels = CODED[rule], [70_000, 4096 + 13, 300]
+def test_backends_keep_the_same_bits(rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(eager.CHUNK, "cpu", 2048)
+    formula, numels = CODED[rule], [7_000, 2048 + 13, 300]
     kept_by = {}
     for backend in BACKENDS:
         mine = Coded.zero(formula, numels, 4, dtype)

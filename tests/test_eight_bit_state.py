@@ -52,6 +52,7 @@ FACTORS: dict[str, list[Any]] = {
     "accumulation": [1, 4],
     "clipping": [0.0],
     "unused": [None, 4],
+    "layers": [1],
 }
 ROWS = [list(row) for row in AllPairs(list(FACTORS.values()), filter_func=possible)]
 

@@ -198,7 +198,7 @@ def test_what_deepspeeds_own_loader_cannot_is_loaded_all_the_same(
     ("case", "other", "word"),
     [
         (replace(MINI, stage=1), replace(MINI, stage=1, frozen=("norm",)), "llama.model.norm.weight, not trained"),
-        (MINI, replace(MINI, stage=3, layers=1), "llama.model.layers.1"),
+        (replace(MINI, layers=2), replace(MINI, stage=3), "llama.model.layers.1"),
         (MINI, replace(MINI, stage=3, extra=Q_PROJ), "saved with other roles"),
         (MINI, Case("ds_optim.Lion", stage=3), "saved by AdamMini, whose state is not Lion's"),
         (
@@ -287,7 +287,7 @@ def test_what_goes_on_depends_on_what_was_saved(pool: Pools, case: Case, words: 
 def test_damage_of_any_file_stops_all_ranks_before_anything_changes(
     pool: Pools, ranks: int, damage: Any, file: str, tmp_path: Path
 ) -> None:
-    case = Case("ds_optim.Lion", stage=2, layers=1)
+    case = Case("ds_optim.Lion", stage=2)
     pool(2).run(save, case, str(tmp_path))
     [found] = tmp_path.glob(f"*/{file}")
     damage(found)

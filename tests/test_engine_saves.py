@@ -23,8 +23,8 @@ def asking(form: str, **more: Any) -> dict[str, Any]:
     return {"ds_optim": {"checkpoint": form}, **SCHEDULE, **more}
 
 
-MINI = Case("AdamMini", stage=2, layers=1, extra=asking("canonical"))
-CLIENT = Case("ds_optim.Lion", stage=3, layers=1, client=True, extra=asking("canonical"))
+MINI = Case("AdamMini", stage=2, extra=asking("canonical"))
+CLIENT = Case("ds_optim.Lion", stage=3, client=True, extra=asking("canonical"))
 
 
 def saved(case: Case, folder: str, **how: Any) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def weights_alone(case: Case, folder: Path, arguments: dict[str, Any]) -> str:
 def test_weights_that_are_loaded_alone_are_those_that_the_next_step_starts_from(
     pool: Pools, tmp_path: Path, stage: int, precision: str, arguments: dict[str, Any]
 ) -> None:
-    case = Case("ds_optim.AdamW", stage=stage, precision=precision, layers=1)
+    case = Case("ds_optim.AdamW", stage=stage, precision=precision)
     found = pool(2).run(weights_alone, case, tmp_path, arguments)
     assert found == ["loaded: True, kept by a step: True"] * 2
 
@@ -72,7 +72,7 @@ def test_weights_that_are_loaded_alone_are_those_that_the_next_step_starts_from(
 def test_a_load_at_zero_3_that_would_bring_other_weights_is_refused(
     pool: Pools, tmp_path: Path, arguments: dict[str, Any], remedy: str
 ) -> None:
-    case = Case("AdamMini", stage=3, layers=1)
+    case = Case("AdamMini", stage=3)
     for message in pool(2).run(weights_alone, case, tmp_path, arguments):
         assert remedy in message
         assert "nothing was changed" in message
@@ -93,7 +93,7 @@ def skipped(case: Case) -> tuple[int, list[str]]:
 
 
 def test_the_first_skipped_step_at_zero_0_is_told(pool: Pools) -> None:
-    ((count, said),) = pool(1).run(skipped, Case("ds_optim.Lion", stage=0, precision="bf16", layers=1))
+    ((count, said),) = pool(1).run(skipped, Case("ds_optim.Lion", stage=0, precision="bf16"))
     assert count == 3
     assert len(said) == 1
     assert "step 1 was skipped" in said[0]
@@ -177,7 +177,7 @@ def test_a_step_has_the_gradients_of_all_its_backward_passes_or_is_refused(
     if not hasattr(DeepSpeedEngine, "coalesce_grad_reduction"):  # with 0.19.1
         ways = {how: reason for how, reason in ways.items() if how != "coalesced"}
     extra = {"managed_gradient_accumulation": managed}
-    case = Case("ds_optim.AdamW", stage=stage, zero=zero, layers=1, extra=extra)
+    case = Case("ds_optim.AdamW", stage=stage, zero=zero, extra=extra)
     (found,) = pool(1).run(outcomes, case, list(ways))
     twice = f"{0.1 * 2 * 3 * 28 / 1024:.6f}"  # the first moment of twice the largest gradient
     for how, reason in ways.items():

@@ -37,7 +37,7 @@ BLOCKS = {"max_preconditioner_dim": 8, "exchange_bucket_size": 900}
 def of(name: str, **settings: Any) -> Parallel:
     full = name if name in OPTIONS else f"ds_optim.{name}"
     options = {**OPTIONS[full], **(BLOCKS if "max_preconditioner_dim" in OPTIONS[full] else {})}
-    return Parallel(full, options, **{"steps": 12, **settings})  # several refreshes of every block
+    return Parallel(full, options, **{"steps": 9, **settings})  # two refreshes of every block
 
 
 def gaps(run: Parallel, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
@@ -231,7 +231,7 @@ MOVED = [(move, rule) for move, rules in zip(MOVES, RULES, strict=False) for rul
 )
 def test_a_checkpoint_goes_on_elsewhere(pool: Pools, tmp_path: Path, before: Any, after: Any, name: str) -> None:
     (ranks, settings), (others, other_settings) = before, after
-    run, other = of(name, steps=12, **settings), of(name, steps=12, **other_settings)
+    run, other = of(name, **settings), of(name, **other_settings)
     first, second = tmp_path / "first", tmp_path / "second"
     begun = pool(ranks).run(saved, run, first)
     reports = pool(others).run(resumed, other, first, second)

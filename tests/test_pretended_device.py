@@ -65,9 +65,14 @@ def of_bases(device: Any, step: int) -> None:
         del device.waits[line]
 
 
-@pytest.mark.parametrize("lr", ["number", "on the host", "on the device"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
+DTYPES = torch.float32, torch.bfloat16
+RATES = "number", "on the host", "on the device"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "lr"),  # each pair of values
+    [(name, DTYPES[(i + j) % 2], lr) for i, name in enumerate(NAMES) for j, lr in enumerate(RATES)],
+)
 def test_a_step_copies_nothing_and_waits_for_nothing(
     name: str, dtype: torch.dtype, lr: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_optim.optimizers.registry import optimizers
+from expected import add_rounding
 from parallel import engine_alone, llama, mixtral
 from pool import Pools
 
 STEPS, RATE = 6, 5e-3
-MOVED, ROUNDING = 3, 2e-7  # runs whose gradients are beside by so much of their largest element: two ulps
+MOVED = 3  # runs whose gradients are beside by rounding
 OPTIONS = {"Shampoo": {"precondition_frequency": 1}}  # names decide when a block refreshes
 MODELS = {"llama": lambda: llama(False), "tied llama": lambda: llama(True), "mixtral": mixtral}
 
@@ -50,10 +51,8 @@ def unsharded(name: str, optimizer: str, moved: int = 0) -> list[float]:
     ours, generator = made(optimizer, model), torch.Generator().manual_seed(moved)
 
     def step() -> None:
-        for weight in model.parameters() if moved else ():
-            assert weight.grad is not None
-            noise = torch.randn(weight.shape, generator=generator) * (weight.grad != 0)  # no sum, no rounding
-            weight.grad += noise * (ROUNDING * weight.grad.abs().max())
+        if moved:
+            add_rounding(model, generator)
         ours.step()
         ours.zero_grad()
 

@@ -124,7 +124,7 @@ def test_checkpoints_of_former_versions_too(folder: Path, tmp_path: Path) -> Non
     """Whose symmetric matrices stood there whole."""
     from engines import Case, build_model
 
-    model = build_model(Case("Shampoo", layers=1))
+    model = build_model(Case("Shampoo"))
     made = restate(folder, tmp_path, model=model, state_dtype="bf16")
     old, new = (json.loads((one / "about.json").read_text()) for one in (folder / "written", made))
     assert new["format"] == 2

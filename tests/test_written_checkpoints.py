@@ -32,12 +32,12 @@ SMALL_BLOCKS = {"max_preconditioner_dim": 8, "precondition_frequency": 4, "excha
 CASES = {
     case.optimizer.removeprefix("ds_optim."): case
     for case in (
-        Case("ds_optim.AdamW", {"weight_decay": 0.1}, layers=1, steps=STEPS),
-        Case("ds_optim.Lion", {"weight_decay": 0.1}, layers=1, steps=STEPS),
-        Case("Adan", {"weight_decay": 0.02}, layers=1, steps=STEPS),
-        Case("AdamMini", {"weight_decay": 0.1}, layers=1, steps=STEPS),
-        Case("Shampoo", {"weight_decay": 0.05, **SMALL_BLOCKS}, layers=1, steps=STEPS),
-        Case("SWAN", {"weight_decay": 0.05}, layers=1, steps=STEPS),
+        Case("ds_optim.AdamW", {"weight_decay": 0.1}, steps=STEPS),
+        Case("ds_optim.Lion", {"weight_decay": 0.1}, steps=STEPS),
+        Case("Adan", {"weight_decay": 0.02}, steps=STEPS),
+        Case("AdamMini", {"weight_decay": 0.1}, steps=STEPS),
+        Case("Shampoo", {"weight_decay": 0.05, **SMALL_BLOCKS}, steps=STEPS),
+        Case("SWAN", {"weight_decay": 0.05}, steps=STEPS),
     )
 }
 FORMS = {
