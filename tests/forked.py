@@ -5,12 +5,13 @@
 The executables in `scripts` do what an interpreter and the scripts of this environment do; what they start through
 ``sys.executable`` or ``PATH``, a launcher's ranks for instance, they start as quickly. Each is a fork of a process that
 has imported everything, so variables that libraries read when they are imported (OMP_NUM_THREADS, DS_ACCELERATOR) have
-the values of the suite. This is not for tests of what an import does, of how processes are killed, or of hosts.
+the values of the suite. This is not for tests of what an import does, nor of how processes are killed.
 """
 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import json
 import multiprocessing
@@ -32,6 +33,7 @@ from typing import Any
 from forked_python import received
 from pool import start_fork_server
 
+NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")
 NAMES = ("python", "python3", "ds-optim", "torchrun", "deepspeed", "accelerate")
 
 
@@ -58,6 +60,7 @@ def scripts() -> Path:
             check=True,
         ).stdout
     )
+    (folder / "ninja").symlink_to(Path(sys.executable).with_name("ninja"))  # is looked for beside the interpreter
     for name in NAMES:
         (folder / name).write_text(
             f"#!{sys.executable} -IS\nimport sys\nsys.path.append({str(Path(__file__).parent)!r})\n"
@@ -105,7 +108,6 @@ def _serve(folder: Path, path: list[str], owner: Connection) -> None:
             request, streams = _request(link)
             if pid := os.fork():
                 links[pid] = link
-                link.sendall(struct.pack("i", pid))
                 for stream in streams:
                     os.close(stream)
                 continue
@@ -116,6 +118,8 @@ def _serve(folder: Path, path: list[str], owner: Connection) -> None:
             owner.close()
             os.close(woken)
             os.close(wake)
+            _enter_host_of(link)
+            link.sendall(struct.pack("i", os.getpid()))
             _be(folder, path, link, request, streams)
 
 
@@ -134,6 +138,26 @@ def _tell_of_ends(links: dict[int, socket.socket]) -> None:
                 link.sendall(struct.pack("i", os.waitstatus_to_exitcode(status)))
             except BrokenPipeError:  # nobody waits any more
                 continue
+
+
+def _enter_host_of(link: socket.socket) -> None:
+    """Go where the stand-in is: it may be on a host of a local cluster, which is a set of namespaces."""
+    pid, _, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    there, here = (Path(f"/proc/{process}/ns") for process in (pid, "self"))
+    kinds = [kind for kind in NAMESPACES if os.readlink(there / kind) != os.readlink(here / kind)]
+    if not kinds:
+        return
+    handles = [os.open(there / kind, os.O_RDONLY) for kind in kinds]
+    libc = ctypes.CDLL(None, use_errno=True)
+    for handle in handles:
+        if libc.setns(handle, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(handle)
+    if pid := os.fork():  # a child is the first process that is in the other space of processes
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code < 0:
+            os.kill(os.getpid(), -code)
+        os._exit(code)
 
 
 def _be(folder: Path, path: list[str], link: socket.socket, request: Any, streams: list[int]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from ds_optim.deepspeed.names import json_names
 
+# DeepSpeed builds an operator with the `ninja` of the path; another one than last time would build it anew, for a minute.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 OPTIMIZERS = tuple(json_names())
 STEPS = 3
 VOCABULARY = 61

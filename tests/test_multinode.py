@@ -137,7 +137,8 @@ def test_all_end_bitwise_where_one_host_does(hosts: int, pool: Pools, tmp_path: 
         launch = [*MULTINODE, "--hostfile", str(cluster.hostfile), "--interface", "eth0"]
         script = [str(ROOT / "tests" / "multinode_job.py"), "--output", str(output), "--first-stage", str(first_stage)]
         command = [*launch, "--logs", str(tmp_path / "logs"), *script]
-        done = cluster.hosts[0].run(command, env=cluster.environment, timeout=900)
+        environment = {**cluster.environment, "PATH": forked.environment()["PATH"]}
+        done = cluster.hosts[0].run(command, env=environment, timeout=900)
     assert done.returncode == 0, done.stdout
     assert f"preflight: {hosts} hosts, {hosts} ranks, no problem found" in done.stdout
     assert "host2: " in done.stdout  # pdsh's mark
@@ -218,7 +219,7 @@ def test_a_lost_host_is_left_out_and_the_run_goes_on(cluster: local_cluster.Loca
         running = cluster.hosts[0].start(command, env=cluster.environment, stdout=output, stderr=subprocess.STDOUT)
     _until(lambda: running.poll() is not None or (log.exists() and '"step": 14,' in log.read_text()), 300)
     cluster.lose(cluster.hosts[2])
-    status = running.wait(200)
+    status = running.wait(600)
     text = said.read_text()
     assert status == 0, text[-6000:]
     assert "preflight: 3 hosts, 3 ranks, no problem found" in text
