@@ -38,7 +38,7 @@ from engines import Case, assembled, run
 from expected import by_one_process, by_oracle, distance
 from pool import Pools
 from test_eight_bit_state import IN_CODES, with_small_ones
-from test_invariance import FACTORS, OPTIONS, STRATEGIES, TOLERANCE, case_of
+from test_invariance import FACTORS, OPTIONS, STEPS, STRATEGIES, TOLERANCE, case_of
 
 RANKS = (1, 2, 3, 4)
 OFFLOADED = ["2 fp32 offload", "3 fp32 offload"]
@@ -115,6 +115,7 @@ def case_under(state: str, optimizer: str, strategy: str, ranks: int) -> Case:
     variant = "offload" if strategy in OFFLOADED else "plain"
     factors = {name: values[0] for name, values in FACTORS.items()} | shown | {"variant": variant}
     case, _ = case_of([factors[name] for name in FACTORS])
+    case = replace(case, steps=30 if optimizer in STEPS else 10)  # the tests' are fewer
     return case if state == "fp32" else replace(case, options=IN_CODES[optimizer])
 
 

@@ -23,9 +23,10 @@ def wrapped(text: str) -> str:
     for paragraph in _paragraphs(text):
         item = _ITEM.match(paragraph[0])
         if _is_prose(paragraph[0]) and max(map(len, paragraph)) > WIDTH:
+            joined = " ".join([paragraph[0], *(line.lstrip() for line in paragraph[1:])])
             indent = " " * (item.end() if item else 0)
             paragraph = textwrap.wrap(
-                " ".join(paragraph), WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+                joined, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
             )
         lines += paragraph
     return "\n".join(lines) + "\n"

@@ -81,7 +81,7 @@ COMBINATIONS = {
 AREAS: dict[str, list[str]] = {
     "registration": ["tests/test_registration.py", "tests/test_known_deepspeed.py", "tests/test_versions.py"],
     "vectors": ["tests/test_vectors.py", "tests/test_plain_torch.py", "tests/test_kernels.py"],
-    "Triton": ["tests/test_triton.py", "tests/test_surroundings.py"],
+    "Triton": ["tests/test_triton.py", "tests/test_machine_code.py", "tests/test_surroundings.py"],
     "invariance": ["tests/test_invariance.py"],
     "matrix engines": ["tests/test_matrix_engines.py"],
     "gradients": [

@@ -66,6 +66,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = text
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"data seed: {config.getoption('--seed')} (repeat with --seed {config.getoption('--seed')})"
 

@@ -98,7 +98,7 @@ class Case:
     user_groups: bool = False
     client: bool = False
     accumulation: int = 1
-    steps: int = 10
+    steps: int = 7
     seed: int = 0
     more_bits: int = 0  # of the gradients; their squares then round when they are added up
     unused_from: int | None = None  # `sometimes` is used before this step only

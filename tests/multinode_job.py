@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ds_optim.deepspeed.names import json_names
 
-# DeepSpeed builds an operator with the `ninja` of the path; another one than last time would build it anew, for a minute.
+# DeepSpeed builds an operator with the path's `ninja`; another one than last time would build it anew, for a minute.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 OPTIMIZERS = tuple(json_names())
 STEPS = 3

@@ -292,6 +292,7 @@ def test_a_blockwise_update_does_not_depend_on_where_blocks_begin(
     assert all(same_bits(results[0], found) for found in results)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mkl", "aten"), [("AVX2", "avx2"), ("SSE4_2", "default")])
 def test_the_same_holds_on_the_code_paths_of_other_processors(mkl: str, aten: str) -> None:
     """The libraries read these when they are loaded. MKL's is for Intel processors; elsewhere it may choose itself."""

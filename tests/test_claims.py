@@ -430,6 +430,7 @@ def test_records_are_judged_in_json(command: typer.Typer, files: dict[str, str])
     assert [one.outcome for one in found] == ["PASS", "PASS"]
 
 
+@pytest.mark.long
 def test_the_papers_cases_come_out_as_recorded(command: typer.Typer) -> None:
     result = CliRunner().invoke(command, ["--json"])
     said = json.loads(result.output)

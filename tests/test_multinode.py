@@ -199,6 +199,7 @@ def test_slurm_starts_one_launcher_per_node(pool: Pools, tmp_path: Path) -> None
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
+@pytest.mark.long
 def test_a_lost_host_is_left_out_and_the_run_goes_on(cluster: local_cluster.LocalCluster, tmp_path: Path) -> None:
     """The preflight finds nothing, a host loses its power, torchrun restarts with two, and they reach the end."""
     model = {

@@ -36,8 +36,9 @@ BLOCKS = {"max_preconditioner_dim": 8, "exchange_bucket_size": 900}
 
 def of(name: str, **settings: Any) -> Parallel:
     full = name if name in OPTIONS else f"ds_optim.{name}"
-    options = {**OPTIONS[full], **(BLOCKS if "max_preconditioner_dim" in OPTIONS[full] else {})}
-    return Parallel(full, options, **{"steps": 9, **settings})  # two refreshes of every block
+    if "max_preconditioner_dim" not in OPTIONS[full]:
+        return Parallel(full, OPTIONS[full], **{"steps": 6, **settings})
+    return Parallel(full, {**OPTIONS[full], **BLOCKS}, **{"steps": 9, **settings})  # two refreshes of every block
 
 
 def gaps(run: Parallel, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:

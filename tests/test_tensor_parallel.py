@@ -156,7 +156,7 @@ def test_every_rule_ends_with_the_bits_of_one_process(
 @pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
 @pytest.mark.parametrize("name", ["ds_optim.AdamW", "AdamMini", "Shampoo"])
 def test_state_in_eight_bits_of_cut_rows(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
-    case = Case(name, IN_CODES[name], steps=STEPS.get(name, 10))
+    case = Case(name, IN_CODES[name], steps=STEPS.get(name, 7))
     wanted = with_small_ones(by_one_process, case)
     for found in pool(ranks).run(with_small_ones, differences, case, shape, wanted, True):
         assert {key: gap for key, gap in found.items() if not gap <= (1e-6 if name == "AdamMini" else 0)} == {}
@@ -428,7 +428,7 @@ def over_expert_meshes(name: str, kind: str) -> float:
         named = list(one.named_parameters())
         groups = [[(key, p) for key, p in named if (".experts." in key) == experts] for experts in (False, True)]
         made.append(cls([{"params": pairs} for pairs in groups], roles=one, **options))
-    for step in range(1, STEPS.get(name, 10) + 1):
+    for step in range(1, STEPS.get(name, 7) + 1):
         for (key, whole), (_, parameter) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
             whole.grad = constant_gradient(key, tuple(whole.shape), step, 0)
             parameter.grad = like(whole.grad, parameter)
