@@ -12,6 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import pages
 import scaling
 import torch
 import torch.distributed as dist
@@ -133,6 +134,6 @@ def test_the_page_shows_what_the_results_say() -> None:
     assert [line for line in shown if line not in results] == []
     record = json.loads((ROOT / "docs" / "results" / "scaling.json").read_text(encoding="utf-8"))
     assert all(map(scaling.holds, record["measured"]["rows"]))
-    assert "\n".join(results) + "\n" == scaling.page(record, scaling.deviation)
+    assert "\n".join(results) + "\n" == pages.wrapped(scaling.page(record, scaling.deviation))
     for name, _, meaning in record["planned"]["assumptions"]:
         assert any(line.startswith(f"| `{name}` |") and meaning in line for line in page), name

@@ -369,7 +369,7 @@ def test_an_engine_on_two_ranks_starts_as_one_process_does(
     engine, alone = (all_tensors(tmp_path / one / "warm") for one in ("engine", "alone"))
     states = {name for name in alone if name.startswith(("state", "weights"))}
     assert states == {name for name in engine if name.startswith(("state", "weights"))}
-    assert case.optimizer == "SWAN" or len(states) > 40
+    assert case.optimizer == "SWAN" or len(states) > 30
     for name in states:
         assert torch.equal(engine[name], alone[name]), name
 
