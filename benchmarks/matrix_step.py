@@ -466,7 +466,6 @@ def main() -> int:
         data = {"machine": where, "tables": {title: [asdict(one) for one in found] for title, found in tables.items()}}
         arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     if arguments.markdown:
-        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
         pages.write(arguments.markdown, markdown(where, arguments, shapes, tables))
     return int(any(result.holds is False for found in tables.values() for result in found))
 

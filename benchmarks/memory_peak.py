@@ -397,7 +397,6 @@ def main() -> int:
     print("\n".join(text))
     print("holds" if good else "DOES NOT HOLD: see the docstring for what is asked")
     if arguments.markdown:
-        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
         pages.write(arguments.markdown, "\n".join(text))
     return 0 if good else 1
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WIDTH = 120
+_WOULD_BEGIN = re.compile(r" (?=(?:[-+*|>!]|#+|\d+\.)(?: |$))")  # another kind of paragraph, if a line began so
 _ITEM = re.compile(r"\s*(?:[-*] |\d+\. )")
 
 
@@ -25,15 +26,17 @@ def wrapped(text: str) -> str:
         if _is_prose(paragraph[0]) and max(map(len, paragraph)) > WIDTH:
             joined = " ".join([paragraph[0], *(line.lstrip() for line in paragraph[1:])])
             indent = " " * (item.end() if item else 0)
-            paragraph = textwrap.wrap(
-                joined, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            glued = _WOULD_BEGIN.sub("\0", joined)
+            filled = textwrap.wrap(
+                glued, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
             )
+            paragraph = [line.replace("\0", " ") for line in filled]
         lines += paragraph
     return "\n".join(lines) + "\n"
 
 
 def _is_prose(line: str) -> bool:
-    return bool(line.strip()) and not line.lstrip().startswith(("|", "#", "!", "```"))
+    return bool(line.strip()) and not line.lstrip().startswith(("|", "#", "!", ">", "```"))
 
 
 def _paragraphs(text: str) -> Iterator[list[str]]:
@@ -45,7 +48,7 @@ def _paragraphs(text: str) -> Iterator[list[str]]:
             yield found
             found = []
         found.append(line)
-        is_code ^= line.startswith("```")
+        is_code ^= line.lstrip().startswith("```")
         if not is_code and not _is_prose(line):
             yield found
             found = []

@@ -9,8 +9,12 @@ LATEST = "latest"
 
 
 def newest(directory: str | os.PathLike[str]) -> str | None:
-    """The tag that is the newest; None where no such file can be read."""
+    """The tag that is the newest; None where there is no such file.
+
+    Raises:
+        OSError: there is one that cannot be read.
+    """
     try:
         return Path(directory, LATEST).read_text(encoding="utf-8").strip()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None

@@ -5,7 +5,8 @@
 The executables in `scripts` do what an interpreter and the scripts of this environment do; what they start through
 ``sys.executable`` or ``PATH``, a launcher's ranks for instance, they start as quickly. Each is a fork of a process that
 has imported everything, so variables that libraries read when they are imported (OMP_NUM_THREADS, DS_ACCELERATOR) have
-the values of the suite. This is not for tests of what an import does, nor of how processes are killed.
+the values of the suite; limits, affinity and umask are the test process's. This is not for tests of what an import
+does, nor of how processes are killed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from forked_python import received
-from pool import start_fork_server
+from forked_python import ANSWER, BEGUN, ENDED, received
+from pool import let_fork_server_end, start_fork_server
 
 NAMESPACES = ("net", "uts", "ipc", "pid", "mnt")
 NAMES = ("python", "python3", "ds-optim", "torchrun", "deepspeed", "accelerate")
@@ -87,6 +88,8 @@ def scripts() -> Path:
 
 def _serve(folder: Path, path: list[str], owner: Connection) -> None:
     """Fork for every link until the owner is gone."""
+    let_fork_server_end()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # reaches the whole terminal group; the test process decides
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -105,7 +108,11 @@ def _serve(folder: Path, path: list[str], owner: Connection) -> None:
             _tell_of_ends(links)
         if listener in ready:
             link, _ = listener.accept()
-            request, streams = _request(link)
+            try:
+                request, streams = _request(link)
+            except (EOFError, OSError):  # it was killed before it had asked
+                link.close()
+                continue
             if pid := os.fork():
                 links[pid] = link
                 for stream in streams:
@@ -113,19 +120,25 @@ def _serve(folder: Path, path: list[str], owner: Connection) -> None:
                 continue
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             for other in (listener, *links.values()):
                 other.close()
             owner.close()
             os.close(woken)
             os.close(wake)
             _enter_host_of(link)
-            link.sendall(struct.pack("i", os.getpid()))
+            link.sendall(ANSWER.pack(BEGUN, os.getpid()))
             _be(folder, path, link, request, streams)
 
 
 def _request(link: socket.socket) -> tuple[Any, list[int]]:
     size, streams, _, _ = socket.recv_fds(link, 4, 3)
-    return json.loads(received(link, struct.unpack("I", size)[0])), streams
+    try:
+        return json.loads(received(link, int.from_bytes(size, sys.byteorder))), streams
+    except (EOFError, ValueError):  # also of nothing at all
+        for stream in streams:
+            os.close(stream)
+        raise EOFError from None
 
 
 def _tell_of_ends(links: dict[int, socket.socket]) -> None:
@@ -135,7 +148,7 @@ def _tell_of_ends(links: dict[int, socket.socket]) -> None:
             return
         with links.pop(pid) as link:
             try:
-                link.sendall(struct.pack("i", os.waitstatus_to_exitcode(status)))
+                link.sendall(ANSWER.pack(ENDED, os.waitstatus_to_exitcode(status)))
             except BrokenPipeError:  # nobody waits any more
                 continue
 
@@ -156,6 +169,8 @@ def _enter_host_of(link: socket.socket) -> None:
     if pid := os.fork():  # a child is the first process that is in the other space of processes
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code < 0:
+            if -code != signal.SIGKILL:
+                signal.signal(-code, signal.SIG_DFL)
             os.kill(os.getpid(), -code)
         os._exit(code)
 

@@ -1,12 +1,13 @@
 """A stand-in for ``python`` and the scripts beside it, of which `forked` makes executables: it has a fork do the work.
 
 Standard library alone, and little of it: this is what starts in the place of an interpreter. It passes on what it was
-started with (arguments, folder, environment, open streams), every signal, and how the fork ended. What it does not
-know how to pass on, the interpreter does itself.
+started with (arguments, folder, environment, open streams), signals of launchers, and how the fork ended. What it does
+not know how to ask for, the interpreter does itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,9 @@ import socket
 import struct
 import sys
 
+BEGUN, ENDED = b"b", b"e"
+ANSWER = struct.Struct("ci")
+"""What the server says: `BEGUN` with the fork's number, `ENDED` with its exit status, negative for a signal."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -30,20 +34,35 @@ def main(name: str, arguments: list[str], interpreter: str, address: str) -> Non
     kind, rest = asked_for(arguments)
     if not kind:
         os.execv(interpreter, [interpreter, *arguments])
+    request = json.dumps([kind, rest, os.getcwd(), dict(os.environ)]).encode()
     link = socket.socket(socket.AF_UNIX)
     link.connect(address)
-    request = json.dumps([kind, rest, os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(link, [struct.pack("I", len(request))], [0, 1, 2])
     link.sendall(request)
-    (pid,) = struct.unpack("i", received(link, 4))
+    while True:
+        try:
+            kind_of, value = ANSWER.unpack(received(link, ANSWER.size))
+        except EOFError:
+            sys.exit("the server of forks is gone")
+        if kind_of == BEGUN:
+            pass_on_to(value)
+            continue
+        if value < 0:
+            if -value in PASSED_ON:
+                signal.signal(-value, signal.SIG_DFL)
+            os.kill(os.getpid(), -value)
+        os._exit(value)
+
+
+def pass_on_to(pid: int) -> None:
+    """Every signal that launchers send, while the fork is there."""
+
+    def pass_on(number: int, _: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, as is about to be told
+            os.kill(pid, number)
+
     for number in PASSED_ON:
-        signal.signal(number, lambda number, _: os.kill(pid, number))
-    (status,) = struct.unpack("i", received(link, 4))
-    if status < 0:
-        if -status in PASSED_ON:
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    os._exit(status)
+        signal.signal(number, pass_on)
 
 
 def asked_for(arguments: list[str]) -> tuple[str, list[str]]:
@@ -57,11 +76,15 @@ def asked_for(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def received(link: socket.socket, size: int) -> bytes:
-    """So many bytes; the end of this process if the other end is gone."""
+    """So many bytes.
+
+    Raises:
+        EOFError: the other end is gone.
+    """
     found = b""
     while len(found) < size:
         part = link.recv(size - len(found))
         if not part:
-            sys.exit("the server of forks is gone")
+            raise EOFError
         found += part
     return found

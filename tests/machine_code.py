@@ -240,7 +240,7 @@ def coded() -> list[dict[str, Any]]:
     found = []
     cases = itertools.product(enumerate(CASES_OF), enumerate(CODED), enumerate((FP32, BF16)))
     for (place, target), (number, rule), (turn, dtype) in cases:
-        if (target.arch == 75 and dtype == BF16) or (target.arch not in (75, 90) and (place + number + turn) % 2):
+        if (target.arch == 75 and dtype == BF16) or (target.arch not in (75, 90) and (place // 2 + number + turn) % 2):
             continue
         if not known_torch.compiles_codes(CODED[rule].states, "6" if target.backend == "hip" else None):
             continue

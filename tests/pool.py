@@ -21,6 +21,7 @@ and the latter need fresh interpreters.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -94,6 +95,7 @@ class Pools:
 
     def __init__(self) -> None:
         self._pools: dict[int, Pool] = {}
+        atexit.register(self.close)  # stopped ranks would not hear of multiprocessing's own end
 
     def __call__(self, world_size: int) -> Pool:
         if world_size not in self._pools:
@@ -240,7 +242,7 @@ class Pool:
 
 
 def start_fork_server() -> None:
-    """Have the process ready that ranks, and programs of `fresh`, are forked from."""
+    """Have the process ready that ranks, and programs of `forked`, are forked from."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with _environment(ENVIRONMENT):
         multiprocessing.forkserver.ensure_running()
@@ -248,7 +250,9 @@ def start_fork_server() -> None:
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int, log: str) -> None:
     """The life of one rank: join the group, then one job after another until the other end of the connection closes."""
-    _die_with_parent()
+    # A stopped rank would not notice that the test process is gone.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    let_fork_server_end()
     # Ctrl-C reaches the whole terminal group; the test process decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -281,9 +285,8 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
         connection.send_bytes(answer)
 
 
-def _die_with_parent() -> None:
-    """The fork server, that is, which ends with the test process: a stopped rank would not notice that one's end."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def let_fork_server_end() -> None:
+    """With the test process, that is: every child of it is given what keeps it alive."""
     os.close(multiprocessing.forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from ds_optim import Lion, checkpoint
 from ds_optim.checkpoint import directory, ranges
 from ds_optim.checkpoint.directory import damages
+from ds_optim.latest import LATEST, newest
 from engines import Case, assembled, engine_for, masters, train
 from pool import Pools, RanksFailedError
 
@@ -253,3 +254,23 @@ def test_old_checkpoints_go_when_the_new_one_is_whole(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.CheckpointError, match="keep is 0; it must be 1 or more"):
         save(7, 0)
     assert (tmp_path / "latest").read_text() == "step6"
+
+
+def test_a_file_that_names_the_newest_and_cannot_be_read_is_not_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run would begin anew, or go on from another checkpoint."""
+    latest = tmp_path / LATEST
+    assert newest(tmp_path / "nowhere") is newest(tmp_path) is None
+    latest.mkdir()
+    assert newest(tmp_path) is None
+    latest.rmdir()
+    latest.write_text("step4\n")
+    assert newest(tmp_path) == "step4"
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(latest))
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(PermissionError):
+        newest(tmp_path)

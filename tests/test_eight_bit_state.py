@@ -31,7 +31,7 @@ from engines import Case, assembled, build_model, run
 from expected import MATRIX_RULES, by_one_process, distance, is_matrix
 from meshes import MeshCase
 from pool import Pools
-from test_invariance import OPTIONS, possible
+from test_invariance import OPTIONS, STEPS, possible
 
 SMALL = 300
 IN_CODES = {
@@ -88,9 +88,13 @@ def test_every_strategy_ends_with_the_bits_of_one_process(pool: Pools, row: list
     assert_the_same(case, found, with_small_ones(by_one_process, case))
 
 
+def mesh_case_of(name: str) -> Case:
+    return Case(name, IN_CODES[name], steps=STEPS.get(name, 7))
+
+
 @cache
 def alone(name: str) -> dict[str, Tensor]:
-    return with_small_ones(by_one_process, Case(name, IN_CODES[name]))
+    return with_small_ones(by_one_process, mesh_case_of(name))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,7 @@ def alone(name: str) -> dict[str, Tensor]:
     ],
 )
 def test_meshes_end_with_the_bits_of_one_process(pool: Pools, ranks: int, name: str, strategy: str, flag: str) -> None:
-    case = Case(name, IN_CODES[name])
+    case = mesh_case_of(name)
     mesh_case = MeshCase(case, strategy, **({flag: True} if flag else {}))
     for report in pool(ranks).run(with_small_ones, meshes.run, mesh_case):
         assert_the_same(case, report["weights"], alone(name))
@@ -121,7 +125,7 @@ def test_a_run_in_eight_bits_is_no_run_in_fp32() -> None:
     """Or nothing here would be tested."""
     for name, options in IN_CODES.items():
         fp32 = {key: value for key, value in options.items() if key not in ("state_dtype", "int8_embeddings")}
-        assert 1e-6 < distance(alone(name), by_one_process(Case(name, fp32))) < 0.1
+        assert 1e-6 < distance(alone(name), by_one_process(replace(mesh_case_of(name), options=fp32))) < 0.1
 
 
 @pytest.mark.parametrize("name", [name for name in IN_CODES if name.split(".")[-1] in MATRIX_RULES])

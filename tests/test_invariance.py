@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "exchange_bucket_size": 300,
     },
 }
-STEPS = dict.fromkeys(("Shampoo", "ds_optim.Muon", "NorMuon", "SOAP"), 10)  # two refreshes of every block
+STEPS = dict.fromkeys(("Shampoo", "ds_optim.Muon", "NorMuon", "SOAP"), 11)  # every block is refreshed twice
 # Of the fp64 textbook; iterations that let small singular values grow, and eigenvectors of factors in fp32.
 TOLERANCE = {"SWAN": 3e-6, "ds_optim.Muon": 3e-6, "NorMuon": 3e-6, "SOAP": 1e-4}
 STRATEGIES = ["0 fp32", "0 bf16", "1 fp32", "1 bf16", "1 bf16_optimizer", "2 fp32", "2 bf16", "3 fp32", "3 bf16"]

@@ -37,10 +37,10 @@ MATRIX = {"max_preconditioner_dim": 8, "precondition_frequency": 3, "weight_deca
 CASES = {
     **{name.split(".")[-1]: Case(name, options, steps=STEPS.get(name, 7)) for name, options in OPTIONS.items()},
     "Lion16": Case("ds_optim.Lion", {"state_dtype": "bf16"}),
-    "many blocks": Case("Shampoo", MATRIX),
+    "many blocks": Case("Shampoo", MATRIX, steps=8),
     "SWAN small buckets": Case("SWAN", {"exchange_bucket_size": 600}),
     "frozen": Case("AdamMini", {"weight_decay": 0.1}, frozen=("embed", "layers.1.mlp.up"), layers=2),
-    "tied": Case("Shampoo", MATRIX, tied=True),
+    "tied": Case("Shampoo", MATRIX, tied=True, steps=8),
 }
 RUNS = [
     (1, "AdamMini", "fsdp", ""),
@@ -175,12 +175,17 @@ def same(hidden: int) -> list[TensorParallel]:
 
 
 def beyond_rounding(models: list[TensorParallel]) -> float:
-    """The largest difference of this rank's part from one device, less twice of what rounding alone makes there."""
-    spread, alone, rounded = ([one.detach() for one in model.parameters()] for model in models)
-    gaps = [local_of(one) - shard_of(two, one) for one, two in zip(spread, alone, strict=True)]
-    largest = torch.stack([gap.abs().max() for gap in gaps if gap.numel()]).max()  # a NaN stays one
-    drift = max((one - two).abs().max() for one, two in zip(rounded, alone, strict=True))
-    return float(largest - 2 * drift)
+    """The largest difference of this rank's part from one device, less twice of what rounding alone makes there.
+
+    Parameter by parameter; rounding must not make so much that anything would pass.
+    """
+    found = [torch.zeros(())]
+    for spread, alone, rounded in zip(*(model.parameters() for model in models), strict=True):
+        drift = (rounded - alone).detach().abs().max()
+        assert drift < 1e-3
+        gap = (local_of(spread.detach()) - shard_of(alone, spread)).abs()
+        found += [gap.max() - 2 * drift] if gap.numel() else []
+    return float(torch.stack(found).max())  # a NaN stays one
 
 
 def tensor_parallel(cls: Any, hidden: int) -> float | str:
@@ -244,7 +249,8 @@ def two_dimensional(cls: Any) -> float:
 
 @pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
 def test_fsdp2_over_tensor_parallel_layers_trains_as_one_device(pool: Pools, cls: Any) -> None:
-    assert max(pool(4).run(two_dimensional, cls)) < 2e-5
+    for gap in pool(4).run(two_dimensional, cls):
+        assert gap < 2e-5
 
 
 def drifting(strategy: str, cls: Any) -> float:

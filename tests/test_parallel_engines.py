@@ -38,7 +38,7 @@ def of(name: str, **settings: Any) -> Parallel:
     full = name if name in OPTIONS else f"ds_optim.{name}"
     if "max_preconditioner_dim" not in OPTIONS[full]:
         return Parallel(full, OPTIONS[full], **{"steps": 6, **settings})
-    return Parallel(full, {**OPTIONS[full], **BLOCKS}, **{"steps": 9, **settings})  # two refreshes of every block
+    return Parallel(full, {**OPTIONS[full], **BLOCKS}, **{"steps": 11, **settings})  # every block is refreshed twice
 
 
 def gaps(run: Parallel, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """A script that never mentions ds_optim uses it through the JSON alone; and what is broken here breaks nothing else.
 
-Every test runs fresh interpreters: registration happens while torch is imported.
+Tests run fresh interpreters: registration happens while torch is imported.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def test_a_trainer_needs_only_the_json(tmp_path: Path) -> None:
 
 def test_the_doctor_says_what_resolves_to_what(tmp_path: Path) -> None:
     command, environment = ["ds-optim", "doctor"], forked.environment(COLUMNS="200")
-    healthy = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    itself = str(Path(sys.executable).with_name("ds-optim"))
+    healthy = subprocess.run([itself, "doctor"], capture_output=True, text=True, env=environment, timeout=300)
     assert healthy.returncode == 0, healthy.stdout + healthy.stderr
     for wanted in (
         "ds_optim.optimizers.adam_mini.AdamMini",

@@ -289,7 +289,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def _latest(directory: Path) -> str:
-    # Without it the first save there was killed between naming the checkpoint and writing `latest`.
+    # Without it, or if it is empty, the first save there was killed between naming the checkpoint and writing `latest`.
     for tag in (newest(directory), *_tags(directory)):
         if tag:
             return tag

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def _resume(load: Callable[[], Any], engine: Any, asked: dict[str, Any]) -> Any:
     optimizer: ShardedOptimizer = engine.basic_optimizer
     directory, tag = Path(asked["load_dir"]), asked["tag"]
     if tag is None:
-        tag = newest(directory)
+        with suppress(OSError):  # DeepSpeed says so itself
+            tag = newest(directory)
     found = optimizer.ranks.everyones((tag, tag is not None and (folder_of(directory, str(tag)) / ABOUT).exists()))
     if any(is_canonical for _, is_canonical in found.values()):
         return _load_canonical(engine, directory, str(tag), asked)
