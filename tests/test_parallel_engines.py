@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from ds_optim import checkpoint
-from ds_optim.checkpoint import ranges
 from ds_optim.deepspeed.refusals import judge
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.roles import infer_roles
 from parallel import Parallel, alone, engine_of, held, names_of, ran, report, train, whole_of
 from pool import Pools
+from resumption import stored
 from test_eight_bit_state import with_small_ones
 from test_invariance import OPTIONS
 
@@ -193,14 +193,6 @@ def resumed(run: Parallel, directory: Path, again: Path) -> dict[str, Any]:
         return report(engine)
 
 
-def values_of(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole."""
-    folder = directory / "half"
-    found = {name: torch.empty(numel, dtype=dtype) for name, (numel, dtype) in ranges.lengths(folder).items()}
-    ranges.read(folder, {name: ranges.Ranges(len(one), one.dtype, [(0, one)]) for name, one in found.items()})
-    return found
-
-
 STACKED = {"frozen": ("k_proj", "w2", "norm")}
 FROZEN = {"frozen": ("k_proj", "down_proj", "norm")}
 MOVES = {
@@ -236,7 +228,7 @@ def test_a_checkpoint_goes_on_elsewhere(pool: Pools, tmp_path: Path, before: Any
     first, second = tmp_path / "first", tmp_path / "second"
     begun = pool(ranks).run(saved, run, first)
     reports = pool(others).run(resumed, other, first, second)
-    one, two = values_of(first), values_of(second)
+    one, two = stored(first / "half"), stored(second / "half")
     assert one.keys() == two.keys()
     assert [key for key, values in one.items() if not torch.equal(values, two[key])] == []
     about = [json.loads((folder / "half" / "about.json").read_text()) for folder in (first, second)]

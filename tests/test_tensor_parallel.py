@@ -25,7 +25,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import ds_optim
 import test_meshes
 from ds_optim import checkpoint
-from ds_optim.checkpoint import ranges
 from ds_optim.optimizers.registry import optimizers
 from ds_optim.roles import canonical_name
 from ds_optim.roles.role import Part, Role
@@ -35,6 +34,7 @@ from expected import by_one_process, gradient
 from meshes import groups, shard_of
 from parallel import mixtral
 from pool import Pools
+from resumption import stored
 from test_eight_bit_state import IN_CODES, with_small_ones
 from test_invariance import OPTIONS, STEPS
 
@@ -241,17 +241,9 @@ def test_a_checkpoint_goes_on_over_another_mesh(
     limit = 1e-6 if case.optimizer == "AdamMini" else 0.0
     for found in reports:
         assert {key: gap for key, gap in found.items() if not gap <= limit} == {}
-    first, second = (values_of(tmp_path / one) for one in ("first", "second"))
+    first, second = (stored(tmp_path / one / "half") for one in ("first", "second"))
     assert first.keys() == second.keys()
     assert [key for key, values in first.items() if not torch.equal(values, second[key])] == []
-
-
-def values_of(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, whole."""
-    folder = directory / "half"
-    found = {name: torch.empty(numel, dtype=dtype) for name, (numel, dtype) in ranges.lengths(folder).items()}
-    ranges.read(folder, {name: ranges.Ranges(len(one), one.dtype, [(0, one)]) for name, one in found.items()})
-    return found
 
 
 STRIPES: dict[str, tuple[tuple[int, ...], int, Any]] = {

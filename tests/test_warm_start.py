@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import ds_optim
 from ds_optim import checkpoint
-from ds_optim.checkpoint import ranges
 from ds_optim.checkpoint.warm_start import block_means, block_range, box_runs, warm_start
 from ds_optim.linalg.packed import pack, packed_size
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box
 from engines import Case, OddLlama, assembled, build_model, engine_for, learning_rate, masters, train
 from expected import block_labels, gradient, is_matrix, weight_decays
+from resumption import stored
 from test_layout import block_of
 
 K = 5
@@ -351,12 +351,6 @@ def adamw_folder(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def all_tensors(folder: Path) -> dict[str, Tensor]:
-    whole = {name: torch.zeros(numel, dtype=dtype) for name, (numel, dtype) in ranges.lengths(folder).items()}
-    ranges.read(folder, {name: ranges.Ranges(len(t), t.dtype, [(0, t)]) for name, t in whole.items()})
-    return whole
-
-
 @pytest.mark.parametrize("case", ENGINES, ids=lambda case: f"{case.optimizer}-{case.stage}-{case.precision}")
 def test_an_engine_on_two_ranks_starts_as_one_process_does(
     pool: Any, case: Case, adamw_folder: Path, tmp_path: Path
@@ -366,7 +360,7 @@ def test_an_engine_on_two_ranks_starts_as_one_process_does(
     optimizer = getattr(ds_optim, case.optimizer.split(".")[-1])(model.named_parameters(), roles=model, **case.options)
     warm_start(adamw_folder, model, optimizer, weights=True)
     checkpoint.save(tmp_path / "alone", model, optimizer, tag="warm")
-    engine, alone = (all_tensors(tmp_path / one / "warm") for one in ("engine", "alone"))
+    engine, alone = (stored(tmp_path / one / "warm") for one in ("engine", "alone"))
     states = {name for name in alone if name.startswith(("state", "weights"))}
     assert states == {name for name in engine if name.startswith(("state", "weights"))}
     assert case.optimizer == "SWAN" or len(states) > 30
