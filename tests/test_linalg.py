@@ -591,9 +591,11 @@ def test_where_a_matrix_is_singular_its_old_vectors_stay(seed: int) -> None:
     for rows in (first, second, torch.cat([first, second], 2)):
         factor = rows @ rows.mT
         found, order = finish(next_bases(factor, old))
-        nudged, _ = finish(next_bases(factor * (1 + 1e-7), old))
+        nudged, another = finish(next_bases(factor * (1 + 1e-7), old))
         torch.testing.assert_close(found.mT @ found, torch.eye(18).expand(count, 18, 18), rtol=0, atol=1e-5)
-        turned = (nudged - found).abs().amax((1, 2))
+        is_tied = (order != another).any(1)  # two estimates that differ by less than was added
+        assert int(is_tied.sum()) <= 1
+        turned = (nudged - found).abs().amax((1, 2))[~is_tied]
         assert turned.max() <= (1e-3 if rows is first else 0.1)
         assert int((turned > 1e-3).sum()) <= count // 10
         if rows is first:
