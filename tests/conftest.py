@@ -67,6 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, in the order in which they were."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -232,16 +233,18 @@ def reports() -> list[dict[str, Any]]:
     return found
 
 
-def coded() -> list[dict[str, Any]]:
-    """Of the programs over state in eight bits: whole blocks, cut ones, and the largest magnitudes of these.
+def coded_cases() -> Iterator[tuple[GPUTarget, str, torch.dtype]]:
+    """Every rule for every target, in fp32 and bf16 in turn; in both for the H100, and none of the T4 in bf16."""
+    for (place, target), (number, rule) in itertools.product(enumerate(CASES_OF), enumerate(CODED)):
+        in_turn = (FP32, BF16)[(place // 2 + number) % 2]
+        for dtype in {75: (FP32,), 90: (FP32, BF16)}.get(target.arch, (in_turn,)):
+            yield target, rule, dtype
 
-    Every rule for every target, in fp32 and bf16 in turn; in both for the H100.
-    """
+
+def coded() -> list[dict[str, Any]]:
+    """Of the programs over state in eight bits: whole blocks, cut ones, and the largest magnitudes of these."""
     found = []
-    cases = itertools.product(enumerate(CASES_OF), enumerate(CODED), enumerate((FP32, BF16)))
-    for (place, target), (number, rule), (turn, dtype) in cases:
-        if (target.arch == 75 and dtype == BF16) or (target.arch not in (75, 90) and (place // 2 + number + turn) % 2):
-            continue
+    for target, rule, dtype in coded_cases():
         if not known_torch.compiles_codes(CODED[rule].states, "6" if target.backend == "hip" else None):
             continue
         drive(target)

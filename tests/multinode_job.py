@@ -21,8 +21,6 @@ from torch import Tensor
 
 from ds_optim.deepspeed.names import json_names
 
-# DeepSpeed builds an operator with the path's `ninja`; another one than last time would build it anew, for a minute.
-os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 OPTIMIZERS = tuple(json_names())
 STEPS = 3
 VOCABULARY = 61
@@ -87,6 +85,8 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
     parser.add_argument("--local_rank", type=int)
     given = parser.parse_args()
+    # DeepSpeed builds an operator with the path's `ninja`; another than last time would build it anew, for a minute.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     deepspeed.init_distributed(dist_backend="gloo")
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, os.uname().nodename)

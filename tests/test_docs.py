@@ -172,12 +172,10 @@ def test_a_python_block_runs(block: Block, tmp_path: Path) -> None:
     run(f"python {shlex.quote(str(script))}", tmp_path)
 
 
-def is_long(block: Block) -> bool:
-    return "quickstart" in block.text
-
-
 IN_BASH = [
-    pytest.param(block, marks=[pytest.mark.long] * is_long(block)) for block in BLOCKS if block.language == "bash"
+    pytest.param(block, marks=[pytest.mark.long] if "quickstart" in block.text else [])
+    for block in BLOCKS
+    if block.language == "bash"
 ]
 
 
