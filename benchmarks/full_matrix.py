@@ -34,11 +34,11 @@ import digests
 import torch
 from rich.progress import track
 
-from engines import Case, assembled, run
+from engines import WIDER, Case, assembled, run
 from expected import by_one_process, by_oracle, distance
 from pool import Pools
 from test_eight_bit_state import IN_CODES, with_small_ones
-from test_invariance import FACTORS, OPTIONS, STEPS, STRATEGIES, TOLERANCE, case_of
+from test_invariance import FACTORS, OPTIONS, STRATEGIES, TOLERANCE, case_of
 
 RANKS = (1, 2, 3, 4)
 OFFLOADED = ["2 fp32 offload", "3 fp32 offload"]
@@ -115,7 +115,8 @@ def case_under(state: str, optimizer: str, strategy: str, ranks: int) -> Case:
     variant = "offload" if strategy in OFFLOADED else "plain"
     factors = {name: values[0] for name, values in FACTORS.items()} | shown | {"variant": variant}
     case, _ = case_of([factors[name] for name in FACTORS])
-    case = replace(case, steps=30 if optimizer in STEPS else 10)  # the tests' are fewer
+    # More than the tests take, and larger.
+    case = replace(case, sizes=WIDER, steps=30 if "exchange_bucket_size" in OPTIONS[optimizer] else 10)
     return case if state == "fp32" else replace(case, options=IN_CODES[optimizer])
 
 

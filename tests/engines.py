@@ -20,7 +20,8 @@ from ds_optim.known_transformers import tied as with_ties
 from ds_optim.releases import DEEPSPEED
 from ds_optim.stepping.sharded import ShardedOptimizer
 
-VOCABULARY = 37
+SIZES = VOCABULARY, WIDTH, INTERMEDIATE = 23, 15, 21  # nothing divides them, and blocks of 8 or 3 straddle their ends
+WIDER = 37, 21, 27  # of `benchmarks/full_matrix.py` and of checkpoints that were written long ago
 
 
 class OddLlama(nn.Module):
@@ -30,14 +31,15 @@ class OddLlama(nn.Module):
     elements than there are ranks; a module that only some steps use.
     """
 
-    def __init__(self, *, tied: bool = False, layers: int) -> None:
+    def __init__(self, *, tied: bool = False, layers: int, sizes: tuple[int, int, int] = SIZES) -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        vocabulary, width, intermediate = sizes
         config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=21,
-            intermediate_size=27,
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=intermediate,
             num_hidden_layers=layers,
             num_attention_heads=3,
             num_key_value_heads=1,
@@ -47,8 +49,8 @@ class OddLlama(nn.Module):
             attn_implementation="eager",
         )
         self.llama = with_ties(LlamaForCausalLM(config))
-        self.extra = nn.Linear(21, 5)
-        self.sometimes = nn.Linear(21, 3, bias=False)
+        self.extra = nn.Linear(width, 5)
+        self.sometimes = nn.Linear(width, 3, bias=False)
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, tokens: Tensor, use_all: bool = True) -> Tensor:
@@ -93,12 +95,13 @@ class Case:
     extra: dict[str, Any] = field(default_factory=dict)
     tied: bool = False
     layers: int = 1  # one has every kind of parameter
+    sizes: tuple[int, int, int] = SIZES
     zero_init: bool = False
     frozen: tuple[str, ...] = ()
     user_groups: bool = False
     client: bool = False
     accumulation: int = 1
-    steps: int = 7
+    steps: int = 6
     seed: int = 0
     more_bits: int = 0  # of the gradients; their squares then round when they are added up
     unused_from: int | None = None  # `sometimes` is used before this step only
@@ -130,7 +133,7 @@ def build_model(case: Case) -> nn.Module:
     """The case's model, the same weights on every rank and under every strategy."""
     torch.manual_seed(1234 + case.seed)
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(case.precision, torch.bfloat16)
-    model = OddLlama(tied=case.tied, layers=case.layers).to(dtype)
+    model = OddLlama(tied=case.tied, layers=case.layers, sizes=case.sizes).to(dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in case.frozen))
     return model

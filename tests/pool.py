@@ -69,6 +69,9 @@ PRELOADED = [
     "torch.distributed.checkpoint.state_dict",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.pipe",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "setuptools",
+    "transformers.trainer",
     "ds_optim.checkpoint.resume",
 ]
 PR_SET_PDEATHSIG = 1  # Linux's prctl: the signal that a process gets when its parent dies
@@ -267,7 +270,6 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
     _gather_one_by_one()
     # DeepSpeed collects garbage in every engine that it builds; modules are none, and there are many.
     gc.freeze()
-    is_first = True
     while True:
         search_path, job = _deserialise(jobs.get())
         sys.path.extend(folder for folder in search_path if folder not in sys.path)
@@ -277,9 +279,7 @@ def _serve(connection: Connection, rank: int, world_size: int, port: int, log: s
         torch.set_default_dtype(torch.float32)
         answer = _attempt(_call, job)
         gc.collect()  # engines are full of cycles; what they hold must not outlive the job
-        if is_first:  # what the first engine imported
-            gc.freeze()
-            is_first = False
+        gc.freeze()  # what is left are modules that the job imported, and torch's caches
         sys.stdout.flush()
         sys.stderr.flush()
         connection.send_bytes(answer)

@@ -15,7 +15,7 @@ from ds_optim import checkpoint
 from ds_optim.checkpoint import ranges
 from engines import Case, assembled, build_engine, engine_for, install_gradients, masters, train, weights
 
-K, STEPS = 4, 14  # saved after K steps; ten more on either side
+K, STEPS = 4, 10  # saved after K steps; six more on either side: every block is refreshed twice
 CLIENT_STATE = {"epoch": 3}
 
 

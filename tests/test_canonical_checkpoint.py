@@ -389,7 +389,7 @@ def test_what_does_not_fit_is_refused_with_every_difference(pool: Pools, tmp_pat
         "state_dtype is 'float32' in the checkpoint, 'bfloat16' here": Case(
             "Shampoo", {**SHAMPOO, "state_dtype": "bf16"}, stage=2
         ),
-        "extra.weight: blocks are 3 of at most": Case(
+        "extra.weight: blocks are 2 of at most": Case(
             "Shampoo", {**SHAMPOO, "roles": {"extra.weight": "embedding"}}, stage=1
         ),
         "extra.weight was trained and is not trained here": Case("Shampoo", SHAMPOO, stage=2, frozen=("extra",)),

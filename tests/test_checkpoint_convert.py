@@ -22,7 +22,7 @@ from ds_optim.checkpoint.command import checkpoint_app
 from ds_optim.checkpoint.convert import convert
 from ds_optim.checkpoint.directory import read_about
 from ds_optim.errors import CheckpointError
-from engines import Case, build_model, engine_for, train
+from engines import VOCABULARY, WIDTH, Case, build_model, engine_for, train
 from pool import Pools
 from test_canonical_checkpoint import same_bits, stored
 
@@ -200,7 +200,7 @@ def test_what_is_needed_is_asked_for(saved: dict[str, Path], tmp_path: Path) -> 
     assert "--deepspeed" in refused("by hand", model=model)
     assert "global_step7" in refused("adamw", tag="global_step7")
     message = refused("shampoo", model=Wide())
-    assert "extra.weight has shape (5, 21) in the checkpoint, (5, 22) in the model" in message
+    assert f"extra.weight has shape (5, {WIDTH}) in the checkpoint, (5, 22) in the model" in message
     assert "the model has no parameter gain" in message
     assert "not saved by Adan" in refused("adamw", deepspeed_config={"optimizer": {"type": "Adan"}})
     with pytest.warns(UserWarning, match="Lion has no eps"):
@@ -283,8 +283,8 @@ def test_the_commands_convert_list_and_check(saved: dict[str, Path], tmp_path: P
     assert found["engine"]["global_steps"] == STEPS
     assert set(found["parameters"]) == {name.removeprefix("weights.") for name in tensors if name.startswith("weights")}
     embedding = found["parameters"]["llama.model.embed_tokens.weight"]
-    assert [embedding[key] for key in ("shape", "dtype", "step")] == [[37, 21], "float32", STEPS]
-    assert embedding["bytes"] == {"weights": 37 * 21 * 4, "state": 2 * 37 * 21 * 4}
+    assert [embedding[key] for key in ("shape", "dtype", "step")] == [[VOCABULARY, WIDTH], "float32", STEPS]
+    assert embedding["bytes"] == {"weights": VOCABULARY * WIDTH * 4, "state": 2 * VOCABULARY * WIDTH * 4}
     sizes = found["bytes"]
     assert sizes["weights"] + sizes["state"] + sizes["module"] == sum(t.numel() * t.itemsize for t in tensors.values())
     assert sizes["files"] == sum(path.stat().st_size for path in folder.iterdir() if path.name != "manifest.json")
@@ -293,8 +293,8 @@ def test_the_commands_convert_list_and_check(saved: dict[str, Path], tmp_path: P
     for text in (
         "AdamW",
         "llama.model.embed_tokens.weight",
-        "37x21",
-        "exp_avg_sq float32 x 777",
+        f"{VOCABULARY}x{WIDTH}",
+        f"exp_avg_sq float32 x {VOCABULARY * WIDTH}",
         "seen",
         "not trained",
     ):

@@ -31,26 +31,22 @@ from meshes import MeshCase
 from pool import Pools
 from reference.eight_bits import kept
 from resumption import K, relative_difference, same_bits, stored
-from test_eight_bit_state import IN_CODES, with_small_ones
+from test_eight_bit_state import in_codes, with_small_ones
 
 SMALL = {"sub_group_size": 300}
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 
 
-def case_of(name: str, **settings: Any) -> Case:
-    return Case(name, IN_CODES[name], **settings)
-
-
 @pytest.mark.parametrize(
     ("ranks", "before", "other_ranks", "after"),
     [
-        (2, case_of("ds_optim.AdamW", stage=2), 3, case_of("ds_optim.AdamW", stage=3, precision="bf16", zero=SMALL)),
-        (3, case_of("AdamMini", stage=3), 2, case_of("AdamMini", stage=1, precision="bf16")),
-        (3, case_of("Adan", stage=1), 1, case_of("Adan", stage=0, precision="bf16")),
-        (1, case_of("ds_optim.Lion", stage=0), 3, case_of("ds_optim.Lion", stage=2, zero=OFFLOAD)),
-        (2, case_of("Shampoo", stage=2), 3, case_of("Shampoo", stage=3)),
-        (3, case_of("ds_optim.Muon", stage=3), 2, case_of("ds_optim.Muon", stage=1, precision="bf16")),
-        (2, case_of("SOAP", stage=1), 3, case_of("SOAP", stage=2, zero=OFFLOAD)),
+        (2, in_codes("ds_optim.AdamW", stage=2), 3, in_codes("ds_optim.AdamW", stage=3, precision="bf16", zero=SMALL)),
+        (3, in_codes("AdamMini", stage=3), 2, in_codes("AdamMini", stage=1, precision="bf16")),
+        (3, in_codes("Adan", stage=1), 1, in_codes("Adan", stage=0, precision="bf16")),
+        (1, in_codes("ds_optim.Lion", stage=0), 3, in_codes("ds_optim.Lion", stage=2, zero=OFFLOAD)),
+        (2, in_codes("Shampoo", stage=2), 3, in_codes("Shampoo", stage=3)),
+        (3, in_codes("ds_optim.Muon", stage=3), 2, in_codes("ds_optim.Muon", stage=1, precision="bf16")),
+        (2, in_codes("SOAP", stage=1), 3, in_codes("SOAP", stage=2, zero=OFFLOAD)),
     ],
     ids=lambda one: f"{one.optimizer}-{one.stage}" if isinstance(one, Case) else str(one),
 )
@@ -83,7 +79,7 @@ def test_a_run_goes_on_elsewhere_as_if_nothing_had_happened(
 def test_meshes_go_on_under_another_strategy(
     pool: Pools, name: str, ranks: int, strategy: str, other_ranks: int, other: str, tmp_path: Path
 ) -> None:
-    case, folder = Case(name, IN_CODES[name], steps=test_mesh_checkpoints.STEPS), str(tmp_path / "first")
+    case, folder = in_codes(name, steps=test_mesh_checkpoints.STEPS), str(tmp_path / "first")
     pool(ranks).run(with_small_ones, test_mesh_checkpoints.first_part, MeshCase(case, strategy), folder)
     wanted = with_small_ones(by_one_process, case)
     for found in pool(other_ranks).run(
@@ -97,7 +93,7 @@ def test_meshes_go_on_under_another_strategy(
 
 @pytest.mark.parametrize("name", ["AdamMini", "ds_optim.Lion"])
 def test_deepspeeds_own_directory_is_converted(pool: Pools, name: str, tmp_path: Path) -> None:
-    case = Case(name, IN_CODES[name], stage=2)
+    case = in_codes(name, stage=2)
     pool(2).run(with_small_ones, test_checkpoint_convert.save_both, case, str(tmp_path))
     model = test_checkpoint_convert.model_of(case)
     made = with_small_ones(lambda: convert(tmp_path / "theirs", tmp_path / "converted", model=model))
@@ -109,10 +105,10 @@ def test_deepspeeds_own_directory_is_converted(pool: Pools, name: str, tmp_path:
 @pytest.mark.parametrize(
     "case",
     [
-        case_of("ds_optim.AdamW", stage=2, precision="bf16"),
-        case_of("AdamMini", stage=3, zero=SMALL),
-        case_of("Adan", stage=0, precision="bf16"),
-        case_of("Shampoo", stage=1),
+        in_codes("ds_optim.AdamW", stage=2, precision="bf16"),
+        in_codes("AdamMini", stage=3, zero=SMALL),
+        in_codes("Adan", stage=0, precision="bf16"),
+        in_codes("Shampoo", stage=1),
     ],
     ids=lambda case: f"{case.optimizer}-{case.stage}",
 )

@@ -27,7 +27,7 @@ from ds_optim.optimizers.registry import optimizers
 from ds_optim.sharding import dtensor
 from ds_optim.stepping import eight_bits
 from ds_optim.stepping.eight_bits import coded_keys
-from engines import Case, assembled, build_model, run
+from engines import WIDER, Case, assembled, build_model, run
 from expected import MATRIX_RULES, by_one_process, distance, is_matrix
 from meshes import MeshCase
 from pool import Pools
@@ -49,7 +49,7 @@ FACTORS: dict[str, list[Any]] = {
     "groups": ["flat", "user's"],
     "tied": [False, True],
     "frozen": [(), ("embed_tokens", "k_proj")],
-    "accumulation": [1, 4],
+    "accumulation": [1, 2],
     "clipping": [0.0],
     "unused": [None, 4],
     "layers": [1],
@@ -71,7 +71,7 @@ def case_of(row: list[Any]) -> tuple[Case, int]:
     import test_invariance
 
     case, ranks = test_invariance.case_of(row)
-    return replace(case, options=IN_CODES[case.optimizer]), ranks
+    return replace(case, options=IN_CODES[case.optimizer], sizes=WIDER), ranks
 
 
 def assert_the_same(case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -88,13 +88,14 @@ def test_every_strategy_ends_with_the_bits_of_one_process(pool: Pools, row: list
     assert_the_same(case, found, with_small_ones(by_one_process, case))
 
 
-def mesh_case_of(name: str) -> Case:
-    return Case(name, IN_CODES[name], steps=STEPS.get(name, 7))
+def in_codes(name: str, **settings: Any) -> Case:
+    """Of a model whose matrices are large enough for codes."""
+    return Case(name, IN_CODES[name], **{"sizes": WIDER, "steps": STEPS[name], **settings})
 
 
 @cache
 def alone(name: str) -> dict[str, Tensor]:
-    return with_small_ones(by_one_process, mesh_case_of(name))
+    return with_small_ones(by_one_process, in_codes(name))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def alone(name: str) -> dict[str, Tensor]:
     ],
 )
 def test_meshes_end_with_the_bits_of_one_process(pool: Pools, ranks: int, name: str, strategy: str, flag: str) -> None:
-    case = mesh_case_of(name)
+    case = in_codes(name)
     mesh_case = MeshCase(case, strategy, **({flag: True} if flag else {}))
     for report in pool(ranks).run(with_small_ones, meshes.run, mesh_case):
         assert_the_same(case, report["weights"], alone(name))
@@ -125,14 +126,14 @@ def test_a_run_in_eight_bits_is_no_run_in_fp32() -> None:
     """Or nothing here would be tested."""
     for name, options in IN_CODES.items():
         fp32 = {key: value for key, value in options.items() if key not in ("state_dtype", "int8_embeddings")}
-        assert 1e-6 < distance(alone(name), by_one_process(replace(mesh_case_of(name), options=fp32))) < 0.1
+        assert 1e-6 < distance(alone(name), by_one_process(replace(in_codes(name), options=fp32))) < 0.1
 
 
 @pytest.mark.parametrize("name", [name for name in IN_CODES if name.split(".")[-1] in MATRIX_RULES])
 def test_matrices_of_the_cases_are_in_eight_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a rule keeps per element of them, if it keeps anything; or only vectors would be compared above."""
     monkeypatch.setattr(eight_bits, "LEAST", SMALL)
-    cls, model = optimizers()[name.split(".")[-1]], build_model(Case(name)).float()
+    cls, model = optimizers()[name.split(".")[-1]], build_model(in_codes(name)).float()
     optimizer = cls(model.named_parameters(), roles=model, **IN_CODES[name])
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

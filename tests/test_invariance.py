@@ -28,20 +28,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05,
         "max_preconditioner_dim": 8,
         "precondition_frequency": 4,
-        "exchange_bucket_size": 300,
+        "exchange_bucket_size": 600,
     },
     "SWAN": {"weight_decay": 0.05, "exchange_bucket_size": 600},
     "ds_optim.Muon": {"weight_decay": 0.05, "exchange_bucket_size": 600},
-    "NorMuon": {"weight_decay": 0.05, "exchange_bucket_size": 300, "momentum": 0.9},
+    "NorMuon": {"weight_decay": 0.05, "exchange_bucket_size": 600, "momentum": 0.9},
     # Blocks of 3 are square but at the ends: a thin strip's factor has a null space, and only rounding to turn it.
     "SOAP": {
         "weight_decay": 0.05,
         "max_preconditioner_dim": 3,
-        "precondition_frequency": 4,
-        "exchange_bucket_size": 300,
+        "precondition_frequency": 3,
+        "exchange_bucket_size": 600,
     },
 }
-STEPS = dict.fromkeys(("Shampoo", "ds_optim.Muon", "NorMuon", "SOAP"), 11)  # every block is refreshed twice
+STEPS = dict.fromkeys(OPTIONS, 6) | {"Shampoo": 11, "SOAP": 8}  # every block is refreshed twice
 # Of the fp64 textbook; iterations that let small singular values grow, and eigenvectors of factors in fp32.
 TOLERANCE = {"SWAN": 3e-6, "ds_optim.Muon": 3e-6, "NorMuon": 3e-6, "SOAP": 1e-4}
 STRATEGIES = ["0 fp32", "0 bf16", "1 fp32", "1 bf16", "1 bf16_optimizer", "2 fp32", "2 bf16", "3 fp32", "3 bf16"]
@@ -52,7 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offload": {"zero": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}},
     "sub-groups": {"zero": {"sub_group_size": 300}},
     "zero.Init": {"zero_init": True},
-    "small buckets": {"zero": {"reduce_bucket_size": 100, "allgather_bucket_size": 100}},
+    "small buckets": {"zero": {"reduce_bucket_size": 400, "allgather_bucket_size": 400}},
 }
 if "parameter_alignment" not in DeepSpeedZeroConfig.model_fields:  # it came with 0.19.7
     del VARIANTS["aligned"]
@@ -74,7 +74,7 @@ FACTORS: dict[str, list[Any]] = {
     "groups": ["flat", "user's"],
     "tied": [False, True],
     "frozen": [(), ("embed_tokens", "k_proj")],
-    "accumulation": [1, 4],
+    "accumulation": [1, 2],
     "clipping": [0.0, 1.0],
     "unused": [None, 4],
     "layers": [2, 1],
@@ -89,7 +89,7 @@ def possible(row: list[Any]) -> bool:
         return True
     if strategy[0] not in STAGES[variant]:
         return False
-    if (strategy[0], variant, values.get("accumulation")) == ("2", "offload", 4) and DEEPSPEED.is_before("0.19.0"):
+    if (strategy[0], variant, values.get("accumulation")) == ("2", "offload", 2) and DEEPSPEED.is_before("0.19.0"):
         return False  # refused, as is the next
     if strategy == "0 bf16" and values.get("frozen") and DEEPSPEED.is_before("0.19.1"):
         return False
@@ -118,7 +118,7 @@ def case_of(row: list[Any], seed: int = 0) -> tuple[Case, int]:
         clipping=values["clipping"],
         unused_from=values["unused"],
         layers=values["layers"],
-        steps=STEPS.get(values["optimizer"], 7),
+        steps=STEPS[values["optimizer"]],
         seed=seed,
     )
     return case, values["ranks"]

@@ -26,7 +26,7 @@ from engines import (
     train,
 )
 from pool import Pools
-from test_invariance import OPTIONS
+from test_invariance import OPTIONS, STEPS
 
 BROKEN = "llama.model.layers.0.mlp.up_proj.weight"
 
@@ -86,7 +86,7 @@ def plain(optimizer: str, **changes: Any) -> Case:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", ["Shampoo", "SWAN", "NorMuon", "SOAP"])
 def test_hard_gradients_stay_finite_and_the_same_on_three_ranks(pool: Pools, optimizer: str, kind: str) -> None:
-    case = plain(optimizer, stage=3 if KINDS.index(kind) % 2 else 2, steps=13)
+    case = plain(optimizer, stage=3 if KINDS.index(kind) % 2 else 2, steps=STEPS[optimizer])
     found = assembled(pool(3).run(train_hard, case, kind))
     wanted = by_one_process(case, kind)
     for name, values in wanted.items():

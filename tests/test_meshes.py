@@ -35,7 +35,7 @@ from test_invariance import OPTIONS, STEPS, TOLERANCE
 
 MATRIX = {"max_preconditioner_dim": 8, "precondition_frequency": 3, "weight_decay": 0.1}
 CASES = {
-    **{name.split(".")[-1]: Case(name, options, steps=STEPS.get(name, 7)) for name, options in OPTIONS.items()},
+    **{name.split(".")[-1]: Case(name, options, steps=STEPS[name]) for name, options in OPTIONS.items()},
     "Lion16": Case("ds_optim.Lion", {"state_dtype": "bf16"}),
     "many blocks": Case("Shampoo", MATRIX, steps=8),
     "SWAN small buckets": Case("SWAN", {"exchange_bucket_size": 600}),

@@ -24,7 +24,7 @@ from parallel import Parallel, alone, engine_of, held, names_of, ran, report, tr
 from pool import Pools
 from resumption import stored
 from test_eight_bit_state import with_small_ones
-from test_invariance import OPTIONS
+from test_invariance import OPTIONS, STEPS
 
 LIMIT = {"AdamMini": 1e-6}  # the sums of cut blocks in another order; all others are bitwise
 
@@ -36,9 +36,8 @@ BLOCKS = {"max_preconditioner_dim": 8, "exchange_bucket_size": 900}
 
 def of(name: str, **settings: Any) -> Parallel:
     full = name if name in OPTIONS else f"ds_optim.{name}"
-    if "max_preconditioner_dim" not in OPTIONS[full]:
-        return Parallel(full, OPTIONS[full], **{"steps": 6, **settings})
-    return Parallel(full, {**OPTIONS[full], **BLOCKS}, **{"steps": 11, **settings})  # every block is refreshed twice
+    blocks = BLOCKS if "max_preconditioner_dim" in OPTIONS[full] else {}
+    return Parallel(full, {**OPTIONS[full], **blocks}, **{"steps": STEPS[full], **settings})
 
 
 def gaps(run: Parallel, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_optim.releases import DEEPSPEED
-from engines import Case, assembled, build_model, constant_gradient, engine_for, learning_rate, masters, train
+from engines import WIDTH, Case, assembled, build_model, constant_gradient, engine_for, learning_rate, masters, train
 from expected import block_labels, distance, weight_decays
 from pool import Pools
 from reference.adam_mini import adam_mini
@@ -95,4 +95,4 @@ def test_what_a_nan_gradient_does(pool: Pools, stage: int, precision: str) -> No
         assert not hurt
         assert [report["skipped"] for report in reports] == [1, 1]
     else:
-        assert hurt == {"llama.model.layers.0.mlp.up_proj.weight": 21}  # one row: one block
+        assert hurt == {"llama.model.layers.0.mlp.up_proj.weight": WIDTH}  # one row: one block

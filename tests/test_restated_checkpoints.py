@@ -122,9 +122,9 @@ def test_bf16_state_rounds_and_comes_back(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("folder", WRITTEN, ids=lambda path: path.parent.parent.name)
 def test_checkpoints_of_former_versions_too(folder: Path, tmp_path: Path) -> None:
     """Whose symmetric matrices stood there whole."""
-    from engines import Case, build_model
+    from engines import WIDER, Case, build_model
 
-    model = build_model(Case("Shampoo"))
+    model = build_model(Case("Shampoo", sizes=WIDER))
     made = restate(folder, tmp_path, model=model, state_dtype="bf16")
     old, new = (json.loads((one / "about.json").read_text()) for one in (folder / "written", made))
     assert new["format"] == 2

@@ -19,7 +19,7 @@ from torch import Tensor
 import ds_optim
 from ds_optim import checkpoint
 from ds_optim.roles import canonical_name
-from engines import Case, assembled, engine_for, masters, train
+from engines import WIDTH, Case, assembled, engine_for, masters, train
 from pool import Pools
 
 SMALL = {"sub_group_size": 300}
@@ -53,7 +53,7 @@ def compared(case: Case, folder: str) -> list[str]:
         compare(engine, keys)
         engine.load_checkpoint(folder)
         compare(engine, keys)
-        value = torch.full((18, 21), 0.5)
+        value = torch.full((18, WIDTH), 0.5)
         safe_set_full_optimizer_state(model.llama.model.layers[0].self_attn.q_proj.weight, value, keys[0])
         compare(engine, keys)
         if not torch.equal(checkpoint.full_state(engine, Q_PROJ)[keys[0]].float(), value):

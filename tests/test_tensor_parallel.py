@@ -35,7 +35,7 @@ from meshes import groups, shard_of
 from parallel import mixtral
 from pool import Pools
 from resumption import stored
-from test_eight_bit_state import IN_CODES, with_small_ones
+from test_eight_bit_state import in_codes, with_small_ones
 from test_invariance import OPTIONS, STEPS
 
 CASES = {
@@ -156,7 +156,7 @@ def test_every_rule_ends_with_the_bits_of_one_process(
 @pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
 @pytest.mark.parametrize("name", ["ds_optim.AdamW", "AdamMini", "Shampoo"])
 def test_state_in_eight_bits_of_cut_rows(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
-    case = Case(name, IN_CODES[name], steps=STEPS.get(name, 7))
+    case = in_codes(name)
     wanted = with_small_ones(by_one_process, case)
     for found in pool(ranks).run(with_small_ones, differences, case, shape, wanted, True):
         assert {key: gap for key, gap in found.items() if not gap <= (1e-6 if name == "AdamMini" else 0)} == {}
@@ -167,7 +167,7 @@ def test_state_in_eight_bits_of_matrices_that_are_cut_by_columns(
     pool: Pools, ranks: int, shape: tuple[int, ...]
 ) -> None:
     """It lies at their owners, whole."""
-    case = Case("Shampoo", IN_CODES["Shampoo"], steps=STEPS["Shampoo"])
+    case = in_codes("Shampoo")
     wanted = with_small_ones(by_one_process, case)
     for found in pool(ranks).run(with_small_ones, differences, case, shape, wanted):
         assert {key: gap for key, gap in found.items() if not gap <= 0} == {}
@@ -420,7 +420,7 @@ def over_expert_meshes(name: str, kind: str) -> float:
         named = list(one.named_parameters())
         groups = [[(key, p) for key, p in named if (".experts." in key) == experts] for experts in (False, True)]
         made.append(cls([{"params": pairs} for pairs in groups], roles=one, **options))
-    for step in range(1, STEPS.get(name, 7) + 1):
+    for step in range(1, STEPS[name] + 1):
         for (key, whole), (_, parameter) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
             whole.grad = constant_gradient(key, tuple(whole.shape), step, 0)
             parameter.grad = like(whole.grad, parameter)

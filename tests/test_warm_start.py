@@ -17,7 +17,7 @@ from ds_optim.checkpoint.warm_start import block_means, block_range, box_runs, w
 from ds_optim.linalg.packed import pack, packed_size
 from ds_optim.sharding.blocks import BlockGrid
 from ds_optim.sharding.boxes import Box
-from engines import Case, OddLlama, assembled, build_model, engine_for, learning_rate, masters, train
+from engines import WIDTH, Case, OddLlama, assembled, build_model, engine_for, learning_rate, masters, train
 from expected import block_labels, gradient, is_matrix, weight_decays
 from resumption import stored
 from test_layout import block_of
@@ -279,8 +279,8 @@ def test_what_does_not_match_is_refused_and_nothing_changes(tmp_path: Path) -> N
     )
     shaped = copy.deepcopy(state_dict)
     key = shaped["param_groups"][0]["param_names"].index("extra.weight")
-    shaped["state"][key]["exp_avg"] = torch.zeros(21, 5)
-    assert "extra.weight has shape (21, 5) in the source, (5, 21) here" in refusal(shaped)
+    shaped["state"][key]["exp_avg"] = torch.zeros(WIDTH, 5)
+    assert f"extra.weight has shape ({WIDTH}, 5) in the source, (5, {WIDTH}) here" in refusal(shaped)
     sgd = torch.optim.SGD(source.named_parameters(), lr=0.1, momentum=0.9)
     steps_of(source, sgd, range(1, 2))
     assert "has betas None and state ['momentum_buffer']: not Adam's exp_avg and exp_avg_sq" in refusal(

@@ -21,7 +21,7 @@ from torch import Tensor
 import ds_optim
 from ds_optim import checkpoint
 from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles
-from engines import Case, assembled, build_model, engine_for, learning_rate, masters, train
+from engines import WIDER, Case, assembled, build_model, engine_for, learning_rate, masters, train
 from expected import by_one_process, distance, gradient
 from pool import Pools
 
@@ -32,12 +32,12 @@ SMALL_BLOCKS = {"max_preconditioner_dim": 8, "precondition_frequency": 4, "excha
 CASES = {
     case.optimizer.removeprefix("ds_optim."): case
     for case in (
-        Case("ds_optim.AdamW", {"weight_decay": 0.1}, steps=STEPS),
-        Case("ds_optim.Lion", {"weight_decay": 0.1}, steps=STEPS),
-        Case("Adan", {"weight_decay": 0.02}, steps=STEPS),
-        Case("AdamMini", {"weight_decay": 0.1}, steps=STEPS),
-        Case("Shampoo", {"weight_decay": 0.05, **SMALL_BLOCKS}, steps=STEPS),
-        Case("SWAN", {"weight_decay": 0.05}, steps=STEPS),
+        Case("ds_optim.AdamW", {"weight_decay": 0.1}, sizes=WIDER, steps=STEPS),
+        Case("ds_optim.Lion", {"weight_decay": 0.1}, sizes=WIDER, steps=STEPS),
+        Case("Adan", {"weight_decay": 0.02}, sizes=WIDER, steps=STEPS),
+        Case("AdamMini", {"weight_decay": 0.1}, sizes=WIDER, steps=STEPS),
+        Case("Shampoo", {"weight_decay": 0.05, **SMALL_BLOCKS}, sizes=WIDER, steps=STEPS),
+        Case("SWAN", {"weight_decay": 0.05}, sizes=WIDER, steps=STEPS),
     )
 }
 FORMS = {
