@@ -5,13 +5,15 @@ TRITON_INTERPRET=0 python tests/machine_code.py
 
 from __future__ import annotations
 
+import bisect
 import inspect
 import itertools
 import json
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,13 +148,34 @@ def calls(rule: str, dtypes: Any, is_rounded: bool) -> None:
         kernels.descend("triton", target, torch.ones(target.shape), 0.9, (3, 1, 5) if is_rounded else ())
 
 
-def disassembled(code: Any) -> str:
-    """The machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code.asm["cubin"])
-        file.flush()
-        tool = [TOOLS / "nvdisasm", "-c", file.name]
-        return subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+def instructions_of(cubin: bytes) -> bytes:
+    """The section of an ELF file that has a program's instructions."""
+    sections, size, number, names = *struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + index * size) for index in range(number)]
+    (found,) = (
+        cubin[offset : offset + length]
+        for name, _, _, _, offset, length in headers
+        if cubin.startswith(b".text.", headers[names][4] + name)
+    )
+    return found
+
+
+def listings(made: Sequence[tuple[GPUTarget, Any]]) -> list[str]:
+    """The machine code of each program. The disassembler takes long to start: it reads all of a GPU's as one."""
+    found = [code.asm.get("amdgcn", "") for _, code in made]
+    for target in dict.fromkeys(target for target, _ in made if target.backend == "cuda"):
+        places = [place for place, (its, _) in enumerate(made) if its == target]
+        parts = [instructions_of(made[place][1].asm["cubin"]) for place in places]
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"".join(parts))
+            file.flush()
+            tool = [TOOLS / "nvdisasm", "-b", f"SM{target.arch}", file.name]
+            listed = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+        ends = list(itertools.accumulate(map(len, parts)))
+        for line in listed.splitlines(keepends=True):
+            if address := re.match(r"\s+/\*([0-9a-f]{4,})\*/ ", line):
+                found[places[bisect.bisect(ends, int(address[1], 16))]] += line
+    return found
 
 
 def order_of_states(listed: str) -> str:
@@ -179,7 +202,7 @@ def order_of_states(listed: str) -> str:
     return order
 
 
-def report(name: str, code: Any, dtypes: tuple[Any, ...], target: GPUTarget) -> dict[str, Any]:
+def report(name: str, code: Any, listed: str, dtypes: tuple[Any, ...], target: GPUTarget) -> dict[str, Any]:
     """128-bit accesses and spills from the machine code; from what it was assembled from contractions, what takes
     subnormal numbers for zero, and `order_of_states`."""
     common = {
@@ -190,7 +213,6 @@ def report(name: str, code: Any, dtypes: tuple[Any, ...], target: GPUTarget) -> 
         "order": order_of_states(code.asm["amdgcn" if target.backend == "hip" else "ptx"]),
     }
     if target.backend == "hip":
-        listed = code.asm["amdgcn"]
         return {
             **common,
             "loads": len(re.findall(r"\b(?:global|flat|buffer)_load_dwordx4\b", listed)),
@@ -199,7 +221,6 @@ def report(name: str, code: Any, dtypes: tuple[Any, ...], target: GPUTarget) -> 
             "fused": len(re.findall(r"\bcontract\b|\bfmuladd\b", code.asm["llir"])),
             "flushing": len(re.findall(r"\.amdhsa_float_denorm_mode_32 [012]\b", listed)),
         }
-    listed = disassembled(code)
     return {
         **common,
         "loads": len(re.findall(r"\bLDG\.E\S*\.128\b", listed)),
@@ -229,16 +250,23 @@ def reports() -> list[dict[str, Any]]:
             Warmed.made.clear()
             calls(rule, dtypes, is_rounded)
             for name, code in {code.hash: (name, code) for name, code in Warmed.made}.values():
-                found.append({"rule": rule, **report(name, code, dtypes, target)})
-    return found
+                found.append((rule, name, dtypes, target, code))
+    return reported(found)
+
+
+def reported(made: list[tuple[str, str, tuple[Any, ...], GPUTarget, Any]]) -> list[dict[str, Any]]:
+    """The report of each program: its rule, name, dtypes, target and code."""
+    listed = listings([one[-2:] for one in made])
+    return [
+        {"rule": rule, **report(name, code, its, dtypes, target)}
+        for (rule, name, dtypes, target, code), its in zip(made, listed, strict=True)
+    ]
 
 
 def coded_cases() -> Iterator[tuple[GPUTarget, str, torch.dtype]]:
-    """Every rule for every target, in fp32 and bf16 in turn; in both for the H100, and none of the T4 in bf16."""
+    """Every rule for every target, in fp32 and bf16 in turn, but none of the T4 in bf16."""
     for (place, target), (number, rule) in itertools.product(enumerate(CASES_OF), enumerate(CODED)):
-        in_turn = (FP32, BF16)[(place // 2 + number) % 2]
-        for dtype in {75: (FP32,), 90: (FP32, BF16)}.get(target.arch, (in_turn,)):
-            yield target, rule, dtype
+        yield target, rule, FP32 if target.arch == 75 else (FP32, BF16)[(place // 2 + number) % 2]
 
 
 def coded() -> list[dict[str, Any]]:
@@ -259,8 +287,8 @@ def coded() -> list[dict[str, Any]]:
         made = {code.hash: code for _, code in Warmed.made}
         assert len(made) == 3
         streams = (dtype, dtype, *[torch.uint8] * len(CODED[rule].codes))
-        found += [{"rule": rule, **report("update_codes", code, streams, target)} for code in made.values()]
-    return found
+        found += [(rule, "update_codes", streams, target, code) for code in made.values()]
+    return reported(found)
 
 
 def triangles() -> list[dict[str, Any]]:
@@ -281,26 +309,29 @@ def triangles() -> list[dict[str, Any]]:
             Warmed.made.clear()
             triangle.times_own_transpose(stack, out=torch.empty(2, 1024, 1024, dtype=out_dtype))
             ((_, code),) = Warmed.made
-            if target.backend == "hip":
-                listed, cores = code.asm["amdgcn"], r"\bv_mfma_"
-                reads, spills = r"\b(?:global|buffer)_load_\S*", r"_spill_count: *[1-9]"
-            else:
-                listed, cores = disassembled(code), r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"
-                reads, spills = r"\bLDG(?:STS)?\.E\S*", r"\b(?:LDL|STL)\b"
-            widths = [one.endswith("dwordx4") or ".128" in one for one in re.findall(reads, listed)]
-            found.append(
-                {
-                    "target": name_of(target),
-                    "dtype": str(dtype),
-                    "transposed": is_transposed,
-                    "shared": code.metadata.shared,
-                    "tensor core": len(re.findall(cores, listed)),
-                    "wide reads": widths.count(True),
-                    "narrow reads": widths.count(False),
-                    "spilled": len(re.findall(spills, listed)),
-                }
-            )
-    return found
+            found.append((dtype, is_transposed, target, code))
+    listed = listings([one[-2:] for one in found])
+    return [report_of_triangle(*one, its) for one, its in zip(found, listed, strict=True)]
+
+
+def report_of_triangle(
+    dtype: torch.dtype, is_transposed: bool, target: GPUTarget, code: Any, listed: str
+) -> dict[str, Any]:
+    if target.backend == "hip":
+        cores, reads, spills = r"\bv_mfma_", r"\b(?:global|buffer)_load_\S*", r"_spill_count: *[1-9]"
+    else:
+        cores, reads, spills = r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", r"\bLDG(?:STS)?\.E\S*", r"\b(?:LDL|STL)\b"
+    widths = [one.endswith("dwordx4") or ".128" in one for one in re.findall(reads, listed)]
+    return {
+        "target": name_of(target),
+        "dtype": str(dtype),
+        "transposed": is_transposed,
+        "shared": code.metadata.shared,
+        "tensor core": len(re.findall(cores, listed)),
+        "wide reads": widths.count(True),
+        "narrow reads": widths.count(False),
+        "spilled": len(re.findall(spills, listed)),
+    }
 
 
 def variants() -> list[int]:
