@@ -6,7 +6,7 @@ The executables in `scripts` do what an interpreter and the scripts of this envi
 ``sys.executable`` or ``PATH``, a launcher's ranks for instance, they start as quickly. Each is a fork of a process that
 has imported everything, so variables that libraries read when they are imported (OMP_NUM_THREADS, DS_ACCELERATOR) have
 the values of the suite; limits, affinity and umask are the test process's. This is not for tests of what an import
-does, nor of how processes are killed.
+does, nor of how launchers kill their ranks; what a local cluster's host runs dies with the host.
 """
 
 from __future__ import annotations

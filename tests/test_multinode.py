@@ -42,6 +42,11 @@ def cluster() -> Iterator[local_cluster.LocalCluster]:
         yield made
 
 
+def _quickly(cluster: local_cluster.LocalCluster) -> dict[str, str]:
+    """The environment of a cluster on whose hosts interpreters are forks."""
+    return {**cluster.environment, "PATH": forked.environment()["PATH"]}
+
+
 def _cluster(hosts: int) -> local_cluster.LocalCluster:
     problems = local_cluster.problems_here(hosts)
     if problems:
@@ -137,8 +142,7 @@ def test_all_end_bitwise_where_one_host_does(hosts: int, pool: Pools, tmp_path: 
         launch = [*MULTINODE, "--hostfile", str(cluster.hostfile), "--interface", "eth0"]
         script = [str(ROOT / "tests" / "multinode_job.py"), "--output", str(output), "--first-stage", str(first_stage)]
         command = [*launch, "--logs", str(tmp_path / "logs"), *script]
-        environment = {**cluster.environment, "PATH": forked.environment()["PATH"]}
-        done = cluster.hosts[0].run(command, env=environment, timeout=900)
+        done = cluster.hosts[0].run(command, env=_quickly(cluster), timeout=900)
     assert done.returncode == 0, done.stdout
     assert f"preflight: {hosts} hosts, {hosts} ranks, no problem found" in done.stdout
     assert "host2: " in done.stdout  # pdsh's mark
@@ -179,10 +183,11 @@ def test_slurm_starts_one_launcher_per_node(pool: Pools, tmp_path: Path) -> None
         "PORT": str(local_cluster.free_port()),
         "SLOTS": "1",
     }
+    inherited = forked.environment()
     job = [str(ROOT / "tests" / "multinode_job.py"), "--output", str(output), "--optimizers", "SWAN"]
     done = subprocess.run(
         ["bash", str(LAUNCHER / "multinode.sbatch"), *job],
-        env={**os.environ, **given, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{programs}:{os.environ['PATH']}"},
+        env={**inherited, **given, "SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{programs}:{inherited['PATH']}"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -217,7 +222,7 @@ def test_a_lost_host_is_left_out_and_the_run_goes_on(cluster: local_cluster.Loca
     command = [*MULTINODE, *options, str(LAUNCHER / "train.py"), *training.split()]
     log, said = tmp_path / "log" / "log.jsonl", tmp_path / "said"
     with said.open("w") as output:
-        running = cluster.hosts[0].start(command, env=cluster.environment, stdout=output, stderr=subprocess.STDOUT)
+        running = cluster.hosts[0].start(command, env=_quickly(cluster), stdout=output, stderr=subprocess.STDOUT)
     _until(lambda: running.poll() is not None or (log.exists() and '"step": 14,' in log.read_text()), 300)
     cluster.lose(cluster.hosts[2])
     status = running.wait(600)  # how fast it recovers is for benchmarks/host_faults.py
