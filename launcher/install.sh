@@ -3,13 +3,27 @@
 #     DS_OPTIM_EXTRAS=test source launcher/install.sh || exit 1
 #
 # An active virtual environment that already meets every requirement is used as it is (only ds-optim itself is linked into
-# it). Otherwise .venv in the repository is made, filled under constraints.txt, and activated; a stamp in it makes later calls
-# instant until setup.py, constraints.txt, the extras or the interpreter change. PYTHON chooses the interpreter of .venv.
+# it). Otherwise .venv in the repository is made, filled under constraints.txt, and activated; a stamp in it makes later
+# calls instant until setup.py, constraints.txt or the interpreter change, or extras that it lacks are asked for. PYTHON
+# chooses the interpreter of .venv.
 # Needs python3, pip and, later, g++ (for the kernels that ds-optim builds on first use).
 
 _ds_optim_stamp() {  # what the environment was made from; $1 = python, $2 = extras
     { cat setup.py constraints.txt; printf '%s\n' "$PWD" "$2"; "$1" --version; } | "$1" -c \
         'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+_ds_optim_was_made() {  # $1 = python, $2 = extras; silent, true or false: with these extras, or with these and others
+    local stamp_file made extra
+    for stamp_file in "$(dirname "$1")"/../ds-optim-*.stamp; do
+        [ -f "$stamp_file" ] || continue
+        made=${stamp_file##*/ds-optim-} made=${made%.stamp}
+        for extra in ${2//,/ }; do
+            [[ ,$made, == *,$extra,* ]] || continue 2
+        done
+        [ "$(cat "$stamp_file")" = "$(_ds_optim_stamp "$1" "${made/#base/}" 2>/dev/null)" ] && return 0
+    done
+    return 1
 }
 
 _ds_optim_meets_requirements() {  # $1 = python, $2 = extras; silent, true or false
@@ -42,9 +56,7 @@ _ds_optim_install() {  # runs in the repository root; sets _ds_optim_venv
         _ds_optim_venv=$PWD/.venv
     fi
     local in_venv=$_ds_optim_venv/bin/python stamp_file=$_ds_optim_venv/ds-optim-${extras:-base}.stamp
-    if [ -x "$in_venv" ] && [ "$(cat "$stamp_file" 2>/dev/null)" = "$(_ds_optim_stamp "$in_venv" "$extras")" ]; then
-        return 0
-    fi
+    _ds_optim_was_made "$in_venv" "$extras" && return 0
     # DeepSpeed's own operators are built on first use or not at all; ours too.
     export DS_BUILD_OPS=0
     if [ "$_ds_optim_venv" != "$PWD/.venv" ]; then
