@@ -441,7 +441,7 @@ def test_blocks_cut_over_ranks_are_updated_as_if_whole(
     rows=st.sampled_from((1, 2, 5, 33, 70, 600)),
     data=st.data(),
 )
-@settings(max_examples=40)
+@settings(max_examples=20)
 @pytest.mark.parametrize("backend", ["native", "triton", "eager"])
 def test_column_blocks_cut_over_ranks_are_updated_as_if_whole(
     backend: kernels.Backend, parts: list[tuple[int, int]], rows: int, data: st.DataObject

@@ -358,7 +358,9 @@ class BucketTables:
             if common is None:
                 continue
             local = within(common, part)
-            low, high = elements_before(part.shape, local, np.array([fragment.start, fragment.stop])).tolist()
+            low, high = 0, local.numel
+            if fragment.stop - fragment.start < part.numel:
+                low, high = elements_before(part.shape, local, np.array([fragment.start, fragment.stop])).tolist()
             if low == high:
                 continue
             shift = fragment.offset - fragment.start
