@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 import ds_optim
@@ -486,16 +487,20 @@ def test_deepcompile_is_refused(pool: Pools, stage: int) -> None:
 def compiled(stage: int, zero: dict[str, Any], backwards: bool) -> tuple[Weights, Weights]:
     """With and without torch's compiler, which must not hide from us what was used; `late` is not, in step 2."""
     ends = []
+    accelerator = get_accelerator()
+    before = accelerator.get_compile_backend()
     for compiles in (False, True):
         model = made(Small)
         engine, *_ = start("AdamMini", stage, model, zero)
         if compiles:
+            accelerator.set_compile_backend("eager")  # what the backward pass is compiled by
             engine.compile(backend="eager", compiled_autograd_enabled=backwards)
         for index in range(3):
             engine.backward(engine(tokens_of(index, dist.get_rank()), index != 1))
             engine.step()
         engine.destroy()
         ends.append(weights_of(model))
+    accelerator.set_compile_backend(before)
     torch._dynamo.reset()
     return ends[0], ends[1]
 
