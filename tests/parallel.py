@@ -105,7 +105,7 @@ class Parallel:
     tied: bool = False
     fused: bool = False
     frozen: tuple[str, ...] = ()
-    steps: int = 10
+    steps: int = 6
     seed: int = 0
 
     def __str__(self) -> str:

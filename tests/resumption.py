@@ -15,7 +15,7 @@ from ds_optim import checkpoint
 from ds_optim.checkpoint import ranges
 from engines import Case, assembled, build_engine, engine_for, install_gradients, masters, train, weights
 
-K, STEPS = 4, 10  # saved after K steps; six more on either side: every block is refreshed twice
+K, STEPS = 4, 8  # saved after K steps; four more on either side: blocks are refreshed twice
 CLIENT_STATE = {"epoch": 3}
 
 

@@ -44,7 +44,7 @@ from resumption import (
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 SMALL = {"sub_group_size": 300}
-SHAMPOO = {"max_preconditioner_dim": 8, "precondition_frequency": 3}
+SHAMPOO = {"max_preconditioner_dim": 8, "precondition_frequency": 2}
 LION = {"state_dtype": "bf16", "weight_decay": 0.1}
 DECAY = {"weight_decay": 0.1}
 FROZEN = () if DEEPSPEED.is_before("0.19.1") else ("extra",)  # refused at ZeRO-0 in bf16, see test_refusals

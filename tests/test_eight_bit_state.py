@@ -31,12 +31,12 @@ from engines import WIDER, Case, assembled, build_model, run
 from expected import MATRIX_RULES, by_one_process, distance, is_matrix
 from meshes import MeshCase
 from pool import Pools
-from test_invariance import OPTIONS, STEPS, possible
+from test_invariance import OFTEN, possible
 
 SMALL = 300
 IN_CODES = {
     name: {**options, "state_dtype": "int8", "int8_embeddings": name in ("ds_optim.Lion", "SWAN")}
-    for name, options in OPTIONS.items()
+    for name, options in OFTEN.items()
 }
 for _name in ("Shampoo", "SOAP"):
     IN_CODES[_name]["max_preconditioner_dim"] = 18  # whole tiles of 324 elements, ragged ones without codes
@@ -71,7 +71,7 @@ def case_of(row: list[Any]) -> tuple[Case, int]:
     import test_invariance
 
     case, ranks = test_invariance.case_of(row)
-    return replace(case, options=IN_CODES[case.optimizer], sizes=WIDER), ranks
+    return replace(case, options=IN_CODES[case.optimizer], sizes=WIDER, steps=Case.steps), ranks
 
 
 def assert_the_same(case: Case, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -90,7 +90,7 @@ def test_every_strategy_ends_with_the_bits_of_one_process(pool: Pools, row: list
 
 def in_codes(name: str, **settings: Any) -> Case:
     """Of a model whose matrices are large enough for codes."""
-    return Case(name, IN_CODES[name], **{"sizes": WIDER, "steps": STEPS[name], **settings})
+    return Case(name, IN_CODES[name], **{"sizes": WIDER, **settings})
 
 
 @cache

@@ -42,6 +42,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 STEPS = dict.fromkeys(OPTIONS, 6) | {"Shampoo": 11, "SOAP": 8}  # every block is refreshed twice
+OFTEN = {
+    **OPTIONS,
+    **{n: {**OPTIONS[n], "max_preconditioner_dim": 8, "precondition_frequency": 2} for n in ("Shampoo", "SOAP")},
+}
+"""Where one process is the measure and no textbook, which wants more gradients in a factor.
+
+In `Case.steps` steps every block is refreshed twice, or three times.
+"""
 # Of the fp64 textbook; iterations that let small singular values grow, and eigenvectors of factors in fp32.
 TOLERANCE = {"SWAN": 3e-6, "ds_optim.Muon": 3e-6, "NorMuon": 3e-6, "SOAP": 1e-4}
 STRATEGIES = ["0 fp32", "0 bf16", "1 fp32", "1 bf16", "1 bf16_optimizer", "2 fp32", "2 bf16", "3 fp32", "3 bf16"]

@@ -26,7 +26,7 @@ from engines import (
     train,
 )
 from pool import Pools
-from test_invariance import OPTIONS, STEPS
+from test_invariance import OFTEN, OPTIONS
 
 BROKEN = "llama.model.layers.0.mlp.up_proj.weight"
 
@@ -78,15 +78,15 @@ def by_one_process(case: Case, kind: str) -> dict[str, Tensor]:
     return {name: p.detach().reshape(-1) for name, p in model.named_parameters()}
 
 
-def plain(optimizer: str, **changes: Any) -> Case:
-    options = {**OPTIONS[optimizer], "weight_decay": 0.0}
+def plain(optimizer: str, options_of: dict[str, dict[str, Any]] = OPTIONS, **changes: Any) -> Case:
+    options = {**options_of[optimizer], "weight_decay": 0.0}
     return Case(optimizer, options, precision="fp32", **changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("optimizer", ["Shampoo", "SWAN", "NorMuon", "SOAP"])
 def test_hard_gradients_stay_finite_and_the_same_on_three_ranks(pool: Pools, optimizer: str, kind: str) -> None:
-    case = plain(optimizer, stage=3 if KINDS.index(kind) % 2 else 2, steps=STEPS[optimizer])
+    case = plain(optimizer, OFTEN, stage=3 if KINDS.index(kind) % 2 else 2)
     found = assembled(pool(3).run(train_hard, case, kind))
     wanted = by_one_process(case, kind)
     for name, values in wanted.items():
@@ -338,6 +338,9 @@ ROLES = {
 }
 
 
+ODD_STEPS = 8  # every block is refreshed twice
+
+
 def odd_model() -> nn.Module:
     torch.manual_seed(7)
     return ConvAndExperts()
@@ -368,7 +371,7 @@ def train_odd(optimizer: str, options: dict[str, Any], stage: int) -> dict[str, 
     }
     engine, *_ = deepspeed.initialize(model=model, config=config)
     x = torch.linspace(-1, 1, 3 * 5 * 6).view(1, 3, 5, 6)
-    for step in range(1, 10):
+    for step in range(1, ODD_STEPS + 1):
         clock["step"] = step
         engine.backward(engine(x))
         engine.step()
@@ -399,7 +402,7 @@ def train_odd(optimizer: str, options: dict[str, Any], stage: int) -> dict[str, 
     ],
     ids=["Shampoo", "Shampoo-paper", "Shampoo-bf16", "SWAN", "SWAN-bf16", "NorMuon", "Muon-bf16", "SOAP"],
 )
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (2, 4), (3, 2), (3, 4)])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (2, 4), (3, 4)])
 def test_convolutions_experts_and_fused_weights_are_the_same_on_any_number_of_ranks(
     pool: Pools, optimizer: str, options: dict[str, Any], stage: int, ranks: int
 ) -> None:
@@ -408,7 +411,7 @@ def test_convolutions_experts_and_fused_weights_are_the_same_on_any_number_of_ra
     alone = getattr(ds_optim, optimizer.split(".")[-1])(
         model.named_parameters(), roles=override_roles(ds_optim.infer_roles(model), ROLES, shapes(model)), **options
     )
-    for step in range(1, 10):
+    for step in range(1, ODD_STEPS + 1):
         for name, parameter in model.named_parameters():
             parameter.grad = ordinary_gradient(name, tuple(parameter.shape), step)
         alone.step()

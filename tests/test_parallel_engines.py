@@ -24,20 +24,14 @@ from parallel import Parallel, alone, engine_of, held, names_of, ran, report, tr
 from pool import Pools
 from resumption import stored
 from test_eight_bit_state import with_small_ones
-from test_invariance import OPTIONS, STEPS
+from test_invariance import OFTEN
 
 LIMIT = {"AdamMini": 1e-6}  # the sums of cut blocks in another order; all others are bitwise
 
 
-# One process with the same blocks is the measure, not a textbook: blocks need not be as small as for that, but must
-# still be cut by every boundary, and travel in several buckets.
-BLOCKS = {"max_preconditioner_dim": 8, "exchange_bucket_size": 900}
-
-
 def of(name: str, **settings: Any) -> Parallel:
-    full = name if name in OPTIONS else f"ds_optim.{name}"
-    blocks = BLOCKS if "max_preconditioner_dim" in OPTIONS[full] else {}
-    return Parallel(full, {**OPTIONS[full], **blocks}, **{"steps": STEPS[full], **settings})
+    full = name if name in OFTEN else f"ds_optim.{name}"
+    return Parallel(full, OFTEN[full], **settings)
 
 
 def gaps(run: Parallel, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:

@@ -36,7 +36,7 @@ from parallel import mixtral
 from pool import Pools
 from resumption import stored
 from test_eight_bit_state import in_codes, with_small_ones
-from test_invariance import OPTIONS, STEPS
+from test_invariance import OFTEN
 
 CASES = {
     **test_meshes.CASES,
@@ -176,7 +176,7 @@ def test_state_in_eight_bits_of_matrices_that_are_cut_by_columns(
 @pytest.mark.parametrize(("ranks", "shape"), [(3, ALONE), (4, FSDP)])
 @pytest.mark.parametrize("name", ["ds_optim.Lion", "AdamMini", "Muon"])
 def test_stochastic_rounding_of_cut_rows(pool: Pools, name: str, ranks: int, shape: tuple[int, ...]) -> None:
-    case = Case(name, {**OPTIONS[name if name in OPTIONS else f"ds_optim.{name}"], "bf16_stochastic_round": True})
+    case = Case(name, {**OFTEN[name if name in OFTEN else f"ds_optim.{name}"], "bf16_stochastic_round": True})
     (wanted,) = pool(1).run(ended, case)
     for found in pool(ranks).run(differences, case, shape, wanted, True, True):
         assert {key: gap for key, gap in found.items() if not gap <= 0} == {}
@@ -414,13 +414,13 @@ def over_expert_meshes(name: str, kind: str) -> float:
     model = copy.deepcopy(alone)
     cut_experts(model, EXPERT_MESHES[kind][1])
     cut_the_rest(model, kind)
-    cls, options = getattr(ds_optim, name.split(".")[-1]), OPTIONS[name]
+    cls, options = getattr(ds_optim, name.split(".")[-1]), OFTEN[name]
     made = []
     for one in (alone, model):
         named = list(one.named_parameters())
         groups = [[(key, p) for key, p in named if (".experts." in key) == experts] for experts in (False, True)]
         made.append(cls([{"params": pairs} for pairs in groups], roles=one, **options))
-    for step in range(1, STEPS[name] + 1):
+    for step in range(1, Case.steps + 1):
         for (key, whole), (_, parameter) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
             whole.grad = constant_gradient(key, tuple(whole.shape), step, 0)
             parameter.grad = like(whole.grad, parameter)

@@ -38,8 +38,8 @@ def taken(
 ) -> int:
     """Bytes that an update takes at most beside gradients and state.
 
-    Counted by who is entered outside of the device, and so sees what it computes with. Tables of a shape are kept from
-    the first update to the next, of whatever precision.
+    Counted by who is entered outside of the device, and so sees what it computes with. Tables are kept from the first
+    update of some blocks to the next, of whatever precision.
     """
     with StorageTracker() as tracker, move() as moved:
         rule = getattr(ds_optim, name).rule
@@ -92,9 +92,9 @@ def test_an_update_takes_what_its_rule_says(name: str, where: str, monkeypatch: 
     for precision, frequency in cases:
         settings = settings_of(name, precision, frequency)
         for shape in shapes if precision == "ieee" or where == "host" else [shapes[0], shapes[-1]]:
-            for count in COUNTS:
-                found = taken(name, settings, shape, count, move, has_tables=(shape, count) in seen)
-                seen.add((shape, count))
+            for count in COUNTS if frequency == 1 else COUNTS[-1:]:  # one block that is due is one of frequency 1
+                found = taken(name, settings, shape, count, move, has_tables=(frequency, shape, count) in seen)
+                seen.add((frequency, shape, count))
                 stated = getattr(ds_optim, name).rule.workspace(settings, shape, count, DEVICES[where])
                 # A CPU rounds operands by what torch has, some in one more tensor than others.
                 least, most = (0.9, 1.7) if where == "host" and precision != "ieee" else (0.97, 1.12)

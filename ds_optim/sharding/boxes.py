@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
@@ -25,14 +25,13 @@ class Box:
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
+    shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    numel: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        shape = tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "numel", math.prod(shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +129,8 @@ def placed(shape: Sequence[int], box: Box, start: int, stop: int) -> list[Rectan
     """The range ``[start, stop)`` of a box's own row-major order, in an array of ``shape``."""
     strides = strides_of(shape)
     corner = sum(map(operator.mul, box.start, strides))
+    if (start, stop) == (0, box.numel) and stop:
+        return [Rectangle(corner, box.shape)]
     return [
         Rectangle(corner + sum(map(operator.mul, slab.start, strides)), slab.shape)
         for slab in slabs(box.shape, start, stop)
