@@ -70,7 +70,6 @@ PRELOADED = [
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.pipe",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "setuptools",
     "transformers.trainer",
     "ds_optim.checkpoint.resume",
 ]
@@ -320,7 +319,8 @@ def _join_group(rank: int, world_size: int, port: int) -> None:
     import deepspeed.ops
 
     # DeepSpeed compiles a shared-memory all-reduce on its first initialisation (a minute), which only inference uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # To say so spares a look for a compiler in every rank, too.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=START_TIMEOUT))
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     deepspeed.init_distributed("gloo")
