@@ -94,6 +94,35 @@ def test_the_users_folder_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said.splitlines()[-1] == "/somewhere"  # the first call says that it installs
 
 
+def test_an_environment_that_has_more_than_is_asked_for_is_not_installed_again(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    functions = tmp_path / "functions.sh"
+    functions.write_text((LAUNCHER / "install.sh").read_text().partition("\n_ds_optim_here=")[0])
+
+    def shell(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        script = f'source {functions}; {command} "$@"'
+        folder = LAUNCHER.parent
+        return subprocess.run(["bash", "-uc", script, "", *arguments], capture_output=True, text=True, cwd=folder)
+
+    def was_made(extras: str) -> bool:
+        return not shell("_ds_optim_was_made", str(python), extras).returncode
+
+    assert not was_made("")
+    stamp = shell("_ds_optim_stamp", str(python), "test,trainer").stdout
+    (tmp_path / "ds-optim-test,trainer.stamp").write_text(stamp)
+    assert [was_made(extras) for extras in ("", "test", "trainer,test", "tes", "test,other")] == [True] * 3 + [
+        False
+    ] * 2
+    (tmp_path / "ds-optim-test,trainer.stamp").write_text("of another setup.py")
+    assert not was_made("")
+    (tmp_path / "ds-optim-base.stamp").write_text(shell("_ds_optim_stamp", str(python), "").stdout)
+    assert [was_made(extras) for extras in ("", "test")] == [True, False]
+    python.unlink()
+    assert not was_made("")
+
+
 def test_a_python_that_is_nobodys_environment_gets_a_folder_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
