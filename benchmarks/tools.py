@@ -29,6 +29,8 @@ KEPT, PAGE = ROOT / "docs" / "results" / "tools.json", ROOT / "docs" / "results"
 TRL = "deepspeed --num_gpus {ranks} examples/on_cpu.py examples/tools/trl_train.py {method}"
 TRL += " --deepspeed examples/tools/{json}.json"
 LIGHTNING = "torchrun --nproc_per_node {ranks} examples/tools/lightning_train.py examples/tools/lightning.json runs/lit"
+AXOLOTL = "deepspeed --num_gpus {ranks} examples/on_cpu.py examples/tools/axolotl_train.py"
+AXOLOTL += " examples/tools/axolotl_sft.yaml"
 COMMANDS = {
     "trl": [
         TRL.format(ranks=2, method="sft", json="zero2") + " --output runs/trl",
@@ -45,6 +47,12 @@ COMMANDS = {
         "deepspeed --num_gpus 1 examples/on_cpu.py examples/tools/llamafactory_train.py "
         "examples/tools/llamafactory_sft.yaml resume_from_checkpoint=runs/llamafactory/checkpoint-3",
     ],
+    "axolotl": [
+        "python examples/tools/llamafactory_data.py",
+        AXOLOTL.format(ranks=2),
+        AXOLOTL.format(ranks=1) + " resume_from_checkpoint=runs/axolotl/checkpoint-3 micro_batch_size=8"
+        " deepspeed=examples/tools/zero3.json",
+    ],
 }
 
 
@@ -52,6 +60,7 @@ def ran(command: str) -> dict[str, Any]:
     """What became of a command: its last words if it failed, else what its script says that it trained."""
     scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1", "PATH": scripts}
+    environment["AXOLOTL_DO_NOT_TRACK"] = "1"
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         done = subprocess.run(

@@ -82,6 +82,7 @@ ELSEWHERE = {
             "python examples/tools/llamafactory_data.py",
             "deepspeed --num_gpus 2 examples/on_cpu.py examples/tools/llamafactory_train.py "
             "examples/tools/llamafactory_sft.yaml",
+            "deepspeed --num_gpus 2 examples/on_cpu.py examples/tools/axolotl_train.py examples/tools/axolotl_sft.yaml",
             "torchrun --nproc_per_node 2 examples/tools/lightning_train.py examples/tools/lightning.json runs/lit",
             "torchrun --nproc_per_node 1 examples/tools/lightning_train.py examples/tools/lightning.json runs/lit "
             "--resume",
