@@ -36,6 +36,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,12 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from engines import Case, assembled
+from engines import WIDER, Case, assembled
 from pool import Pools, RanksFailedError
-from resumption import STEPS, K, relative_difference, resumed, same_bits, stored, uninterrupted, wrongly_loaded
+from resumption import K, relative_difference, resumed, same_bits, stored, uninterrupted, wrongly_loaded
 
 RANKS = (1, 2, 3, 4)
+STEPS = 14  # more than the tests take
 STAGES = (1, 2, 3)
 OPTIONS: dict[str, dict[str, Any]] = {
     "AdamW": {"weight_decay": 0.1},
@@ -95,6 +97,7 @@ class Place:
             stage=self.stage,
             precision="bf16" if bf16 else "fp32",
             layers=1,
+            sizes=WIDER,
             more_bits=14 if self.long_gradients else 0,
         )
 
@@ -127,7 +130,7 @@ class Outcome:
 
 def saved(pools: Pools, place: Place, folder: Path) -> Source:
     """Run the source."""
-    reports = pools(place.ranks).run(uninterrupted, place.case, str(folder))
+    reports = pools(place.ranks).run(partial(uninterrupted, steps=STEPS), place.case, str(folder))
     return Source(folder, stored(folder / f"global_step{K}"), assembled(reports))
 
 
@@ -135,7 +138,7 @@ def taken_over(pools: Pools, source: Source, place: Place, scratch: Path) -> Out
     """Run the target from the source's checkpoint."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
     try:
-        reports = pools(place.ranks).run(resumed, place.case, str(source.folder), str(folder))
+        reports = pools(place.ranks).run(partial(resumed, steps=STEPS), place.case, str(source.folder), str(folder))
     except RanksFailedError as error:
         return Outcome((str(error),), False, False, float("inf"))
     again = stored(folder / f"global_step{K}")

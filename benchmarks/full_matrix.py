@@ -41,6 +41,8 @@ from test_eight_bit_state import IN_CODES, with_small_ones
 from test_invariance import FACTORS, OPTIONS, STRATEGIES, TOLERANCE, case_of
 
 RANKS = (1, 2, 3, 4)
+TEN_STEPS = ("AdamW", "Lion", "Adan", "AdamMini", "SWAN")
+BLOCKS = ("Shampoo", "SOAP")
 OFFLOADED = ["2 fp32 offload", "3 fp32 offload"]
 STATES = ("fp32", "int8")
 
@@ -116,8 +118,9 @@ def case_under(state: str, optimizer: str, strategy: str, ranks: int) -> Case:
     factors = {name: values[0] for name, values in FACTORS.items()} | shown | {"variant": variant}
     case, _ = case_of([factors[name] for name in FACTORS])
     # More than the tests take, and larger.
-    case = replace(case, sizes=WIDER, steps=30 if "exchange_bucket_size" in OPTIONS[optimizer] else 10)
-    return case if state == "fp32" else replace(case, options=IN_CODES[optimizer])
+    case = replace(case, sizes=WIDER, steps=10 if optimizer.split(".")[-1] in TEN_STEPS else 30)
+    options = case.options if state == "fp32" else IN_CODES[optimizer]
+    return replace(case, options={**options, **({"precondition_frequency": 4} if optimizer in BLOCKS else {})})
 
 
 def table(rows: dict[tuple[str, str, str], dict[int, str]], state: str) -> str:

@@ -2,10 +2,10 @@
 #
 #     DS_OPTIM_EXTRAS=test source launcher/install.sh || exit 1
 #
-# An active virtual environment that already meets every requirement is used as it is (only ds-optim itself is linked into
-# it). Otherwise .venv in the repository is made, filled under constraints.txt, and activated; a stamp in it makes later
-# calls instant until setup.py, constraints.txt or the interpreter change, or extras that it lacks are asked for. PYTHON
-# chooses the interpreter of .venv.
+# An active virtual environment that already meets every requirement is used as it is (only ds-optim itself is linked
+# into it). Otherwise .venv in the repository is made, filled under constraints.txt, and activated; a stamp in it makes
+# later calls instant until setup.py, constraints.txt or the interpreter change, or extras that it does not name are
+# asked for. PYTHON chooses the interpreter of .venv.
 # Needs python3, pip and, later, g++ (for the kernels that ds-optim builds on first use).
 
 _ds_optim_stamp() {  # what the environment was made from; $1 = python, $2 = extras
@@ -14,11 +14,12 @@ _ds_optim_stamp() {  # what the environment was made from; $1 = python, $2 = ext
 }
 
 _ds_optim_was_made() {  # $1 = python, $2 = extras; silent, true or false: with these extras, or with these and others
-    local stamp_file made extra
+    local IFS=, stamp_file made extra  # the commas between extras
+    [ -x "$1" ] || return 1
     for stamp_file in "$(dirname "$1")"/../ds-optim-*.stamp; do
-        [ -f "$stamp_file" ] || continue
+        [ -s "$stamp_file" ] || continue
         made=${stamp_file##*/ds-optim-} made=${made%.stamp}
-        for extra in ${2//,/ }; do
+        for extra in $2; do
             [[ ,$made, == *,$extra,* ]] || continue 2
         done
         [ "$(cat "$stamp_file")" = "$(_ds_optim_stamp "$1" "${made/#base/}" 2>/dev/null)" ] && return 0

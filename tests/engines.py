@@ -20,12 +20,13 @@ from ds_optim.known_transformers import tied as with_ties
 from ds_optim.releases import DEEPSPEED
 from ds_optim.stepping.sharded import ShardedOptimizer
 
-SIZES = VOCABULARY, WIDTH, INTERMEDIATE = 23, 15, 21  # nothing divides them, and blocks of 8 or 3 straddle their ends
+VOCABULARY, WIDTH = 23, 15
+SIZES = VOCABULARY, WIDTH, 19  # odd, two of them primes; blocks of 8, or of 3, straddle their ends
 WIDER = 37, 21, 27  # of `benchmarks/full_matrix.py` and of checkpoints that were written long ago
 
 
 class OddLlama(nn.Module):
-    """A transformers Llama whose sizes divide by nothing, with a bias, a conv and a tiny tensor beside it.
+    """A transformers Llama whose sizes are odd, with a bias, a conv and a tiny tensor beside it.
 
     Grouped-query attention with head_dim * heads != hidden size; tied embeddings on request; a parameter with fewer
     elements than there are ranks; a module that only some steps use.

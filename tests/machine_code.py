@@ -264,9 +264,11 @@ def reported(made: list[tuple[str, str, tuple[Any, ...], GPUTarget, Any]]) -> li
 
 
 def coded_cases() -> Iterator[tuple[GPUTarget, str, torch.dtype]]:
-    """Every rule for every target, in fp32 and bf16 in turn, but none of the T4 in bf16."""
+    """Every rule for every target, in fp32 and bf16 in turn; in both for the H100, and none of the T4 in bf16."""
     for (place, target), (number, rule) in itertools.product(enumerate(CASES_OF), enumerate(CODED)):
-        yield target, rule, FP32 if target.arch == 75 else (FP32, BF16)[(place // 2 + number) % 2]
+        in_turn = (FP32, BF16)[(place // 2 + number) % 2]
+        for dtype in {75: (FP32,), 90: (FP32, BF16)}.get(target.arch, (in_turn,)):
+            yield target, rule, dtype
 
 
 def coded() -> list[dict[str, Any]]:

@@ -31,26 +31,28 @@ def engine_of_other_weights(case: Case) -> Iterator[tuple[Any, nn.Module, dict[s
         engine.destroy()
 
 
-def uninterrupted(case: Case, folder: str, deepspeeds: str = "") -> dict[str, Any]:
+def uninterrupted(case: Case, folder: str, deepspeeds: str = "", steps: int = STEPS) -> dict[str, Any]:
     """Save after K steps, in DeepSpeed's own form too if it has a folder; go on to the end."""
     with engine_for(case) as (engine, _, clock):
         train(engine, case, clock, range(1, K + 1))
         checkpoint.save(folder, engine, client_state=CLIENT_STATE)
         if deepspeeds:
             engine.save_checkpoint(deepspeeds, client_state=CLIENT_STATE)
-        train(engine, case, clock, range(K + 1, STEPS + 1))
+        train(engine, case, clock, range(K + 1, steps + 1))
         return {"masters": masters(engine)}
 
 
-def resumed(case: Case, folder: str, again: str, load: Callable[[str, Any], Any] = checkpoint.load) -> dict[str, Any]:
+def resumed(
+    case: Case, folder: str, again: str, load: Callable[[str, Any], Any] = checkpoint.load, steps: int = STEPS
+) -> dict[str, Any]:
     """Load into a fresh engine, save again, go on to the end."""
     with engine_of_other_weights(case) as (engine, model, clock):
         client_state = load(folder, engine)
         loaded = {"masters": masters(engine), "weights": weights(model)}
         checkpoint.save(again, engine, client_state=client_state)
-        steps = engine.global_steps
-        train(engine, case, clock, range(K + 1, STEPS + 1))
-        return {"loaded": loaded, "masters": masters(engine), "client_state": client_state, "steps": steps}
+        counted = engine.global_steps
+        train(engine, case, clock, range(K + 1, steps + 1))
+        return {"loaded": loaded, "masters": masters(engine), "client_state": client_state, "steps": counted}
 
 
 def by_the_engine(folder: str, engine: Any) -> Any:

@@ -278,7 +278,7 @@ def test_an_elementwise_update_does_not_depend_on_where_tensors_begin(rule: str,
 def test_a_blockwise_update_does_not_depend_on_where_blocks_begin(
     backend: Backend, row_length: str | None, seed: int
 ) -> None:
-    """Blocks of all sizes behind one another, so that each begins somewhere else already."""
+    """Blocks of many sizes behind one another, so that each begins somewhere else already."""
     parts = [(2, size) for size in (*SIZES, 300)]
     blocks = Blocks(parts, sum(2 * size for _, size in parts) if row_length else None, 3 if row_length else 1, seed)
     results = []

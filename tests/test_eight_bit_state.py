@@ -49,7 +49,7 @@ FACTORS: dict[str, list[Any]] = {
     "groups": ["flat", "user's"],
     "tied": [False, True],
     "frozen": [(), ("embed_tokens", "k_proj")],
-    "accumulation": [1, 2],
+    "accumulation": [1, 4],
     "clipping": [0.0],
     "unused": [None, 4],
     "layers": [1],

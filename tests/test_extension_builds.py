@@ -102,9 +102,11 @@ def test_an_environment_that_has_more_than_is_asked_for_is_not_installed_again(t
     functions.write_text((LAUNCHER / "install.sh").read_text().partition("\n_ds_optim_here=")[0])
 
     def shell(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        script = f'source {functions}; {command} "$@"'
+        script = f'source "{functions}"; {command} "$@"'
         folder = LAUNCHER.parent
-        return subprocess.run(["bash", "-uc", script, "", *arguments], capture_output=True, text=True, cwd=folder)
+        return subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script, "", *arguments], capture_output=True, text=True, cwd=folder
+        )
 
     def was_made(extras: str) -> bool:
         return not shell("_ds_optim_was_made", str(python), extras).returncode

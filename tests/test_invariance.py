@@ -14,7 +14,7 @@ from allpairspy import AllPairs
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from ds_optim.releases import DEEPSPEED
-from engines import Case, assembled, run
+from engines import Case, assembled, engine_for, run
 from expected import by_one_process, by_oracle, distance
 from pool import Pools
 
@@ -28,20 +28,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05,
         "max_preconditioner_dim": 8,
         "precondition_frequency": 4,
-        "exchange_bucket_size": 600,
+        "exchange_bucket_size": 300,
     },
-    "SWAN": {"weight_decay": 0.05, "exchange_bucket_size": 600},
-    "ds_optim.Muon": {"weight_decay": 0.05, "exchange_bucket_size": 600},
-    "NorMuon": {"weight_decay": 0.05, "exchange_bucket_size": 600, "momentum": 0.9},
+    "SWAN": {"weight_decay": 0.05, "exchange_bucket_size": 300},
+    "ds_optim.Muon": {"weight_decay": 0.05, "exchange_bucket_size": 300},
+    "NorMuon": {"weight_decay": 0.05, "exchange_bucket_size": 300, "momentum": 0.9},
     # Blocks of 3 are square but at the ends: a thin strip's factor has a null space, and only rounding to turn it.
     "SOAP": {
         "weight_decay": 0.05,
         "max_preconditioner_dim": 3,
         "precondition_frequency": 3,
-        "exchange_bucket_size": 600,
+        "exchange_bucket_size": 300,
     },
 }
-STEPS = dict.fromkeys(OPTIONS, 6) | {"Shampoo": 11, "SOAP": 8}  # every block is refreshed twice
+STEPS = dict.fromkeys(OPTIONS, 6) | {"Shampoo": 11, "SOAP": 8}  # blocks are refreshed twice
 OFTEN = {
     **OPTIONS,
     **{n: {**OPTIONS[n], "max_preconditioner_dim": 8, "precondition_frequency": 2} for n in ("Shampoo", "SOAP")},
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offload": {"zero": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}},
     "sub-groups": {"zero": {"sub_group_size": 300}},
     "zero.Init": {"zero_init": True},
-    "small buckets": {"zero": {"reduce_bucket_size": 400, "allgather_bucket_size": 400}},
+    "small buckets": {"zero": {"reduce_bucket_size": 300, "allgather_bucket_size": 300}},
 }
 if "parameter_alignment" not in DeepSpeedZeroConfig.model_fields:  # it came with 0.19.7
     del VARIANTS["aligned"]
@@ -82,7 +82,7 @@ FACTORS: dict[str, list[Any]] = {
     "groups": ["flat", "user's"],
     "tied": [False, True],
     "frozen": [(), ("embed_tokens", "k_proj")],
-    "accumulation": [1, 2],
+    "accumulation": [1, 4],
     "clipping": [0.0, 1.0],
     "unused": [None, 4],
     "layers": [2, 1],
@@ -97,7 +97,7 @@ def possible(row: list[Any]) -> bool:
         return True
     if strategy[0] not in STAGES[variant]:
         return False
-    if (strategy[0], variant, values.get("accumulation")) == ("2", "offload", 2) and DEEPSPEED.is_before("0.19.0"):
+    if (strategy[0], variant, values.get("accumulation")) == ("2", "offload", 4) and DEEPSPEED.is_before("0.19.0"):
         return False  # refused, as is the next
     if strategy == "0 bf16" and values.get("frozen") and DEEPSPEED.is_before("0.19.1"):
         return False
@@ -150,6 +150,20 @@ def check(pool: Pools, case: Case, ranks: int) -> None:
         for name, weight in report["weights"].items():
             if name in found:
                 assert torch.equal(weight.reshape(-1), found[name].to(weight.dtype)), name
+
+
+def buckets_of(case: Case) -> int:
+    """Of this rank, in a step of a rule of blocks."""
+    with engine_for(case) as (engine, _, _):
+        optimizer = engine.basic_optimizer
+        plan, rank = optimizer.stepper.plans.listed[0], optimizer.shards.rank_of_owner(optimizer.shards.tensors[0])
+        return len(plan.schedule(range(len(plan.layouts)), rank, case.options["exchange_bucket_size"]))
+
+
+@pytest.mark.parametrize("options", [OPTIONS, OFTEN], ids=["", "often"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "exchange_bucket_size" in OPTIONS[name]])
+def test_a_step_of_the_cases_has_several_buckets(pool: Pools, name: str, options: dict[str, dict[str, Any]]) -> None:
+    assert min(pool(4).run(buckets_of, Case(name, options[name]))) > 1
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))

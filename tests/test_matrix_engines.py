@@ -235,7 +235,7 @@ def test_a_decomposition_of_soap_that_fails_on_one_rank_is_an_error_on_all(pool:
     assert "rank 1: " in message
     assert "rank 0: " not in message
     assert "no eigenvectors of its gradients' products were found" in message
-    assert step == 2 if decomposition == "eigh" else 2 < step <= 2 + 4
+    assert step == 2 if decomposition == "eigh" else 2 < step <= 2 + 3
 
 
 def kept_state(case: Case) -> dict[str, Any]:
@@ -402,7 +402,7 @@ def train_odd(optimizer: str, options: dict[str, Any], stage: int) -> dict[str, 
     ],
     ids=["Shampoo", "Shampoo-paper", "Shampoo-bf16", "SWAN", "SWAN-bf16", "NorMuon", "Muon-bf16", "SOAP"],
 )
-@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (2, 4), (3, 4)])
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 2), (2, 4), (3, 2), (3, 4)])
 def test_convolutions_experts_and_fused_weights_are_the_same_on_any_number_of_ranks(
     pool: Pools, optimizer: str, options: dict[str, Any], stage: int, ranks: int
 ) -> None:

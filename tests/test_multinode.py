@@ -237,7 +237,9 @@ def test_a_lost_host_is_left_out_and_the_run_goes_on(cluster: local_cluster.Loca
     assert [(rank["rank"], rank["host"]) for rank in measured["ranks"]] == [(0, "host1"), (1, "host2")]
     page = (tmp_path / "memory" / "report.html").read_text()
     assert "Hosts and their ranks" in page
-    assert not any(host.processes("train.py") for host in cluster.hosts if host.is_alive)
+    # "forkserver": ranks that have outlived their stand-ins.
+    left = ("train.py", "forkserver")
+    assert not any(host.processes(one) for host in cluster.hosts if host.is_alive for one in left)
 
 
 SLEEPER = "import os, sys, time\nif os.environ['RANK'] == sys.argv[-1]:\n    sys.exit(3)\ntime.sleep(1000)\n"

@@ -163,7 +163,7 @@ def test_eight_bits_of_columns_are_refused_by_name(pool: Pools) -> None:
         assert "model.layers.0.self_attn.o_proj.weight: neighbouring elements" in said
 
 
-HALF = 4
+HALF = 3
 
 
 def saved(run: Parallel, directory: Path) -> dict[str, Any]:

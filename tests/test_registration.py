@@ -1,6 +1,6 @@
 """A script that never mentions ds_optim uses it through the JSON alone; and what is broken here breaks nothing else.
 
-Most tests run fresh interpreters: registration happens while torch is imported.
+Tests run fresh interpreters: registration happens while torch is imported.
 """
 
 from __future__ import annotations
@@ -163,10 +163,7 @@ def test_a_trainer_needs_only_the_json(tmp_path: Path) -> None:
     """Every "auto" is filled in; norms are spared from weight decay although the Trainer's own groups are lost."""
     config = Path(__file__).parents[1] / "configs" / "hf_trainer_auto.json"
     code = TRAINER.replace("JSON", str(config)).replace("OUT", str(tmp_path))
-    done = subprocess.run(
-        [forked.python(), "-c", code], cwd=tmp_path, env=forked.environment(**ALONE), capture_output=True, text=True
-    )
-    assert result(done) == "AdamMini True [0.0, 0.1] (0.9, 0.999)"
+    assert result(python(code, tmp_path)) == "AdamMini True [0.0, 0.1] (0.9, 0.999)"
 
 
 def test_the_doctor_says_what_resolves_to_what(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -25,13 +25,14 @@ class Box:
 
     start: tuple[int, ...]
     stop: tuple[int, ...]
-    shape: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    numel: int = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        shape = tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
-        object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "numel", math.prod(shape))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
