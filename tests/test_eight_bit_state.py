@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from allpairspy import AllPairs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -30,7 +31,7 @@ from engines import WIDER, Case, assembled, build_model, run
 from expected import MATRIX_RULES, by_one_process, distance, is_matrix
 from meshes import MeshCase
 from pool import Pools
-from test_invariance import OFTEN, in_rows
+from test_invariance import OFTEN, possible
 
 SMALL = 300
 IN_CODES = {
@@ -53,10 +54,7 @@ FACTORS: dict[str, list[Any]] = {
     "unused": [None, 4],
     "layers": [1],
 }
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    in_rows(metafunc, FACTORS)
+ROWS = [list(row) for row in AllPairs(list(FACTORS.values()), filter_func=possible)]
 
 
 def with_small_ones(job: Callable[..., Any], *arguments: Any) -> Any:
@@ -83,6 +81,7 @@ def assert_the_same(case: Case, found: dict[str, Tensor], wanted: dict[str, Tens
         assert not [name for name, values in wanted.items() if not torch.equal(values, found[name])]
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
 def test_every_strategy_ends_with_the_bits_of_one_process(pool: Pools, row: list[Any]) -> None:
     case, ranks = case_of(row)
     found = assembled(pool(ranks).run(with_small_ones, run, case))
