@@ -59,8 +59,13 @@ COMMANDS = {
 def ran(command: str) -> dict[str, Any]:
     """What became of a command: its last words if it failed, else what its script says that it trained."""
     scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DISABLE_VERSION_CHECK": "1", "PATH": scripts}
-    environment["AXOLOTL_DO_NOT_TRACK"] = "1"
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": scripts,
+        "DISABLE_VERSION_CHECK": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+    }
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         done = subprocess.run(
