@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from allpairspy import AllPairs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -31,7 +30,7 @@ from engines import WIDER, Case, assembled, build_model, run
 from expected import MATRIX_RULES, by_one_process, distance, is_matrix
 from meshes import MeshCase
 from pool import Pools
-from test_invariance import OFTEN, possible
+from test_invariance import OFTEN, in_rows
 
 SMALL = 300
 IN_CODES = {
@@ -54,7 +53,10 @@ FACTORS: dict[str, list[Any]] = {
     "unused": [None, 4],
     "layers": [1],
 }
-ROWS = [list(row) for row in AllPairs(list(FACTORS.values()), filter_func=possible)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    in_rows(metafunc, FACTORS)
 
 
 def with_small_ones(job: Callable[..., Any], *arguments: Any) -> Any:
@@ -81,7 +83,6 @@ def assert_the_same(case: Case, found: dict[str, Tensor], wanted: dict[str, Tens
         assert not [name for name, values in wanted.items() if not torch.equal(values, found[name])]
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row)))
 def test_every_strategy_ends_with_the_bits_of_one_process(pool: Pools, row: list[Any]) -> None:
     case, ranks = case_of(row)
     found = assembled(pool(ranks).run(with_small_ones, run, case))
