@@ -22,6 +22,7 @@ from pool import ALONE
 
 SCRIPT = """
 import deepspeed, torch
+torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 1))
 config = {
     "train_micro_batch_size_per_gpu": 4,
@@ -30,7 +31,6 @@ config = {
     "optimizer": {"type": "TYPE", "params": {"lr": 0.01, "weight_decay": 0.1}},
 }
 engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config)
-torch.manual_seed(0)
 inputs = torch.randn(4, 8).bfloat16()
 for _ in range(20):
     loss = (engine(inputs) - inputs.sum(1, keepdim=True)).square().mean()
@@ -46,6 +46,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+torch.manual_seed(0)
 data = [{"input_ids": torch.arange(16) + i % 4, "labels": torch.arange(16) + i % 4} for i in range(16)]
 arguments = TrainingArguments(
     output_dir="OUT", deepspeed="JSON", max_steps=12, per_device_train_batch_size=2, learning_rate=1e-2,
