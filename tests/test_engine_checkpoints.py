@@ -14,6 +14,7 @@ from torch import Tensor
 import ds_optim
 from damage import flip, remove, truncate
 from ds_optim.checkpoint.warm_start import warm_start
+from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles
 from ds_optim.errors import CheckpointError
 from ds_optim.releases import DEEPSPEED
 from engines import Case, assembled, build_model, engine_for, install_gradients, masters, train, weights
@@ -192,6 +193,27 @@ def test_what_deepspeeds_own_loader_cannot_is_loaded_all_the_same(
     assert found.keys() == saved.keys()
     for name, values in found.items():
         assert torch.equal(values, saved[name]), name
+
+
+def opened(case: Case, folder: str) -> list[int]:
+    """The ranks whose files this rank looks into."""
+    seen = set()
+    rank_of = DeepSpeedFiles.rank
+
+    def noted(files: DeepSpeedFiles, rank: int, groups: Any) -> Any:
+        seen.add(rank)
+        return rank_of(files, rank, groups)
+
+    with pytest.MonkeyPatch.context() as patched, engine_for(case) as (engine, _, _):
+        patched.setattr(DeepSpeedFiles, "rank", noted)
+        engine.load_checkpoint(folder)
+    return sorted(seen)
+
+
+def test_a_rank_opens_the_files_of_those_that_were_in_its_place(pool: Pools, tmp_path: Path) -> None:
+    case = Case("ds_optim.Lion", stage=2)
+    pool(4).run(save, case, str(tmp_path))
+    assert pool(3).run(opened, case, str(tmp_path)) == [[0, 1], [0, 1, 2], [0, 2, 3]]  # rank 0's say what there is
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,8 @@ def _load_translated(
     its = on_every_rank(optimizer.ranks, translated, subject)
 
     def read(wanted: Mapping[str, Ranges], _: Any) -> None:
-        on_every_rank(optimizer.ranks, lambda: its.read(wanted), f"reading {files.folder} failed half-way")
+        where = (optimizer.ranks.index + 0.5) / optimizer.ranks.size
+        on_every_rank(optimizer.ranks, lambda: its.read(wanted, where), f"reading {files.folder} failed half-way")
 
     about = {**its.about, "frozen_left_out": not asked["load_module_strict"]}
     schedule = files.main.get("lr_scheduler") if asked["load_lr_scheduler_states"] else None

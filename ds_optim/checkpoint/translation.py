@@ -102,15 +102,21 @@ class Translation:
             return self._first
         return content.to_write(self._training_state(rank, self._files.rank(rank, self._names)))
 
-    def read(self, wanted: Mapping[str, Ranges]) -> None:
-        """Fill tensors of this process, by name, one rank's files after the other.
+    def read(self, wanted: Mapping[str, Ranges], where: float) -> None:
+        """Fill tensors of this process, by name, one rank's files after the other, until nothing is missing.
+
+        Args:
+            where: the middle of this rank's share of a row of all ranks, between 0 and 1: those who were there come
+                first. A thousand ranks that all open a thousand files are a burden on what they share.
 
         Raises:
             CheckpointError: not all that is wanted was saved.
         """
-        numel = sum(values.numel() for one in wanted.values() for _, values in one.held())
+        numel, found = sum(values.numel() for one in wanted.values() for _, values in one.held()), 0
+        place = where * len(self.ranks) - 0.5
         with torch.no_grad():
-            found = sum(copy(wanted, self.of_rank(rank)) for rank in self.ranks)
+            for rank in sorted(self.ranks, key=lambda rank: (rank > 0, abs(rank - place))):  # rank 0's are open
+                found += copy(wanted, self.of_rank(rank)) if found < numel else 0
         if found != numel:
             raise CheckpointError(f"{self._files.folder} has {found} of the {numel} values that are needed here")
 

@@ -320,9 +320,8 @@ def _folder(source: Path, tag: str | None) -> Path:
         return source
     tag = tag or newest(source)
     if not tag:
-        raise CheckpointError(
-            f"{source} has neither a file {LATEST} nor *_model_states.pt: it is no DeepSpeed checkpoint"
-        )
+        latest = f"neither a file {LATEST} nor" if tag is None else f"an empty file {LATEST} and no"
+        raise CheckpointError(f"{source} has {latest} *_model_states.pt: it is no DeepSpeed checkpoint")
     folder = source / tag
     if not any(folder.glob("*_model_states.pt")):
         raise CheckpointError(f"there is no *_model_states.pt in {folder}: it is no DeepSpeed checkpoint, or damaged")
