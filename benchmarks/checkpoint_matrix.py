@@ -1,6 +1,7 @@
-"""Canonical checkpoints between all numbers of ranks and all ZeRO stages, each optimizer on real DeepSpeed engines.
+"""Checkpoints between all numbers of ranks and all ZeRO stages, each optimizer on real DeepSpeed engines.
 
     python benchmarks/checkpoint_matrix.py [--markdown docs/results/checkpoint_matrix.md]
+    python benchmarks/checkpoint_matrix.py --form deepspeed [--markdown docs/results/checkpoint_matrix_deepspeed.md]
     python benchmarks/checkpoint_matrix.py --long-gradients --optimizer AdamMini
     python benchmarks/checkpoint_matrix.py --digests FILE --compare FILE
 
@@ -8,10 +9,11 @@ N ranks at ZeRO i -> M ranks at ZeRO j, for N and M in 1 to 4, i and j in 1 to 3
 targets are fp32 where ranks + stage is even and bf16 where it is odd, so every pair of precisions occurs 36 times.
 
 A source saves after four steps and goes on for ten. Every target loads it into a fresh engine with other initial
-weights, saves again, and takes the same ten steps. A pair holds if
+weights, saves again in canonical form, and takes the same ten steps. With `--form deepspeed` a source also saves by
+`engine.save_checkpoint`, and that is what targets load, by `engine.load_checkpoint` alone. A pair holds if
 
 - the masters, the model's weights, the client state and the step counter are those of the checkpoint,
-- what is saved again is byte-identical, every tensor of it,
+- what is saved again is byte-identical to the source's canonical form, every tensor of it,
 - the ten steps end where the source's did: bitwise, for Adam-mini within 1e-6 of the largest element of each parameter.
 
 The model is `tests/engines.py`'s, of one layer: sizes that divide by nothing. The learning rate changes every step,
@@ -51,9 +53,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from ds_optim import checkpoint
 from engines import WIDER, Case, assembled
 from pool import Pools, RanksFailedError
-from resumption import K, relative_difference, resumed, same_bits, stored, uninterrupted, wrongly_loaded
+from resumption import K, by_the_engine, relative_difference, resumed, same_bits, stored, uninterrupted, wrongly_loaded
 
 RANKS = (1, 2, 3, 4)
 STEPS = 14  # more than the tests take
@@ -66,7 +69,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     # Blocks straddle the boundaries of these shapes; each is refreshed three times in the ten steps.
     "Shampoo": {"weight_decay": 0.05, "max_preconditioner_dim": 16, "precondition_frequency": 3},
     "SWAN": {"weight_decay": 0.05},
+    "Muon": {"weight_decay": 0.1},
+    "NorMuon": {"weight_decay": 0.1},
+    "SOAP": {"weight_decay": 0.05, "max_preconditioner_dim": 16, "precondition_frequency": 3},
 }
+DEEPSPEEDS = ("AdamW", "Lion", "Muon")  # names of DeepSpeed's own optimizers
+FORMS = {"canonical": checkpoint.load, "deepspeed": by_the_engine}
 ADAM_MINI_TOLERANCE = 1e-6  # the sums of blocks cut by a rank's boundary are added up in another order
 
 
@@ -89,7 +97,7 @@ class Place:
     @property
     def case(self) -> Case:
         """The case of `tests/engines.py`."""
-        name = f"ds_optim.{self.optimizer}" if self.optimizer in ("AdamW", "Lion") else self.optimizer
+        name = f"ds_optim.{self.optimizer}" if self.optimizer in DEEPSPEEDS else self.optimizer
         bf16 = not self.long_gradients and (self.ranks + self.stage) % 2
         return Case(
             name,
@@ -104,8 +112,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An uninterrupted run: where its checkpoint is, the tensors of it, and the masters ten steps later."""
+    """An uninterrupted run: its checkpoint's form and folder, the tensors of it, and the masters ten steps later."""
 
+    form: str
     folder: Path
     tensors: dict[str, Tensor]
     after: dict[str, Tensor]
@@ -128,17 +137,19 @@ class Outcome:
         return not self.wrong and self.identical and continued
 
 
-def saved(pools: Pools, place: Place, folder: Path) -> Source:
+def saved(pools: Pools, place: Place, folder: Path, form: str) -> Source:
     """Run the source."""
-    reports = pools(place.ranks).run(partial(uninterrupted, steps=STEPS), place.case, str(folder))
-    return Source(folder, stored(folder / f"global_step{K}"), assembled(reports))
+    canonical, theirs = folder / "canonical", str(folder / form) if form == "deepspeed" else ""
+    reports = pools(place.ranks).run(partial(uninterrupted, steps=STEPS), place.case, str(canonical), theirs)
+    return Source(form, folder / form, stored(canonical / f"global_step{K}"), assembled(reports))
 
 
 def taken_over(pools: Pools, source: Source, place: Place, scratch: Path) -> Outcome:
     """Run the target from the source's checkpoint."""
     folder = Path(tempfile.mkdtemp(dir=scratch))
+    job = partial(resumed, load=FORMS[source.form], steps=STEPS)
     try:
-        reports = pools(place.ranks).run(partial(resumed, steps=STEPS), place.case, str(source.folder), str(folder))
+        reports = pools(place.ranks).run(job, place.case, str(source.folder), str(folder))
     except RanksFailedError as error:
         return Outcome((str(error),), False, False, float("inf"))
     again = stored(folder / f"global_step{K}")
@@ -160,9 +171,9 @@ class Found:
     sources: dict[Place, Source]
     pairs: dict[tuple[Place, Place], Outcome]
 
-    def digests(self, long_gradients: bool) -> dict[str, str]:
+    def digests(self, form: str, long_gradients: bool) -> dict[str, str]:
         """A digest of every checkpoint's tensors, of the masters of every uninterrupted and every continued run."""
-        kind = " | long gradients" if long_gradients else ""
+        kind = " | deepspeed" * (form == "deepspeed") + " | long gradients" * long_gradients
         found = {}
         for place, source in self.sources.items():
             found[f"{place.optimizer} | {place}{kind} | checkpoint"] = digests.digest(source.tensors)
@@ -172,7 +183,7 @@ class Found:
         return found
 
 
-def measured(optimizers: list[str], long_gradients: bool, scratch: Path) -> Found:
+def measured(optimizers: list[str], form: str, long_gradients: bool, scratch: Path) -> Found:
     """All pairs; checkpoints go to `scratch`."""
     places = [Place(*values, long_gradients) for values in itertools.product(optimizers, RANKS, STAGES)]
     pairs = [(source, target) for source, target in itertools.product(places, places) if source.paired(target)]
@@ -183,7 +194,7 @@ def measured(optimizers: list[str], long_gradients: bool, scratch: Path) -> Foun
             for ranks in RANKS:
                 pools(ranks).run(gc.freeze)  # one set is started after the other
             saving = {
-                place: threads[place.ranks].submit(saved, pools, place, scratch / f"{place.optimizer} {place}")
+                place: threads[place.ranks].submit(saved, pools, place, scratch / f"{place.optimizer} {place}", form)
                 for place in places
             }
             sources = {place: saving[place].result() for place in track(places, "sources")}
@@ -233,11 +244,15 @@ def failures(found: dict[tuple[Place, Place], Outcome]) -> list[str]:
 
 def introduction(arguments: argparse.Namespace, seconds: float) -> list[str]:
     """What was measured, where, and what the columns mean."""
-    options = ["--long-gradients"] * arguments.long_gradients
+    options = ["--form", arguments.form] * (arguments.form != "canonical")
+    options += ["--long-gradients"] * arguments.long_gradients
     if arguments.optimizer != list(OPTIONS):
         options += ["--optimizer", *arguments.optimizer]
     precisions = "fp32 (ranks + stage even) and bf16 (odd)"
     gradients = "few bits, so that their squares add up exactly in any order"
+    saved_by = "in canonical form, loaded"
+    if arguments.form == "deepspeed":
+        saved_by = "by `engine.save_checkpoint`, loaded by `engine.load_checkpoint` alone"
     if arguments.long_gradients:
         precisions, gradients = "fp32", "21 bits, so that sums of their squares round and depend on the order"
     return [
@@ -246,11 +261,12 @@ def introduction(arguments: argparse.Namespace, seconds: float) -> list[str]:
         f"deepspeed {importlib.metadata.version('deepspeed')}, {seconds:.0f} s.",
         "",
         "N ranks at ZeRO i -> M ranks at ZeRO j, N and M in 1 to 4, i and j in 1 to 3, on real DeepSpeed engines,",
-        f"{precisions}. Saved in canonical form after {K} steps, loaded into a fresh engine with other initial",
-        f"weights, saved again, {STEPS - K} further steps on identical gradients ({gradients}).",
+        f"{precisions}. Saved after {K} steps {saved_by} into a fresh engine with",
+        f"other initial weights, saved again in canonical form, {STEPS - K} further steps on identical gradients",
+        f"({gradients}).",
         "",
         "- *loaded right*: the fp32 masters, the model's weights, client state and step counter",
-        "- *byte-identical*: every tensor of the second save is that of the first",
+        "- *byte-identical*: every tensor of the second save is that of the source in canonical form",
         f"- *bitwise equal*: after the {STEPS - K} steps, to the run that was never interrupted",
         "- *largest difference* from it: in any parameter, relative to its largest element; allowed is",
         f"  {ADAM_MINI_TOLERANCE:g} for Adam-mini, whose blocks are cut by the boundaries of ranks, else nothing",
@@ -263,22 +279,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     parser.add_argument("--optimizer", nargs="*", choices=list(OPTIONS), default=list(OPTIONS), help="only these")
+    parser.add_argument("--form", choices=list(FORMS), default="canonical", help="what is saved and loaded")
     parser.add_argument("--long-gradients", action="store_true", help="fp32 alone, gradients of 21 bits")
     digests.add_options(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     started = time.time()
     with tempfile.TemporaryDirectory() as scratch:
-        whole = measured(arguments.optimizer, arguments.long_gradients, Path(scratch))
+        whole = measured(arguments.optimizer, arguments.form, arguments.long_gradients, Path(scratch))
     found = whole.pairs
     failed = failures(found)
     text = [*table(found), "", *failed, *[""] * bool(failed), f"{len(found) - len(failed)} of {len(found)} pairs hold"]
     print("\n".join(text))
     if arguments.markdown:
         title = "# Checkpoints from everywhere to everywhere"
+        title += ", by the JSON alone" * (arguments.form == "deepspeed")
         lines = [title, "", *introduction(arguments, time.time() - started), *text]
         pages.write(arguments.markdown, "\n".join(lines) + ".\n")
-    unchanged = digests.finish(whole.digests(arguments.long_gradients), arguments)
+    unchanged = digests.finish(whole.digests(arguments.form, arguments.long_gradients), arguments)
     return 1 if failed or not unchanged else 0
 
 

@@ -56,10 +56,10 @@ def resumed(
 
 
 def by_the_engine(folder: str, engine: Any) -> Any:
-    """As DeepSpeed's users and every framework load; the client state."""
+    """As DeepSpeed's users and every framework load; the client state, to which DeepSpeed's own loader adds much."""
     path, client_state = engine.load_checkpoint(folder)
     assert path is not None
-    return client_state
+    return {key: client_state.get(key) for key in CLIENT_STATE}
 
 
 def wrongly_loaded(reports: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[str]:
