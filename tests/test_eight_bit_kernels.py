@@ -68,6 +68,16 @@ def test_a_lookup_of_boundaries_counts_those_below(code: codes.Code) -> None:
 
 
 @pytest.mark.parametrize("code", CODES)
+def test_beside_a_boundary_a_magnitude_becomes_the_nearest_number_too(code: codes.Code) -> None:
+    """The middle of two numbers is seldom one of fp32: the last that is no nearer the larger, and the next."""
+    edges, numbers = codes.boundaries(code), codes.magnitudes(code)
+    for at, edge in enumerate(edges):
+        below, above = (float(one) for one in numbers[at : at + 2])  # differences of fp32 numbers are exact in fp64
+        assert float(edge) - below <= above - float(edge)
+        assert (following := float(torch.nextafter(edge, torch.tensor(1.0)))) - below > above - following
+
+
+@pytest.mark.parametrize("code", CODES)
 def test_a_value_becomes_the_nearest_number(code: codes.Code) -> None:
     block_BE = normal(8 * 256, 2).view(8, 256) * torch.logspace(-18, 18, 8)[:, None]
     block_BE = block_BE if code == "signed" else block_BE.square()

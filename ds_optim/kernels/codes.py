@@ -60,9 +60,14 @@ def values(code: Code) -> Tensor:
 
 @cache
 def boundaries(code: Code) -> Tensor:
-    """Ascending fp32: a magnitude is the k-th (from 0) if k of these are below it."""
-    found = magnitudes(code)
-    return (found[:-1] + found[1:]) / 2
+    """Ascending fp32: a magnitude is the k-th (from 0) if k of these are below it.
+
+    The middle of two numbers is seldom an fp32 number. It is rounded down: what is above it in fp32 is above it.
+    """
+    found = magnitudes(code).double()
+    middles = (found[:-1] + found[1:]) / 2
+    nearest = middles.float()
+    return torch.where(nearest > middles, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
 
 
 @cache
