@@ -397,6 +397,7 @@ def test_inspect_says_what_deepspeeds_universal_conversion_really_does(pool: Poo
         said = run("inspect", theirs, status=1)
         stage = "3" if one.stage == 3 else "1 or 2"
         assert f"of {one.optimizer} at ZeRO stage {stage} on 2 ranks." in said
+        assert "goes on from it with the same optimizer on any ranks and at any ZeRO stage" in said
         assert f"deepspeed.checkpoint.ds_to_universal {one.said}" in said
         arguments = {"input_folder": str(theirs / "global_step1"), "output_folder": str(universal)}
         workers = {"num_extract_workers": 1, "num_merge_workers": 1}
