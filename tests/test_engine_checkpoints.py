@@ -195,6 +195,12 @@ def test_what_deepspeeds_own_loader_cannot_is_loaded_all_the_same(
         assert torch.equal(values, saved[name]), name
 
 
+def test_an_empty_latest_is_not_called_missing(tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("\n")
+    with pytest.raises(CheckpointError, match="an empty file latest"):
+        DeepSpeedFiles(tmp_path, None)
+
+
 def opened(case: Case, folder: str) -> list[int]:
     """The ranks whose files this rank looks into."""
     seen = set()

@@ -154,7 +154,7 @@ def _folder(directory: Path, tag: str | None, about_deepspeeds: Callable[[Path],
 def _about_deepspeeds(folder: Path) -> str:
     """Whose it is and what it is good for; empty if that cannot be read, which ``convert`` explains."""
     from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles, universal_conversion
-    from ds_optim.deepspeed.names import names
+    from ds_optim.deepspeed.names import may_be_ours
     from ds_optim.errors import CheckpointError
 
     try:
@@ -164,8 +164,8 @@ def _about_deepspeeds(folder: Path) -> str:
         return ""
     ranks = f"{files.world_size} rank{'s' * (files.world_size > 1)}"
     whose = files.optimizer_name or "an optimizer that it does not name"
-    is_ours = not files.optimizer_name or files.optimizer_name in names()
-    where = "any ranks and at any ZeRO stage" if is_ours else "the same ranks and at the same stage only"
+    goes_anywhere = may_be_ours(files.optimizer_name)
+    where = "any ranks and at any ZeRO stage" if goes_anywhere else "the same ranks and at the same stage only"
     return (
         f", of {whose} at ZeRO stage {files.stage} on {ranks}. engine.load_checkpoint goes on from it with the same "
         f"optimizer on {where}{f'; {universal}' if universal else ''}. For anything else"

@@ -24,7 +24,7 @@ from ds_optim.deepspeed import engine_state
 from ds_optim.deepspeed.checkpoint_files import DeepSpeedFiles, PartsOfModelsError
 from ds_optim.deepspeed.events import around_load
 from ds_optim.deepspeed.model_parts import is_apart, names_in, shapes_in, tensor_parallel_size
-from ds_optim.deepspeed.names import names
+from ds_optim.deepspeed.names import may_be_ours, names
 from ds_optim.errors import on_every_rank, raise_everywhere, raise_on_all_ranks
 from ds_optim.latest import newest
 from ds_optim.listing import first_of
@@ -114,8 +114,7 @@ def _seen(engine: Any, optimizer: ShardedOptimizer, directory: Path, tag: str, a
     if str(int(engine.zero_optimization_stage())) in files.stage:  # elsewhere groups are saved in other pieces
         others, lie_otherwise = _other_groups(files, its, optimizer)
         (differences if lie_otherwise else problems).extend(others)
-    is_ours = files.optimizer_name in names() or not files.optimizer_name
-    if differences and (not is_ours or problems or asked["custom_load_fn"] is not None):
+    if differences and (not may_be_ours(files.optimizer_name) or problems or asked["custom_load_fn"] is not None):
         problems, differences = [*differences, *problems], []
     if differences:
         problems += engine_state.problems(engine)

@@ -116,7 +116,9 @@ class Translation:
         place = where * len(self.ranks) - 0.5
         with torch.no_grad():
             for rank in sorted(self.ranks, key=lambda rank: (rank > 0, abs(rank - place))):  # rank 0's are open
-                found += copy(wanted, self.of_rank(rank)) if found < numel else 0
+                if found >= numel:
+                    break
+                found += copy(wanted, self.of_rank(rank))
         if found != numel:
             raise CheckpointError(f"{self._files.folder} has {found} of the {numel} values that are needed here")
 

@@ -22,6 +22,11 @@ def names() -> dict[str, type[ShardedOptimizer]]:
     return {**bare, **dotted}
 
 
+def may_be_ours(name: str) -> bool:
+    """Whether the optimizer that a checkpoint's configuration names is one of ours; where it names none, it may be."""
+    return not name or name in names()
+
+
 def json_names() -> list[str]:
     """The shortest name of every optimizer that may stand in a JSON."""
     known = names()
